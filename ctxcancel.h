@@ -1,0 +1,4247 @@
+/* ctxcancel.h: cancellation, deadlines, request values and bounded work for C.
+
+   What Go programmers have in `context`, `semaphore` and worker pools, as one header for C99 and C++11:
+   a tree of contexts that can be cancelled, time out and carry values; polling that costs one load; a weighted
+   semaphore; a bounded pool that rejects early and drains on a budget; signals that cancel a context.
+
+       #define CTXCANCEL_IMPLEMENTATION           // in exactly one .c file, before the include
+       #include "ctxcancel.h"
+
+       int work(ctx_t *ctx) {
+           while (more_to_do()) {
+               if (ctx_err(ctx)) return ctx_err(ctx);      // CTX_CANCELED or CTX_DEADLINE_EXCEEDED
+               do_a_little();
+           }
+           return 0;
+       }
+
+       int main(void) {
+           ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_S(2));
+           int rc = work(ctx);
+           ctx_end(ctx);                                   // every context that you make, you end
+           printf("%s\n", ctx_strerror(rc));
+       }
+
+   Build with `-pthread`. The file with the implementation needs stb_ds.h (Debian: libstb-dev); the others do not.
+
+   Rules that hold throughout
+     - `int` results are 0 or a negative error with errno's number: strerror(-rc) and ctx_strerror(rc) both work.
+     - A function that makes a context never returns NULL. When it cannot do its work it returns a context that has
+       already failed, and ctx_err() says why. So errors need looking at once, where the work would start.
+     - A ctx_t * in a parameter is borrowed for the call. Who made it ends it.
+     - Every function may be called from any thread, unless its comment says otherwise. ctx_err() and ctx_poll() are
+       async-signal-safe; nothing else is.
+     - A bad argument is CTX_INVALID. A program error (ending twice, releasing permits that nobody holds) trips
+       CTXCANCEL_ASSERT.
+     - Descriptions (`ctx_desc_t` and the like) are structs where zero means the default: name what you need,
+       `&(ctx_desc_t){ .name = "fetch", .timeout = CTX_MS(50) }`.
+
+   Configuration, defined before the include
+     CTXCANCEL_IMPLEMENTATION            compile the implementation here
+     CTXCANCEL_STATIC                    everything static: this file has a runtime of its own and shares no contexts
+     CTXCANCEL_API                       linkage of the functions (default: extern)
+     CTXCANCEL_MALLOC/REALLOC/FREE       all three or none (default: malloc, realloc, free)
+     CTXCANCEL_ASSERT(x)                 (default: assert(x))
+     CTXCANCEL_NO_FUTEX                  park on mutexes and condition variables, on Linux too
+     CTXCANCEL_NO_SITES                  do not keep the file:line that made each context
+     CTXCANCEL_NO_STB_DS_IMPLEMENTATION  the program instantiates stb_ds.h elsewhere
+
+   Sections, each found twice under the same banner, declarations first
+     == 1. platform     == 2. time     == 3. context     == 4. values     == 5. timers     == 6. polling
+     == 7. waiting      == 8. semaphore     == 9. pool     == 13. system
+
+   Licence: MIT, see the end of the file. */
+#ifndef CTXCANCEL_H
+#define CTXCANCEL_H
+
+/* In strict ISO mode the C library hides POSIX unless asked before the first system header. */
+#if defined(CTXCANCEL_IMPLEMENTATION) && defined(__STRICT_ANSI__) && !defined(__cplusplus) && \
+    !defined(_GNU_SOURCE) && !defined(_DEFAULT_SOURCE)
+#define _DEFAULT_SOURCE 1
+#define CTX__DEFAULT_SOURCE 1
+#endif
+
+#include <assert.h>
+#include <errno.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <pthread.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* == 1. platform ================================================== */
+
+#ifndef CTXCANCEL_ASSERT
+#define CTXCANCEL_ASSERT(x) assert(x)
+#endif
+
+#ifndef CTXCANCEL_API
+#ifdef CTXCANCEL_STATIC
+#define CTXCANCEL_API static __attribute__((unused))
+#else
+#define CTXCANCEL_API extern
+#endif
+#endif
+
+/* The place in the program that made a context, as "file:line". */
+#define CTX__STRING_(x) #x
+#define CTX__STRING(x) CTX__STRING_(x)
+#ifdef CTXCANCEL_NO_SITES
+#define CTX__SITE ((const char *)0)
+#else
+#define CTX__SITE __FILE__ ":" CTX__STRING(__LINE__)
+#endif
+
+#define CTX_CANCELED (-ECANCELED)          /* somebody cancelled */
+#define CTX_DEADLINE_EXCEEDED (-ETIMEDOUT) /* the deadline passed */
+#define CTX_QUEUE_FULL (-EAGAIN)           /* no room now: drop, push back or try later */
+#define CTX_CLOSED (-EPIPE)                /* takes no more */
+#define CTX_NO_MEMORY (-ENOMEM)
+#define CTX_INVALID (-EINVAL)              /* a bad argument */
+#define CTX_BUSY (-EBUSY)                  /* not yet: the wait ended before the event */
+
+/* Names an error in English, 0 and errno's numbers included. Never NULL; static, except that codes of the system which
+   this library does not define come from strerror(). */
+CTXCANCEL_API const char *ctx_strerror(int code);
+
+/* Join the runtime threads (timers, signals) and free every byte that the library has cached for the calling thread
+   and for threads that have ended. For the last line of main(), so that leak checkers end clean. Later use starts
+   what it needs again. Timers do not fire between. Not to be called from a callback. */
+CTXCANCEL_API void ctx_runtime_stop(void);
+
+/* == 2. time ====================================================== */
+
+typedef int64_t ctx_time_t; /* a point in time: nanoseconds on the monotonic clock */
+typedef int64_t ctx_dur_t;  /* a span: nanoseconds */
+
+#define CTX_NS(n) ((ctx_dur_t)(n))
+#define CTX_US(n) ((ctx_dur_t)((n)*INT64_C(1000)))
+#define CTX_MS(n) ((ctx_dur_t)((n)*INT64_C(1000000)))
+#define CTX_S(n) ((ctx_dur_t)((n)*INT64_C(1000000000)))
+#define CTX_NO_DEADLINE INT64_MAX /* a ctx_time_t that never comes */
+#define CTX_FOREVER INT64_MAX     /* a ctx_dur_t that never ends */
+
+/* The time now: CLOCK_MONOTONIC, or the fake clock. About 20 ns. */
+CTXCANCEL_API ctx_time_t ctx_now(void);
+
+/* `t + d`, saturating at both ends: adding CTX_FOREVER to anything is CTX_NO_DEADLINE. */
+static inline ctx_time_t ctx_time_add(ctx_time_t t, ctx_dur_t d) {
+    if (d > 0) return t > INT64_MAX - d ? INT64_MAX : t + d;
+    return t < INT64_MIN - d ? INT64_MIN : t + d;
+}
+
+/* For tests: replace the clock of the whole process by one that shows `start` and moves only when advanced.
+   Call while nothing waits. A program built with CTXCANCEL_STATIC has a clock per file. */
+CTXCANCEL_API void ctx_clock_fake(ctx_time_t start);
+
+/* Move the fake clock forward, stopping at each deadline on the way: timers fire in the order of their deadlines, in
+   this thread, and a callback reads its own deadline from ctx_now(). Returns when every waiter whose time has come has
+   been unparked. CTXCANCEL_ASSERT if the clock is not fake. */
+CTXCANCEL_API void ctx_clock_advance(ctx_dur_t dur);
+
+/* Back to CLOCK_MONOTONIC. */
+CTXCANCEL_API void ctx_clock_real(void);
+
+/* == 3. context =================================================== */
+
+typedef struct ctx ctx_t;
+
+/* What a value is found by: see section 4. */
+typedef struct {
+    const char *name; /* for people */
+    size_t size;      /* bytes of a value */
+} ctx_key_t;
+
+/* Why a context is done. {0, NULL} while it is not. */
+typedef struct {
+    int code;         /* what the canceller gave; CTX_CANCELED or CTX_DEADLINE_EXCEEDED if it gave nothing */
+    const char *what; /* a static string; never NULL once done */
+} ctx_cause_t;
+
+typedef struct {
+    const char *name;           /* shown in reports; static or outliving the context (default: the parent's name) */
+    ctx_time_t deadline;        /* when to cancel (default: none) */
+    ctx_dur_t timeout;          /* cancel so long from now; negative: already expired (default: none) */
+    const char *deadline_cause; /* what ctx_cause() says after the deadline; static (default: "deadline exceeded") */
+    const ctx_key_t *key;       /* set this value, ... (default: none) */
+    const void *value;          /* ... copied from here: key->size bytes */
+    bool detach;                /* keep the parent's values, drop its cancellation and deadline (default: false) */
+} ctx_desc_t;
+
+/* The root of every tree: never cancelled, never freed. Ending it does nothing. */
+CTXCANCEL_API ctx_t *ctx_background(void);
+
+/* Make a child of `parent`: one node with everything `desc` asks for. `desc` may be NULL. If both a deadline and a
+   timeout are given the earlier holds, and the parent's own always does if it is earlier still. A child of a context
+   that is done is born done, with its parent's cause.
+   The caller owns one reference and drops it with ctx_end(). Never NULL: when memory or the timer thread cannot be had
+   the result is a shared context that has already failed, whose ctx_err() is CTX_NO_MEMORY or the system's error;
+   CTX_INVALID when `parent` is NULL or a key has no value. It may be used, derived from and ended like any other. */
+#define ctx_derive(parent, ...) ctx_derive_at((parent), __VA_ARGS__, CTX__SITE)
+CTXCANCEL_API ctx_t *ctx_derive_at(ctx_t *parent, const ctx_desc_t *desc, const char *site);
+
+/* The short forms of ctx_derive(). A timeout that is zero or negative has already expired. */
+#define ctx_with_cancel(parent) ctx_with_cancel_at((parent), CTX__SITE)
+#define ctx_with_deadline(parent, deadline) ctx_with_deadline_at((parent), (deadline), CTX__SITE)
+#define ctx_with_timeout(parent, timeout) ctx_with_timeout_at((parent), (timeout), CTX__SITE)
+#define ctx_with_value(parent, ...) ctx_with_value_at((parent), __VA_ARGS__, CTX__SITE)
+CTXCANCEL_API ctx_t *ctx_with_cancel_at(ctx_t *parent, const char *site);
+CTXCANCEL_API ctx_t *ctx_with_deadline_at(ctx_t *parent, ctx_time_t deadline, const char *site);
+CTXCANCEL_API ctx_t *ctx_with_timeout_at(ctx_t *parent, ctx_dur_t timeout, const char *site);
+CTXCANCEL_API ctx_t *ctx_with_value_at(ctx_t *parent, const ctx_key_t *key, const void *value, const char *site);
+
+/* Make a context that keeps the parent's values but not its cancellation, deadline or memory: for work that outlives
+   the request which started it. (Go's WithoutCancel, without holding the chain.) */
+#define ctx_without_cancel(parent) ctx_without_cancel_at((parent), CTX__SITE)
+CTXCANCEL_API ctx_t *ctx_without_cancel_at(ctx_t *parent, const char *site);
+
+/* Make a context that is done as soon as either is: the values of `a`, the earlier deadline of both, the cause of the
+   first. No thread is used. Two allocations at most. */
+#define ctx_merge(a, b) ctx_merge_at((a), (b), CTX__SITE)
+CTXCANCEL_API ctx_t *ctx_merge_at(ctx_t *a, ctx_t *b, const char *site);
+
+/* Cancel a context and everything below it. True for the one call that did it, false if it was done already. When that
+   call returns, every descendant that was attached before has its err set, and its callbacks have run or are being run
+   by the thread that cancelled that descendant first. Constant stack, no allocation. */
+CTXCANCEL_API bool ctx_cancel(ctx_t *ctx);
+
+/* The same with a reason. `what` is a static string. ctx_err() will say CTX_DEADLINE_EXCEEDED if that is the code,
+   else CTX_CANCELED; ctx_cause() gives code and what as they are (a zero code reads CTX_CANCELED, a NULL what the
+   text of the code). */
+CTXCANCEL_API bool ctx_cancel_cause(ctx_t *ctx, int code, const char *what);
+
+/* Be done with a context that you made: cancel it, release its timer, drop your reference. Children keep what they
+   need. NULL is fine. */
+CTXCANCEL_API void ctx_end(ctx_t *ctx);
+
+/* One more reference, to be dropped by ctx_end() or ctx_release(). Returns its argument. */
+CTXCANCEL_API ctx_t *ctx_retain(ctx_t *ctx);
+
+/* Drop a reference without cancelling. The context's descendants can still be cancelled from above. NULL is fine. */
+CTXCANCEL_API void ctx_release(ctx_t *ctx);
+
+/* The one public field: the first member of every context. Read it with ctx_err(). */
+struct ctx__head {
+    int err;
+};
+
+/* 0 while work may go on; then, for good, CTX_CANCELED or CTX_DEADLINE_EXCEEDED (or what a failed context failed with).
+   One load. What the canceller wrote before cancelling is visible once this is not 0. Async-signal-safe. */
+static inline int ctx_err(const ctx_t *ctx) {
+    CTXCANCEL_ASSERT(ctx != NULL);
+    return __atomic_load_n(&((const struct ctx__head *)(const void *)ctx)->err, __ATOMIC_ACQUIRE);
+}
+
+/* Why it is done: code and text of the first canceller, never torn. */
+CTXCANCEL_API ctx_cause_t ctx_cause(const ctx_t *ctx);
+
+/* The earliest deadline of the chain, or CTX_NO_DEADLINE. */
+CTXCANCEL_API ctx_time_t ctx_deadline(const ctx_t *ctx);
+
+/* What is left until ctx_deadline(): never negative, CTX_FOREVER without one. To split a budget, give a child a part:
+   `ctx_with_timeout(ctx, ctx_remaining(ctx) / 3)`. */
+CTXCANCEL_API ctx_dur_t ctx_remaining(const ctx_t *ctx);
+
+/* The name given in the description, else the parent's. Never NULL. */
+CTXCANCEL_API const char *ctx_name(const ctx_t *ctx);
+
+/* The "file:line" that made it; "" with CTXCANCEL_NO_SITES. Never NULL. */
+CTXCANCEL_API const char *ctx_site(const ctx_t *ctx);
+
+/* Storage for one callback: yours, on the stack or inside your own struct. The fields are private. */
+typedef struct ctx__after {
+    void (*fn)(void *arg);
+    void *arg;
+    ctx_t *ctx;
+    struct ctx__after *next, *prev; /* [ctx->mu] */
+    int state;                     /* [atomic] */
+    int flags;
+} ctx_after_t;
+
+/* Call `fn(arg)` when `ctx` is done: once, on the thread that cancels (the timer thread for a deadline), no lock held.
+   It may call anything in this library, also end `ctx` or stop and re-use `reg`; it must be short. If `ctx` is already
+   done, `fn` runs here, before the return, and the result is false. `reg` need not be initialised; it stays yours to
+   keep alive until the callback was stopped or has run. While registered it holds the context's memory. */
+CTXCANCEL_API bool ctx_after(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg);
+
+/* Take a callback back. True: it has not run and never will. False: it has run; if it is running on another thread,
+   this returns when it has finished; called from inside the callback it returns at once. Afterwards `reg` and `arg`
+   are free for any use. A zeroed `reg` that was never registered gives true. */
+CTXCANCEL_API bool ctx_after_stop(ctx_after_t *reg);
+
+/* End a context when its variable leaves scope (gcc, clang):
+       CTX_SCOPED ctx_t *c = ctx_with_timeout(parent, CTX_MS(50));  */
+#define CTX_SCOPED __attribute__((cleanup(ctx__scoped_end)))
+static inline void ctx__scoped_end(ctx_t **ctx) { ctx_end(*ctx); }
+
+/* A leaf is a context for the very hottest path: on your stack, no allocation, no lock, no place in the tree. It
+   watches one parent and an optional deadline. It has no children, callbacks or waiters, and needs no ending. The
+   parent must outlive it. Any thread may cancel it; the other fields are the owner's. */
+typedef struct {
+    const ctx_t *parent;
+    ctx_time_t deadline;
+    int err; /* [atomic] */
+} ctx_leaf_t;
+
+/* Make a leaf. `deadline` is CTX_NO_DEADLINE, or when it ends: then each ctx_leaf_err() reads the clock. */
+static inline void ctx_leaf_init(ctx_leaf_t *leaf, const ctx_t *parent, ctx_time_t deadline) {
+    CTXCANCEL_ASSERT(parent != NULL);
+    leaf->parent = parent;
+    leaf->deadline = deadline;
+    leaf->err = 0;
+}
+
+/* 0, or why the leaf is done: the first reason seen stays. */
+CTXCANCEL_API int ctx__leaf_settle(ctx_leaf_t *leaf, int err);
+static inline int ctx_leaf_err(ctx_leaf_t *leaf) {
+    int err = __atomic_load_n(&leaf->err, __ATOMIC_ACQUIRE);
+    if (err) return err;
+    err = ctx_err(leaf->parent);
+    if (err) return ctx__leaf_settle(leaf, err);
+    if (leaf->deadline == CTX_NO_DEADLINE || ctx_now() < leaf->deadline) return 0;
+    return ctx__leaf_settle(leaf, CTX_DEADLINE_EXCEEDED);
+}
+
+/* Cancel a leaf alone. True for the call that did it. */
+static inline bool ctx_leaf_cancel(ctx_leaf_t *leaf) {
+    int live = 0;
+    return __atomic_compare_exchange_n(&leaf->err, &live, CTX_CANCELED, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+}
+
+/* == 4. values ==================================================== */
+
+/* Put what a request carries into one struct under one key, not into many keys: one copy, one look-up.
+
+   The address of a key is its identity, so a key must be one object in the program. In one file:
+       static const ctx_key_t user_key = CTX_KEY(user_t);
+   To share it, declare it `extern` in your header and define it once, or use CTX_VALUE() below. A `static const` key in
+   a header would be a different key in every file that includes it. */
+#define CTX_KEY(T) { #T, sizeof(T) }
+
+/* The value of `key` in this context or the nearest ancestor that set it; NULL when absent. It is a copy, aligned for
+   any type, and readable as long as the context. Costs the same at any depth. */
+CTXCANCEL_API const void *ctx_value(const ctx_t *ctx, const ctx_key_t *key);
+
+/* A typed pair for one struct: `CTX_VALUE(request_t, request)` defines
+
+       ctx_t *ctx_with_request(ctx_t *parent, const request_t *value);
+       const request_t *request_from(const ctx_t *ctx);                   // NULL when absent
+
+   It may stand in a header that many files include, C and C++: the key is one weak symbol in the program. */
+#define CTX_VALUE(T, name)                                                                              \
+    __attribute__((weak)) ctx_key_t ctx_key_##name = CTX_KEY(T);                                        \
+    static inline __attribute__((unused)) ctx_t *ctx_with_##name(ctx_t *parent, const T *value) {       \
+        return ctx_with_value_at(parent, &ctx_key_##name, value, CTX__SITE);                            \
+    }                                                                                                   \
+    static inline __attribute__((unused)) const T *name##_from(const ctx_t *ctx) {                      \
+        return (const T *)ctx_value(ctx, &ctx_key_##name);                                              \
+    }                                                                                                   \
+    struct ctx__value_##name /* takes the semicolon */
+
+/* == 5. timers ==================================================== */
+
+/* Nothing to call: deadlines register themselves. One thread, started by the first of them, serves all. A deadline
+   never fires early; on an idle machine it fires within 100 us. */
+
+/* == 6. polling =================================================== */
+
+/* For loops so tight that even one load an iteration shows. Owned by one thread; the fields are private. */
+typedef struct {
+    const ctx_t *ctx;
+    uint32_t left;    /* calls until the next look */
+    uint32_t stride;  /* calls between looks */
+    uint32_t looks;   /* looks until the next tuning */
+    ctx_dur_t within; /* the latency to tune for; 0: a fixed stride */
+    ctx_time_t last;  /* when the stride was last tuned */
+} ctx_poll_t;
+
+/* Look at `ctx` every `stride`-th call (0 counts as 1). The context must outlive the poll. */
+CTXCANCEL_API ctx_poll_t ctx_poll_every(const ctx_t *ctx, uint32_t stride);
+
+/* Look often enough to notice within about `within` of work, however long one turn of the loop takes: the stride tunes
+   itself by the clock, and is kept so far below the budget that turns which suddenly take a thousand times longer are
+   met within a few times `within`, once. */
+CTXCANCEL_API ctx_poll_t ctx_poll_within(const ctx_t *ctx, ctx_dur_t within);
+
+CTXCANCEL_API int ctx__poll_look(ctx_poll_t *poll);
+
+/* 0 to go on, else ctx_err(). A decrement and a branch; a look when it is time. Once done, every call says so. */
+static inline int ctx_poll(ctx_poll_t *poll) {
+    if (--poll->left != 0) return 0;
+    return ctx__poll_look(poll);
+}
+
+/* A flag for C code that polls one: non-zero once `ctx` is done. Valid as long as the context. */
+CTXCANCEL_API const volatile int *ctx_flag(const ctx_t *ctx);
+
+/* == 7. waiting =================================================== */
+
+/* Park until `ctx` is done, but not longer than `max`. Returns its err, or CTX_BUSY if `max` passed first. */
+CTXCANCEL_API int ctx_wait(ctx_t *ctx, ctx_dur_t max);
+
+/* Sleep for `dur`. 0, or the err of the context that cut it short. */
+CTXCANCEL_API int ctx_sleep(ctx_t *ctx, ctx_dur_t dur);
+
+/* A file descriptor that becomes readable when `ctx` is done, for poll, epoll and select: do not read it. Made by the
+   first call, owned by the context and closed with it; it is inherited by no exec. Contexts that are already done when
+   first asked share one. Negative: the system's error. */
+CTXCANCEL_API int ctx_done_fd(ctx_t *ctx);
+
+/* pthread_cond_wait() that cancellation ends too. `mutex` is held by the caller and again on return. Returns 0 after a
+   wake-up, which may be spurious: look at your condition; or the err of the context. `ctx` may be cancelled by a
+   thread that holds `mutex`. Waking for a cancellation broadcasts `cond`. */
+CTXCANCEL_API int ctx_cond_wait(ctx_t *ctx, pthread_cond_t *cond, pthread_mutex_t *mutex);
+
+/* == 8. semaphore ================================================= */
+
+typedef struct ctx__sem_waiter ctx__sem_waiter_t;
+
+/* Storage for a semaphore; the fields are private. */
+typedef struct {
+    int64_t state;                   /* [atomic] free permits * 2 + (somebody waits) */
+    int64_t total;                   /* [const] */
+    ctx__sem_waiter_t *first, *last; /* [mu] who waits, in the order of arrival */
+    uint32_t mu;
+} ctx_sem_t;
+
+/* Make a semaphore of `permits`, all free. 0, or CTX_INVALID if there are less than 1 or more than 2^61. */
+CTXCANCEL_API int ctx_sem_init(ctx_sem_t *sem, int64_t permits);
+
+/* Take `n` permits, waiting for them until `ctx` is done. First come, first served: a big request is not starved by
+   small ones. 0, the err of the context (then nothing is taken), or CTX_INVALID at once if `n` is negative or more than
+   there are in all. Uncontended: one atomic operation. */
+CTXCANCEL_API int ctx_sem_acquire(ctx_sem_t *sem, ctx_t *ctx, int64_t n);
+
+/* Take `n` permits if they are free and nobody waits. */
+CTXCANCEL_API bool ctx_sem_try_acquire(ctx_sem_t *sem, int64_t n);
+
+/* Give `n` permits back. Giving back more than are taken trips CTXCANCEL_ASSERT. */
+CTXCANCEL_API void ctx_sem_release(ctx_sem_t *sem, int64_t n);
+
+/* The end of a semaphore that nobody waits for; else CTXCANCEL_ASSERT. Holds no memory. */
+CTXCANCEL_API void ctx_sem_destroy(ctx_sem_t *sem);
+
+/* == 9. pool ====================================================== */
+
+typedef struct ctx_pool ctx_pool_t;
+
+/* A piece of work. `ctx` is the task's own: retain it to keep it. 0 is success. */
+typedef int (*ctx_task_fn)(ctx_t *ctx, void *arg);
+
+/* What submit does when the queue is full. */
+typedef enum {
+    CTX_REJECT,      /* return CTX_QUEUE_FULL at once */
+    CTX_BLOCK,       /* wait for room until `parent` is done, like ctx_pool_submit_wait() */
+    CTX_CALLER_RUNS, /* run the task in the submitting thread */
+    CTX_DROP_OLDEST  /* hand the oldest queued task to on_drop and take this one */
+} ctx_when_full_t;
+
+typedef struct {
+    const char *name;          /* for people; static (default: "pool") */
+    int workers;               /* threads at most, started as work comes (default: one per core) */
+    size_t queue;              /* tasks that may wait (default: 1024) */
+    ctx_sem_t *limit;          /* run only while holding one permit of this; may be shared between pools, and must
+                                  outlive them (default: none, the workers are the limit) */
+    ctx_dur_t task_timeout;    /* the deadline of each task, counted from its start (default: none) */
+    ctx_when_full_t when_full; /* (default: CTX_REJECT) */
+    void (*on_drop)(const char *op, void *arg, int reason, void *user); /* takes each accepted task that will not run;
+                                  reason: CTX_QUEUE_FULL (pushed out), CTX_DEADLINE_EXCEEDED (the drain's budget),
+                                  CTX_CANCELED (the lifetime ended) or CTX_NO_MEMORY (default: nothing is called) */
+    void *user;                /* for on_drop */
+    ctx_dur_t notice;          /* how long cancelled tasks get to stop in a drain (default: 100 ms; negative: none) */
+    ctx_dur_t coalesce;        /* let tasks gather for so long before a worker looks, unless the queue passes half
+                                  (default: 0, off) */
+} ctx_pool_desc_t;
+
+#define CTX_DRAIN_OPS 16
+
+/* What became of all the tasks that the pool accepted in its life. Their sum is that number. */
+typedef struct {
+    uint64_t completed;                /* returned 0 */
+    uint64_t failed;                   /* returned an error of their own */
+    uint64_t cancelled;                /* returned an error after their context was done */
+    uint64_t dropped;                  /* went to on_drop */
+    uint64_t stuck;                    /* still running */
+    ctx_dur_t wait_time;               /* how long accepted work was let finish */
+    ctx_dur_t notice_time;             /* how long the cancelled got to stop */
+    const char *running[CTX_DRAIN_OPS]; /* the operations still running: the first min(stuck, CTX_DRAIN_OPS) */
+} ctx_drain_t;
+
+/* Make a pool below `lifetime`: when that is done, running tasks are cancelled, queued ones dropped and new ones
+   refused. No thread starts before the first submit. NULL with errno set if memory is short or an argument is bad.
+   `desc` may be NULL. */
+CTXCANCEL_API ctx_pool_t *ctx_pool_new(ctx_t *lifetime, const ctx_pool_desc_t *desc);
+
+/* Accept `fn(ctx, arg)` to run detached: its context has the values of `parent` but not its cancellation, ends with the
+   pool, and has the pool's task timeout. `op` names the operation in reports; a static string. Nothing is allocated.
+   0: accepted, and it will run or go to on_drop exactly once. CTX_QUEUE_FULL: not accepted, at once. CTX_CLOSED: the
+   pool is draining. The err of the lifetime once that is done. Blocks only if `.when_full` says so. */
+CTXCANCEL_API int ctx_pool_submit(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn, void *arg);
+
+/* The same, but waits for room until `parent` is done, then returns its err. */
+CTXCANCEL_API int ctx_pool_submit_wait(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn, void *arg);
+
+/* Submit `n` tasks of one operation, in order: `*taken` (may be NULL) says how many were accepted. 0 when all were,
+   else the error of the first that was not. One wake-up for all. `.when_full` holds for each. */
+CTXCANCEL_API int ctx_pool_submit_batch(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn,
+                                        void *const *args, size_t n, size_t *taken);
+
+/* Bring the pool to its end: refuse new work; let what was accepted finish for `budget`; then drop what is queued,
+   cancel what runs and give it the notice time; then report. 0 when all accepted work finished inside the budget, else
+   CTX_DEADLINE_EXCEEDED. Never blocks past budget and notice. May be called again, and from several threads. `report`
+   may be NULL. */
+CTXCANCEL_API int ctx_pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_drain_t *report);
+
+/* Free a pool; one that was not drained is drained with no budget and no notice. Returns at once also if a task is
+   stuck: what that one touches of the pool lives until it ends, and its permit of `.limit` is given back here. No other
+   thread may use the pool any more. May be called from one of its tasks. NULL is fine. */
+CTXCANCEL_API void ctx_pool_free(ctx_pool_t *pool);
+
+/* The queue that a burst needs: (peak - drain) * seconds, rounded up; 1 at least. */
+CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_per_s, double seconds);
+
+/* == 13. system =================================================== */
+
+/* Make a child of `parent` that the first of these signals cancels: ctx_cause() has the signal's number as code and its
+   name, "SIGTERM", as text. That first one also restores the default action, so that a second one ends the process.
+   The signal is handled on a thread of its own. Several such contexts may be live, for the same signals or others:
+   each is cancelled. When the last one for a signal has ended, the action that stood before comes back.
+   A failed context (CTX_INVALID) if `n` is 0 or one of them cannot be caught. */
+#define ctx_notify_signals(parent, ...) ctx_notify_signals_at((parent), __VA_ARGS__, CTX__SITE)
+CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, size_t n, const char *site);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* CTXCANCEL_H */
+
+#ifdef CTXCANCEL_IMPLEMENTATION
+#ifndef CTX__IMPLEMENTED
+#define CTX__IMPLEMENTED
+
+#if defined(__linux__) && defined(__GLIBC__) && !defined(__USE_MISC)
+#error "ctxcancel.h: include the implementation before any system header, or compile with -D_DEFAULT_SOURCE"
+#endif
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <semaphore.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/types.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#endif
+
+#if defined(CTXCANCEL_MALLOC) && defined(CTXCANCEL_REALLOC) && defined(CTXCANCEL_FREE)
+#elif !defined(CTXCANCEL_MALLOC) && !defined(CTXCANCEL_REALLOC) && !defined(CTXCANCEL_FREE)
+#define CTXCANCEL_MALLOC(size) malloc(size)
+#define CTXCANCEL_REALLOC(ptr, size) realloc(ptr, size)
+#define CTXCANCEL_FREE(ptr) free(ptr)
+#else
+#error "ctxcancel.h: define all of CTXCANCEL_MALLOC, CTXCANCEL_REALLOC and CTXCANCEL_FREE, or none"
+#endif
+
+/* stb_ds.h, instantiated here unless the program has done so: elsewhere (CTXCANCEL_NO_STB_DS_IMPLEMENTATION) or above
+   in this file, which its private macro tells. */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#pragma GCC diagnostic ignored "-Wshadow"
+#pragma GCC diagnostic ignored "-Wundef"
+#pragma GCC diagnostic ignored "-Wunused-function"
+#pragma GCC diagnostic ignored "-Wpedantic"
+#if !defined(CTXCANCEL_NO_STB_DS_IMPLEMENTATION) && !defined(STBDS_BUCKET_LENGTH) && \
+    !(defined(INCLUDE_STB_DS_H) && defined(STB_DS_IMPLEMENTATION))
+#ifndef STB_DS_IMPLEMENTATION
+#define STB_DS_IMPLEMENTATION
+#define CTX__STB_DS_IMPLEMENTATION
+#endif
+#endif
+#if !defined(INCLUDE_STB_DS_H) || defined(CTX__STB_DS_IMPLEMENTATION)
+#if defined(CTXCANCEL_STATIC) && defined(CTX__STB_DS_IMPLEMENTATION) && !defined(INCLUDE_STB_DS_H)
+/* Declared static first, its functions stay private to this file, so that several such files link together. */
+#ifdef __cplusplus
+extern "C" {
+#endif
+struct stbds_string_arena;
+static char *stbds_stralloc(struct stbds_string_arena *a, char *str);
+static void stbds_strreset(struct stbds_string_arena *a);
+static void *stbds_arrgrowf(void *a, size_t elemsize, size_t addlen, size_t min_cap);
+static void stbds_arrfreef(void *a);
+static void stbds_hmfree_func(void *p, size_t elemsize);
+static void *stbds_hmget_key(void *a, size_t elemsize, void *key, size_t keysize, int mode);
+static void *stbds_hmget_key_ts(void *a, size_t elemsize, void *key, size_t keysize, ptrdiff_t *temp, int mode);
+static void *stbds_hmput_default(void *a, size_t elemsize);
+static void *stbds_hmput_key(void *a, size_t elemsize, void *key, size_t keysize, int mode);
+static void *stbds_hmdel_key(void *a, size_t elemsize, void *key, size_t keysize, size_t keyoffset, int mode);
+static void *stbds_shmode_func(size_t elemsize, int mode);
+static void stbds_rand_seed(size_t seed);
+static size_t stbds_hash_bytes(void *p, size_t len, size_t seed);
+static size_t stbds_hash_string(char *str, size_t seed);
+#ifdef __cplusplus
+}
+#endif
+#endif
+#if defined(__has_include)
+#if __has_include("stb_ds.h")
+#include "stb_ds.h"
+#elif __has_include(<stb/stb_ds.h>)
+#include <stb/stb_ds.h>
+#else
+#error "ctxcancel.h: stb_ds.h not found: install libstb-dev, or put the file beside this one"
+#endif
+#else
+#include "stb_ds.h"
+#endif
+#endif
+#ifdef CTX__STB_DS_IMPLEMENTATION
+#undef STB_DS_IMPLEMENTATION
+#endif
+#pragma GCC diagnostic pop
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* == 1. platform ==================================================
+
+   Everything that knows the operating system: the lock, the parker, threads, the clock, file descriptors to poll.
+
+   The one lock is a word that is taken by an exchange and given back by a plain store. It guards a few pointers at a
+   time, never a system call that may block and never foreign code, so a waiter spins a little, then yields, then naps:
+   half the price of a lock that knows its waiters, and no wake-up that could be lost. The exchange is sequentially
+   consistent because some readers look at the lock word instead of taking it: see section 3.
+
+   The one parker is a word too: EMPTY, PARKED (its owner sleeps on it) or SET. unpark() sets it and pays for a system
+   call only if it was PARKED; the system call uses the word's address but not its memory, which may be gone by then.
+   Below it is futex on Linux, else a small table of mutexes and condition variables picked by address.
+
+   Each thread has a record in thread-local storage: a number that spreads threads over shards, and a few free nodes. */
+
+#if defined(__SANITIZE_ADDRESS__)
+#define CTX__ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define CTX__ASAN 1
+#endif
+#endif
+#ifndef CTX__ASAN
+#define CTX__ASAN 0
+#endif
+#if defined(__SANITIZE_THREAD__)
+#define CTX__TSAN 1
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define CTX__TSAN 1
+#endif
+#endif
+#ifndef CTX__TSAN
+#define CTX__TSAN 0
+#endif
+
+#define CTX__UNUSED __attribute__((unused))
+#define CTX__COLD __attribute__((cold, noinline))
+#define CTX__LINE 64 /* bytes of a cache line */
+#define CTX__ALIGNED __attribute__((aligned(CTX__LINE)))
+#define CTX__UNLIKELY(x) __builtin_expect(!!(x), 0)
+#define CTX__CONTAINER(ptr, type, field) ((type *)(void *)((char *)(ptr)-offsetof(type, field)))
+
+static void ctx__cpu_pause(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__) || defined(__arm__)
+    __asm__ volatile("yield" ::: "memory");
+#else
+    __asm__ volatile("" ::: "memory");
+#endif
+}
+
+static ctx_time_t ctx__clock_read(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (ctx_time_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* One turn of a wait that another thread will end soon: spin, then yield, then nap up to a millisecond. */
+static void ctx__relax(unsigned *turn) {
+    unsigned n = (*turn)++;
+    if (n < 64) {
+        ctx__cpu_pause();
+    } else if (n < 96) {
+        sched_yield();
+    } else {
+        struct timespec nap;
+        nap.tv_sec = 0;
+        nap.tv_nsec = n < 128 ? 50000 : 1000000;
+        nanosleep(&nap, NULL);
+    }
+}
+
+static CTX__COLD void ctx__lock_contended(uint32_t *mu) {
+    unsigned turn = 0;
+    do {
+        while (__atomic_load_n(mu, __ATOMIC_RELAXED)) ctx__relax(&turn);
+    } while (__atomic_exchange_n(mu, 1u, __ATOMIC_SEQ_CST));
+}
+
+/* True if somebody else held it first. Pairs with the release in ctx__unlock. */
+static inline bool ctx__lock(uint32_t *mu) {
+    if (!CTX__UNLIKELY(__atomic_exchange_n(mu, 1u, __ATOMIC_SEQ_CST))) return false;
+    ctx__lock_contended(mu);
+    return true;
+}
+
+static inline void ctx__unlock(uint32_t *mu) { __atomic_store_n(mu, 0u, __ATOMIC_RELEASE); }
+
+/* Sleep while `*word` is `expected`, until `until` on the real clock at the latest. May return early. */
+static void ctx__futex_wait(uint32_t *word, uint32_t expected, ctx_time_t until);
+
+/* Wake up to `n` threads that sleep on `word`. */
+static void ctx__futex_wake(uint32_t *word, int n);
+
+#if defined(__linux__) && !defined(CTXCANCEL_NO_FUTEX)
+
+#define CTX__FUTEX_WAKE_PRIVATE (1 | 128)
+#define CTX__FUTEX_WAIT_BITSET_PRIVATE (9 | 128) /* absolute, monotonic */
+
+static void ctx__futex_wait(uint32_t *word, uint32_t expected, ctx_time_t until) {
+    int saved = errno;
+    int64_t s = until / 1000000000, ns = until % 1000000000;
+    if (ns < 0) s--, ns += 1000000000;
+    if (s < 0) s = ns = 0;
+#ifdef SYS_futex_time64 /* 32-bit: the old call would misread a 64-bit time */
+    {
+        struct {
+            int64_t s, ns;
+        } t;
+        t.s = s, t.ns = ns;
+        if (syscall(SYS_futex_time64, word, CTX__FUTEX_WAIT_BITSET_PRIVATE, expected,
+                    until == CTX_NO_DEADLINE ? NULL : (void *)&t, NULL, ~0u) == 0 || errno != ENOSYS) {
+            errno = saved;
+            return;
+        }
+    }
+#endif
+#ifdef SYS_futex
+    {
+        struct {
+            long s, ns;
+        } t;
+        t.s = (long)s, t.ns = (long)ns;
+        syscall(SYS_futex, word, CTX__FUTEX_WAIT_BITSET_PRIVATE, expected,
+                until == CTX_NO_DEADLINE ? NULL : (void *)&t, NULL, ~0u);
+    }
+#endif
+    errno = saved;
+}
+
+static void ctx__futex_wake(uint32_t *word, int n) {
+    int saved = errno;
+#ifdef SYS_futex
+    syscall(SYS_futex, word, CTX__FUTEX_WAKE_PRIVATE, n, NULL, NULL, 0);
+#else
+    syscall(SYS_futex_time64, word, CTX__FUTEX_WAKE_PRIVATE, n, NULL, NULL, 0);
+#endif
+    errno = saved;
+}
+
+static void ctx__futex_init(void) {}
+
+#else
+
+/* Waiters whose words hash alike share a condition variable and wake together: the word says who was meant. */
+#define CTX__BUCKETS 64
+static struct {
+    pthread_mutex_t mu;
+    pthread_cond_t cond;
+} ctx__buckets[CTX__BUCKETS];
+
+static unsigned ctx__bucket_of(const uint32_t *word) {
+    return (unsigned)(((uintptr_t)word >> 4 ^ (uintptr_t)word >> 12) % CTX__BUCKETS);
+}
+
+static void ctx__futex_wait(uint32_t *word, uint32_t expected, ctx_time_t until) {
+    unsigned i = ctx__bucket_of(word);
+    pthread_mutex_lock(&ctx__buckets[i].mu);
+    if (__atomic_load_n(word, __ATOMIC_SEQ_CST) != expected) {
+        /* changed before we slept */
+    } else if (until == CTX_NO_DEADLINE) {
+        pthread_cond_wait(&ctx__buckets[i].cond, &ctx__buckets[i].mu);
+    } else {
+        struct timespec t;
+#ifdef __APPLE__
+        ctx_dur_t left = until - ctx__clock_read();
+        if (left < 0) left = 0;
+        t.tv_sec = (time_t)(left / 1000000000), t.tv_nsec = (long)(left % 1000000000);
+        pthread_cond_timedwait_relative_np(&ctx__buckets[i].cond, &ctx__buckets[i].mu, &t);
+#else
+        if (until < 0) until = 0;
+        t.tv_sec = (time_t)(until / 1000000000), t.tv_nsec = (long)(until % 1000000000);
+        pthread_cond_timedwait(&ctx__buckets[i].cond, &ctx__buckets[i].mu, &t);
+#endif
+    }
+    pthread_mutex_unlock(&ctx__buckets[i].mu);
+}
+
+static void ctx__futex_wake(uint32_t *word, int n) {
+    unsigned i = ctx__bucket_of(word);
+    (void)n;
+    pthread_mutex_lock(&ctx__buckets[i].mu);
+    pthread_cond_broadcast(&ctx__buckets[i].cond);
+    pthread_mutex_unlock(&ctx__buckets[i].mu);
+}
+
+/* Also run in the child of a fork, where a bucket may have been left locked. */
+static void ctx__futex_init(void) {
+    unsigned i;
+    for (i = 0; i < CTX__BUCKETS; i++) {
+        pthread_condattr_t attr;
+        pthread_condattr_init(&attr);
+#ifndef __APPLE__
+        pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+#endif
+        pthread_mutex_init(&ctx__buckets[i].mu, NULL);
+        pthread_cond_init(&ctx__buckets[i].cond, &attr);
+        pthread_condattr_destroy(&attr);
+    }
+}
+
+#endif
+
+typedef struct {
+    uint32_t state; /* [atomic] */
+} ctx__parker_t;
+enum { CTX__EMPTY, CTX__PARKED, CTX__SET };
+
+/* Let the owner of the parker go on: now, or when it next parks. */
+static void ctx__unpark(ctx__parker_t *parker) {
+    if (__atomic_exchange_n(&parker->state, (uint32_t)CTX__SET, __ATOMIC_ACQ_REL) == CTX__PARKED)
+        ctx__futex_wake(&parker->state, 1);
+}
+
+/* Make the owner look at the clock again, without setting it. Pairs with the exchange in ctx__park. */
+static void ctx__parker_nudge(ctx__parker_t *parker) {
+    uint32_t parked = CTX__PARKED;
+    if (__atomic_compare_exchange_n(&parker->state, &parked, (uint32_t)CTX__EMPTY, false, __ATOMIC_SEQ_CST,
+                                    __ATOMIC_RELAXED))
+        ctx__futex_wake(&parker->state, 1);
+}
+
+/* One of this process's own threads. Signals of the process are for the program's threads, so all but those that a
+   thread brings on itself are blocked here. 0, or a negative error. */
+static int ctx__thread_start(pthread_t *thread, void *(*fn)(void *), void *arg) {
+    sigset_t all, before;
+    int rc;
+    sigfillset(&all);
+    sigdelset(&all, SIGSEGV);
+    sigdelset(&all, SIGBUS);
+    sigdelset(&all, SIGFPE);
+    sigdelset(&all, SIGILL);
+    sigdelset(&all, SIGABRT);
+    sigdelset(&all, SIGTRAP);
+    sigdelset(&all, SIGSYS);
+    sigdelset(&all, SIGPROF);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    rc = pthread_create(thread, NULL, fn, arg);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return -rc;
+}
+
+static void ctx__thread_name(const char *name) {
+#ifdef __linux__
+    prctl(PR_SET_NAME, (unsigned long)(uintptr_t)name, 0, 0, 0);
+#else
+    (void)name;
+#endif
+}
+
+/* Wake on the microsecond: the default slack of a thread's timers is 50 us. */
+static void ctx__thread_sharp_timers(void) {
+#if defined(__linux__) && defined(PR_SET_TIMERSLACK)
+    prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0);
+#endif
+}
+
+static unsigned ctx__cpu_count(void) {
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n > 1024 ? 1024 : (unsigned)n;
+}
+
+/* A descriptor that can be made readable once and for all. On Linux one eventfd; elsewhere the reading end of a pipe,
+   which becomes readable when the writing end is closed. */
+typedef struct {
+    int fd, writer;
+} ctx__event_t;
+
+static int ctx__event_open(ctx__event_t *event) {
+    event->writer = -1;
+#ifdef __linux__
+    event->fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    return event->fd < 0 ? -errno : 0;
+#else
+    {
+        int ends[2];
+        if (pipe(ends) < 0) return -errno;
+        fcntl(ends[0], F_SETFD, FD_CLOEXEC);
+        fcntl(ends[1], F_SETFD, FD_CLOEXEC);
+        event->fd = ends[0], event->writer = ends[1];
+        return 0;
+    }
+#endif
+}
+
+static void ctx__event_set(ctx__event_t *event) {
+    int saved = errno;
+#ifdef __linux__
+    uint64_t one = 1;
+    ssize_t n = write(event->fd, &one, sizeof one);
+    (void)n;
+#else
+    if (event->writer >= 0) close(event->writer);
+    event->writer = -1;
+#endif
+    errno = saved;
+}
+
+static void ctx__event_close(ctx__event_t *event) {
+    if (event->fd >= 0) close(event->fd);
+    if (event->writer >= 0) close(event->writer);
+    event->fd = event->writer = -1;
+}
+
+/* In the child of a fork: the same number, but an event of its own. */
+static void ctx__event_unshare(ctx__event_t *event) {
+    ctx__event_t own;
+    if (ctx__event_open(&own) < 0) return;
+    dup2(own.fd, event->fd);
+    fcntl(event->fd, F_SETFD, FD_CLOEXEC);
+    close(own.fd);
+    if (event->writer >= 0) close(event->writer);
+    event->writer = own.writer;
+}
+
+/* Room for `n` more elements in an array of stb_ds.h, so that what follows cannot fail: stb_ds writes through a failed
+   realloc. False when memory is short; the array is as before. */
+static bool ctx__array_reserve(void **array, size_t elem_size, size_t n) {
+    stbds_array_header *head = *array ? stbds_header(*array) : NULL;
+    size_t length = head ? head->length : 0, capacity = head ? head->capacity : 0;
+    if (length + n <= capacity) return true;
+    capacity = capacity * 2 > length + n ? capacity * 2 : length + n + 4;
+    head = (stbds_array_header *)STBDS_REALLOC(NULL, head, sizeof *head + capacity * elem_size);
+    if (!head) return false;
+    if (!*array) memset(head, 0, sizeof *head);
+    head->capacity = capacity;
+    *array = head + 1;
+    return true;
+}
+
+typedef struct {
+    ctx_t *cache;    /* free nodes, linked by their next */
+    unsigned cached; /* how many */
+    unsigned index;  /* counts threads from 1; 0: not entered yet */
+} ctx__thread_t;
+static __thread ctx__thread_t ctx__self; /* its address stands for the thread */
+
+static pthread_once_t ctx__once = PTHREAD_ONCE_INIT;
+static pthread_key_t ctx__thread_key;
+static unsigned ctx__threads_seen; /* [atomic] */
+static unsigned ctx__cpus = 1;     /* [const] after ctx__once */
+static unsigned ctx__forks;        /* how many forks this process is away from the first */
+
+static void ctx__setup(void);              /* below all sections: it wires them together */
+static void ctx__cache_flush(void *thread); /* section 3 */
+
+static CTX__COLD void ctx__thread_enter(void) {
+    pthread_once(&ctx__once, ctx__setup);
+    ctx__self.index = __atomic_add_fetch(&ctx__threads_seen, 1u, __ATOMIC_RELAXED);
+    if (!ctx__self.index) ctx__self.index = 1;
+    pthread_setspecific(ctx__thread_key, &ctx__self);
+}
+
+static inline ctx__thread_t *ctx__me(void) {
+    ctx__thread_t *me = &ctx__self;
+    if (CTX__UNLIKELY(!me->index)) ctx__thread_enter();
+    return me;
+}
+
+CTXCANCEL_API const char *ctx_strerror(int code) {
+    switch (code) {
+    case 0: return "success";
+    case CTX_CANCELED: return "context canceled";
+    case CTX_DEADLINE_EXCEEDED: return "deadline exceeded";
+    case CTX_QUEUE_FULL: return "queue full";
+    case CTX_CLOSED: return "closed";
+    case CTX_NO_MEMORY: return "out of memory";
+    case CTX_INVALID: return "invalid argument";
+    case CTX_BUSY: return "not done yet";
+    default: return code < 0 ? strerror(-(code + 1) + 1) : "unknown error";
+    }
+}
+
+/* == 2. time ======================================================
+
+   The clock is CLOCK_MONOTONIC, or while `fake` is set a number that only ctx_clock_advance() moves. Whoever sleeps
+   until a time does so through ctx__park() of section 5, which knows both. */
+
+static struct {
+    int fake;       /* [atomic] */
+    ctx_time_t now; /* [atomic] */
+} ctx__clock;
+
+static inline bool ctx__clock_is_fake(void) { return __atomic_load_n(&ctx__clock.fake, __ATOMIC_ACQUIRE) != 0; }
+
+CTXCANCEL_API ctx_time_t ctx_now(void) {
+    if (CTX__UNLIKELY(ctx__clock_is_fake())) return __atomic_load_n(&ctx__clock.now, __ATOMIC_SEQ_CST);
+    return ctx__clock_read();
+}
+
+static ctx_time_t ctx__min(ctx_time_t a, ctx_time_t b) { return a < b ? a : b; }
+
+/* == 3. context ===================================================
+
+   The tree. A node sits in its parent's child list from its making until it is freed, so everything alive can be
+   reached from the background. Two counts hold it:
+     refs   what the program holds: ctx_end() and ctx_release() give back.
+     pins   what keeps the memory: one for all refs together; one for having children or callbacks, taken with the first
+            of them and given back when there are neither refs nor any of them left (then the node is an `orphan`:
+            nobody can attach to it any more); one per shard, likewise; and one for whoever works on the node without
+            a ref, such as a cascade or the timer thread.
+   A child needs no count in its parent: standing in the list is what holds it.
+
+   Done-ness is one pointer, `why`, to an immutable record of err, code and text: NULL, then set once. A node that was
+   cancelled itself points to its own record, its descendants point to the same one, which their parents keep alive.
+   `err` repeats why->err for ctx_err() and follows at once; who finds `why` set and cares stores `err` itself.
+
+   Locks: one in each list of children. The list inside the node also guards its callbacks. Order: a node before what
+   was attached to it later, that is parents before children; then a wheel (5) or a stripe, which are innermost.
+
+   Cancelling has two phases. The first, holding the lock of the node at the top, walks down and sets `why`: a child
+   is marked by one compare-and-swap under its parent's list lock, without taking its own lock when nothing is
+   attached to it. Attaching takes the lock first and looks at `why` then; marking sets `why` first and looks at the
+   lock then; all four sequentially consistent, so one of the two sees the other: either the newcomer is born done or
+   the marker walks into the list. Nodes with something attached go onto a list through `work`, pinned; the list
+   serves as the queue of the walk, so depth costs no stack. A node that another cascade got to first is waited for by
+   taking its lock, which that cascade holds until its own walk is over: so everything below is marked when the first
+   phase ends. The second phase, with no lock held, wakes parked threads, then runs callbacks, then unpins.
+
+   A merged context is a child of `a` with a callback on `b`. The walk from `b` marks it right away (else chains of
+   merged contexts would recurse), copying the record because `b` may be gone first. Two walks can then meet at a
+   merged node from two sides, where no lock can tell them who is still busy below: a walk that enters one announces
+   itself in `ctx__walks`, and one that finds it already marked waits for the announced ones when it holds no lock any
+   more.
+
+   A shared parent shows contention when its lock is often found taken. It then gets shards: child lists with a lock
+   and a cache line each, picked by thread. The list inside the node keeps the children that it has.
+
+   Callbacks: state goes LINKED to FIRED by the canceller, or LINKED to STOPPING to IDLE by the stopper, whoever swaps
+   first. The canceller never touches `reg` once its callback has started, so a callback may free it; instead a frame
+   on the canceller's stack, in a table of stripes picked by reg's address, says what is running where. Callbacks that
+   only unpark a thread (wakers) need no frame: they end in state DONE, which the thread waits for. */
+
+typedef struct {
+    int err, code;
+    const char *what;
+} ctx__why_t;
+
+typedef struct {
+    uint32_t mu;
+    uint8_t orphan;    /* [mu] nobody holds a reference: the last to leave unpins */
+    uint8_t contended; /* [mu] how often the lock was found taken */
+    uint8_t attached;  /* [atomic, set under mu] has ever had a child, callback, descriptor or shards */
+    uint8_t shard;     /* [const] 0: inside the node */
+    ctx_t *first;      /* [mu] children */
+} ctx__list_t;
+
+typedef struct {
+    CTX__ALIGNED ctx__list_t list;
+} ctx__shard_t;
+
+/* An entry of the timing wheel: see section 5. */
+typedef struct ctx__timer {
+    struct ctx__timer *next, **pprev; /* [wheel->mu] */
+    ctx_time_t deadline;              /* [wheel->mu] while armed */
+    uint8_t armed;                    /* [atomic, set under wheel->mu] */
+    uint8_t is_node;                  /* [const] inside a context; else inside a ctx__alarm_t */
+    uint8_t wheel, level, slot;       /* [wheel->mu] where it is */
+} ctx__timer_t;
+
+typedef struct ctx__record ctx__record_t;
+
+struct ctx {
+    struct ctx__head head;  /* [atomic] err */
+    uint8_t flags;          /* [const] CTX__F_... */
+    uint8_t shard;          /* [const] which of the parent's lists it is in */
+    uint8_t entered;        /* [b->mu] merged only: marked by a walk from b */
+    const ctx__why_t *why;  /* [atomic] */
+    ctx_t *next, **pprev;   /* [parent's list mu] */
+    ctx__list_t list;       /* children, callbacks */
+    ctx__shard_t *shards;   /* [atomic, set once under list.mu] NULL or ctx__shard_count of them */
+    ctx_t *parent;          /* [const] */
+    uint32_t refs, pins;    /* [atomic] */
+    ctx_after_t *after;     /* [list.mu] circular; wakers before others */
+    ctx__timer_t timer;     /* timer.deadline is the effective one, also when it belongs to an ancestor */
+    ctx__why_t own;         /* [list.mu] until why points to it; own.what is the deadline's cause before that */
+    ctx__record_t *values;  /* [const] */
+    const char *name, *site; /* [const] */
+    ctx_t *work;            /* [whoever won the node] the next in a cascade, or among the dead */
+    ctx__event_t *event;    /* [list.mu] what ctx_done_fd() made */
+};
+
+enum {
+    CTX__F_STATIC = 1,  /* never freed: the background, failed contexts */
+    CTX__F_FAILED = 2,  /* takes no children: deriving gives itself */
+    CTX__F_VALUES = 4,  /* holds a reference to its record, if it has one */
+    CTX__F_MERGED = 8,  /* a ctx__merged_t */
+    CTX__F_NOTIFY = 16, /* a ctx__notify_t: section 13 */
+    CTX__F_BIG = CTX__F_MERGED | CTX__F_NOTIFY
+};
+
+typedef struct {
+    ctx_t node;
+    ctx_after_t reg; /* on b */
+} ctx__merged_t;
+
+static void ctx__record_release(ctx__record_t *record); /* section 4 */
+static int ctx__timer_ready(void);                      /* section 5 */
+static void ctx__timer_add(ctx__timer_t *timer, ctx_time_t deadline);
+static bool ctx__timer_remove(ctx__timer_t *timer);
+static void ctx__notify_ended(ctx_t *node); /* section 13 */
+
+/* The nodes that are never freed. Written out by position, for C++. */
+#define CTX__STATIC_TIMER { NULL, NULL, CTX_NO_DEADLINE, 0, 1, 0, 0, 0 }
+#define CTX__STATIC_NODE(err, flags, why, name)                                                                     \
+    { { err }, CTX__F_STATIC | (flags), 0, 0, why, NULL, NULL, { 0, 0, 0, 0, 0, NULL }, NULL, NULL, 1, 1, NULL,     \
+      CTX__STATIC_TIMER, { 0, 0, NULL }, NULL, name, "", NULL, NULL }
+
+static ctx_t ctx__root = CTX__STATIC_NODE(0, 0, NULL, "background");
+
+static const ctx__why_t ctx__failures[] = {
+    { CTX_NO_MEMORY, CTX_NO_MEMORY, "out of memory" },
+    { CTX_INVALID, CTX_INVALID, "invalid argument" },
+    { -EAGAIN, -EAGAIN, "cannot start a thread" },
+    { -EPERM, -EPERM, "not permitted" },
+};
+static ctx_t ctx__failed_nodes[] = {
+    CTX__STATIC_NODE(CTX_NO_MEMORY, CTX__F_FAILED, &ctx__failures[0], "failed"),
+    CTX__STATIC_NODE(CTX_INVALID, CTX__F_FAILED, &ctx__failures[1], "failed"),
+    CTX__STATIC_NODE(-EAGAIN, CTX__F_FAILED, &ctx__failures[2], "failed"),
+    CTX__STATIC_NODE(-EPERM, CTX__F_FAILED, &ctx__failures[3], "failed"),
+};
+
+/* The shared context that failed with `err`; errors without one of their own read as EAGAIN. */
+static ctx_t *ctx__failed(int err) {
+    size_t i;
+    for (i = 0; i < sizeof ctx__failures / sizeof *ctx__failures; i++)
+        if (ctx__failures[i].err == err) return &ctx__failed_nodes[i];
+    return &ctx__failed_nodes[2];
+}
+
+static unsigned ctx__shard_count = 4; /* [const] after ctx__once; a power of two */
+
+enum { CTX__CONTENDED = 16, CTX__CACHE_MAX = CTX__ASAN ? 0 : 32 };
+
+static const ctx__why_t *ctx__why(const ctx_t *ctx) { return __atomic_load_n(&ctx->why, __ATOMIC_SEQ_CST); }
+
+static void *ctx__alloc(size_t size) {
+    void *p = CTXCANCEL_MALLOC(size);
+    if (p) memset(p, 0, size);
+    return p;
+}
+
+/* A node with nothing set. A few free ones wait with each thread (not under the address sanitizer, which should see
+   each end as a free). */
+static inline ctx_t *ctx__node_alloc(void) {
+    ctx__thread_t *me = ctx__me();
+    ctx_t *node = me->cache;
+    if (!node) return (ctx_t *)CTXCANCEL_MALLOC(sizeof *node);
+    me->cache = node->next;
+    me->cached--;
+    return node;
+}
+
+static inline void ctx__node_dealloc(ctx_t *node) {
+    ctx__thread_t *me = ctx__me();
+    if ((node->flags & CTX__F_BIG) || me->cached >= (unsigned)CTX__CACHE_MAX) {
+        CTXCANCEL_FREE(node);
+        return;
+    }
+    node->next = me->cache;
+    me->cache = node;
+    me->cached++;
+}
+
+static void ctx__cache_flush(void *thread) {
+    ctx__thread_t *me = (ctx__thread_t *)thread;
+    while (me->cache) {
+        ctx_t *node = me->cache;
+        me->cache = node->next;
+        CTXCANCEL_FREE(node);
+    }
+    me->cached = 0;
+    me->index = 0;
+}
+
+static ctx__list_t *ctx__list_of(ctx_t *parent, unsigned shard) {
+    return shard ? &parent->shards[shard - 1].list : &parent->list;
+}
+
+/* [list.mu] What keeps the pin of a list. */
+static bool ctx__list_idle(const ctx_t *node, const ctx__list_t *list) {
+    return !list->first && (list->shard || !node->after);
+}
+
+/* [list.mu] The first attachment takes the pin for all. */
+static inline void ctx__list_attach(ctx_t *node, ctx__list_t *list) {
+    if (list->attached) return;
+    __atomic_store_n(&list->attached, 1, __ATOMIC_RELEASE);
+    if (!list->shard) __atomic_fetch_add(&node->pins, 1u, __ATOMIC_RELAXED);
+}
+
+/* Give a contended parent shards. Without memory it stays as it is. */
+static CTX__COLD void ctx__shards_make(ctx_t *node) {
+    unsigned i, n = ctx__shard_count;
+    void *raw = CTXCANCEL_MALLOC((n + 1) * sizeof(ctx__shard_t));
+    ctx__shard_t *shards;
+    if (!raw) return;
+    memset(raw, 0, (n + 1) * sizeof(ctx__shard_t));
+    /* Aligned by hand; the pointer to free stands in the gap before. malloc aligns to two pointers, so there is one. */
+    shards = (ctx__shard_t *)(((uintptr_t)raw + CTX__LINE) & ~(uintptr_t)(CTX__LINE - 1));
+    ((void **)(void *)shards)[-1] = raw;
+    for (i = 0; i < n; i++) shards[i].list.shard = (uint8_t)(i + 1);
+    ctx__lock(&node->list.mu);
+    if (!node->shards && !node->list.orphan) {
+        ctx__list_attach(node, &node->list);
+        for (i = 0; i < n; i++) shards[i].list.attached = 1;
+        __atomic_fetch_add(&node->pins, n, __ATOMIC_RELAXED);
+        __atomic_store_n(&node->shards, shards, __ATOMIC_RELEASE);
+        shards = NULL;
+    }
+    ctx__unlock(&node->list.mu);
+    if (shards) CTXCANCEL_FREE(raw);
+}
+
+static void ctx__shards_free(ctx_t *node) {
+    if (node->shards) CTXCANCEL_FREE(((void **)(void *)node->shards)[-1]);
+}
+
+/* Put a new node into its parent's list; born done if the parent is. */
+static inline void ctx__attach(ctx_t *parent, ctx_t *node) {
+    ctx__shard_t *shards = __atomic_load_n(&parent->shards, __ATOMIC_ACQUIRE);
+    ctx__list_t *list = &parent->list;
+    bool contended;
+    if (shards) list = &shards[ctx__me()->index & (ctx__shard_count - 1)].list;
+    contended = ctx__lock(&list->mu) && !shards && ++list->contended >= CTX__CONTENDED;
+    node->why = ctx__why(parent);
+    if (CTX__UNLIKELY(node->why)) node->head.err = node->why->err;
+    ctx__list_attach(parent, list);
+    node->shard = list->shard;
+    node->next = list->first;
+    node->pprev = &list->first;
+    if (node->next) node->next->pprev = &node->next;
+    list->first = node;
+    ctx__unlock(&list->mu);
+    if (CTX__UNLIKELY(contended)) ctx__shards_make(parent);
+}
+
+/* [list->mu] */
+static inline void ctx__unlink_locked(ctx_t *node) {
+    *node->pprev = node->next;
+    if (node->next) node->next->pprev = node->pprev;
+}
+
+/* Take a pin that does not rest on a reference. False: the node is being freed. */
+static bool ctx__pin(ctx_t *node) {
+    uint32_t pins = __atomic_load_n(&node->pins, __ATOMIC_RELAXED);
+    while (pins)
+        if (__atomic_compare_exchange_n(&node->pins, &pins, pins + 1, true, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
+            return true;
+    return false;
+}
+
+/* Give a pin back; the node that it was the last of goes onto the list of the dead. */
+static void ctx__pin_drop(ctx_t *node, ctx_t **dead) {
+    uint32_t before = __atomic_fetch_sub(&node->pins, 1u, __ATOMIC_ACQ_REL);
+    CTXCANCEL_ASSERT(before != 0);
+    if (before != 1) return;
+    node->work = *dead;
+    *dead = node;
+}
+
+static bool ctx__after_unlink(ctx_after_t *reg, ctx_t **dead);
+
+/* Free a node that nothing holds. Its parent may die of it. */
+static void ctx__node_free(ctx_t *node, ctx_t **dead) {
+    ctx_t *parent = node->parent;
+    ctx__list_t *list = ctx__list_of(parent, node->shard);
+    bool last;
+    if (__atomic_load_n(&node->timer.armed, __ATOMIC_ACQUIRE)) ctx__timer_remove(&node->timer);
+    if (node->flags & CTX__F_MERGED) ctx__after_unlink(&((ctx__merged_t *)(void *)node)->reg, dead);
+    ctx__lock(&list->mu);
+    ctx__unlink_locked(node);
+    last = list->orphan && ctx__list_idle(parent, list);
+    ctx__unlock(&list->mu);
+    if ((node->flags & CTX__F_VALUES) && node->values) ctx__record_release(node->values);
+    if (node->event) {
+        ctx__event_close(node->event);
+        CTXCANCEL_FREE(node->event);
+    }
+    ctx__shards_free(node);
+    ctx__node_dealloc(node);
+    if (last) ctx__pin_drop(parent, dead);
+}
+
+static void ctx__bury(ctx_t *dead) {
+    while (dead) {
+        ctx_t *node = dead;
+        dead = node->work;
+        ctx__node_free(node, &dead);
+    }
+}
+
+static void ctx__unpin(ctx_t *node) {
+    ctx_t *dead = NULL;
+    ctx__pin_drop(node, &dead);
+    ctx__bury(dead);
+}
+
+static void ctx__list_orphan(ctx_t *node, ctx__list_t *list, ctx_t **dead) {
+    bool idle;
+    ctx__lock(&list->mu);
+    list->orphan = 1;
+    idle = ctx__list_idle(node, list);
+    ctx__unlock(&list->mu);
+    if (idle) ctx__pin_drop(node, dead);
+}
+
+/* The last reference is gone: nobody can attach any more. What is attached keeps the node until it leaves. */
+static CTX__COLD void ctx__unowned(ctx_t *node) {
+    ctx_t *dead = NULL;
+    unsigned i;
+    if (node->flags & CTX__F_NOTIFY) ctx__notify_ended(node);
+    if (node->list.attached) {
+        ctx__shard_t *shards = __atomic_load_n(&node->shards, __ATOMIC_ACQUIRE);
+        for (i = 0; shards && i < ctx__shard_count; i++) ctx__list_orphan(node, &shards[i].list, &dead);
+        ctx__list_orphan(node, &node->list, &dead);
+    }
+    ctx__pin_drop(node, &dead);
+    ctx__bury(dead);
+}
+
+/* -- the first phase of cancelling: marking -- */
+
+typedef struct ctx__walk {
+    struct ctx__walk *next;
+    uint32_t number;
+} ctx__walk_t;
+static ctx__walk_t *ctx__walks;   /* [ctx__walks_mu] the walks that have entered a merged node */
+static uint32_t ctx__walks_begun; /* [ctx__walks_mu] */
+static uint32_t ctx__walks_mu;
+
+typedef struct {
+    ctx__walk_t walk;
+    ctx_t *top;           /* its lock is held throughout */
+    ctx_t *first, *last;  /* nodes won that have something attached, linked by work, pinned */
+    bool announced;       /* walk stands in ctx__walks */
+    bool met_another;     /* came to a merged node that another walk had marked */
+} ctx__cascade_t;
+
+static void ctx__cascade_push(ctx__cascade_t *cascade, ctx_t *node) {
+    node->work = NULL;
+    if (cascade->last) cascade->last->work = node;
+    else cascade->first = node;
+    cascade->last = node;
+}
+
+/* Anything attached, or being attached? Comes after `why` was set. */
+static inline bool ctx__attached(ctx_t *node) {
+    return __atomic_load_n(&node->list.mu, __ATOMIC_SEQ_CST) || __atomic_load_n(&node->list.attached, __ATOMIC_ACQUIRE);
+}
+
+/* Set `why` if nothing did before; `err` is set on return either way. */
+static inline bool ctx__mark(ctx_t *node, const ctx__why_t *why) {
+    const ctx__why_t *seen = NULL;
+    bool won = __atomic_compare_exchange_n(&node->why, &seen, why, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&node->head.err, won ? why->err : seen->err, __ATOMIC_RELEASE);
+    return won;
+}
+
+/* [list mu of child's parent] */
+static inline void ctx__mark_child(ctx__cascade_t *cascade, ctx_t *child, const ctx__why_t *why) {
+    bool won = ctx__mark(child, why);
+    if (!ctx__attached(child)) return;
+    if (won) {
+        if (ctx__pin(child)) ctx__cascade_push(cascade, child);
+    } else {
+        if (child->flags & CTX__F_MERGED) cascade->met_another = true;
+        ctx__lock(&child->list.mu);
+        ctx__unlock(&child->list.mu);
+    }
+}
+
+/* [list mu of b] Mark a merged node from its second side: see the opening comment. */
+static void ctx__mark_merged(ctx__cascade_t *cascade, ctx_t *node, const ctx__why_t *why) {
+    bool won;
+    if (!cascade->announced) {
+        cascade->announced = true;
+        ctx__lock(&ctx__walks_mu);
+        cascade->walk.next = ctx__walks;
+        cascade->walk.number = ++ctx__walks_begun;
+        ctx__walks = &cascade->walk;
+        ctx__unlock(&ctx__walks_mu);
+    }
+    if (ctx__why(node)) {
+        cascade->met_another = true;
+        return;
+    }
+    ctx__lock(&node->list.mu);
+    node->own = *why;
+    won = ctx__mark(node, &node->own);
+    ctx__unlock(&node->list.mu);
+    if (!won) cascade->met_another = true;
+    else if (ctx__attached(node) && ctx__pin(node)) node->entered = 1, ctx__cascade_push(cascade, node);
+    else node->entered = 1;
+}
+
+static void ctx__merge_fire(void *arg);
+
+static void ctx__mark_list(ctx__cascade_t *cascade, ctx_t *node, ctx__list_t *list, bool locked) {
+    ctx_t *child;
+    ctx_after_t *reg;
+    if (!locked) ctx__lock(&list->mu);
+    for (child = list->first; child; child = child->next) {
+        if (child->next) __builtin_prefetch(child->next);
+        ctx__mark_child(cascade, child, node->why);
+    }
+    if (!list->shard && (reg = node->after) != NULL) {
+        do {
+            if (reg->fn == ctx__merge_fire) ctx__mark_merged(cascade, (ctx_t *)reg->arg, node->why);
+            reg = reg->next;
+        } while (reg != node->after);
+    }
+    if (!locked) ctx__unlock(&list->mu);
+}
+
+/* [top->list.mu] Mark everything below `top`, which is marked. */
+static void ctx__cascade_walk(ctx__cascade_t *cascade) {
+    ctx_t *node;
+    for (node = cascade->first; node; node = node->work) {
+        ctx__shard_t *shards;
+        unsigned i;
+        ctx__mark_list(cascade, node, &node->list, node == cascade->top);
+        shards = __atomic_load_n(&node->shards, __ATOMIC_ACQUIRE);
+        for (i = 0; shards && i < ctx__shard_count; i++) ctx__mark_list(cascade, node, &shards[i].list, false);
+    }
+}
+
+/* [ctx__walks_mu] Is a walk up to number `last` still under way? */
+static bool ctx__walks_busy(uint32_t last) {
+    ctx__walk_t *walk;
+    for (walk = ctx__walks; walk; walk = walk->next)
+        if ((int32_t)(walk->number - last) <= 0) return true;
+    return false;
+}
+
+/* Leave ctx__walks, and wait for the walks in it if one of them got somewhere first. No lock is held. */
+static CTX__COLD void ctx__cascade_meet(ctx__cascade_t *cascade) {
+    unsigned turn = 0;
+    bool busy = cascade->met_another;
+    ctx__walk_t **at;
+    uint32_t last;
+    ctx__lock(&ctx__walks_mu);
+    if (cascade->announced) {
+        for (at = &ctx__walks; *at != &cascade->walk; at = &(*at)->next) {}
+        *at = cascade->walk.next;
+    }
+    last = ctx__walks_begun;
+    busy = busy && ctx__walks_busy(last);
+    ctx__unlock(&ctx__walks_mu);
+    while (busy) {
+        ctx__relax(&turn);
+        ctx__lock(&ctx__walks_mu);
+        busy = ctx__walks_busy(last);
+        ctx__unlock(&ctx__walks_mu);
+    }
+}
+
+/* -- the second phase: callbacks -- */
+
+enum { CTX__REG_IDLE, CTX__REG_LINKED, CTX__REG_STOPPING, CTX__REG_FIRED, CTX__REG_DONE };
+enum { CTX__REG_WAKER = 1 };
+
+typedef struct ctx__stopper {
+    struct ctx__stopper *next;
+    ctx__parker_t parker;
+} ctx__stopper_t;
+
+typedef struct ctx__frame {
+    struct ctx__frame *next;
+    const ctx_after_t *reg;
+    const ctx__thread_t *thread;
+    ctx__stopper_t *stoppers; /* who waits for the end */
+} ctx__frame_t;
+
+typedef struct {
+    CTX__ALIGNED uint32_t mu;
+    ctx__frame_t *frames; /* [mu] callbacks that are running */
+} ctx__stripe_t;
+
+#define CTX__STRIPES 16
+static ctx__stripe_t ctx__stripes[CTX__STRIPES];
+
+static ctx__stripe_t *ctx__stripe_of(const ctx_after_t *reg) {
+    return &ctx__stripes[((uintptr_t)reg >> 6 ^ (uintptr_t)reg >> 11) % CTX__STRIPES];
+}
+
+/* [ctx->list.mu] */
+static void ctx__after_link(ctx_t *ctx, ctx_after_t *reg) {
+    ctx_after_t *head = ctx->after;
+    if (!head) {
+        reg->next = reg->prev = reg;
+        ctx->after = reg;
+        return;
+    }
+    reg->next = head;
+    reg->prev = head->prev;
+    reg->prev->next = reg->next->prev = reg;
+    if (reg->flags & CTX__REG_WAKER) ctx->after = reg;
+}
+
+/* [ctx->list.mu] */
+static void ctx__after_unlink_locked(ctx_t *ctx, ctx_after_t *reg) {
+    if (ctx->after == reg) ctx->after = reg->next == reg ? NULL : reg->next;
+    reg->next->prev = reg->prev;
+    reg->prev->next = reg->next;
+}
+
+/* From `state` to FIRED with the frame in place, so that a stopper who sees FIRED finds it. False: a stopper was
+   first. */
+static bool ctx__frame_enter(ctx__frame_t *frame, ctx_after_t *reg, int state) {
+    ctx__stripe_t *stripe = ctx__stripe_of(reg);
+    bool won;
+    frame->reg = reg;
+    frame->thread = &ctx__self;
+    frame->stoppers = NULL;
+    ctx__lock(&stripe->mu);
+    won = __atomic_compare_exchange_n(&reg->state, &state, CTX__REG_FIRED, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+    if (won) {
+        frame->next = stripe->frames;
+        stripe->frames = frame;
+    }
+    ctx__unlock(&stripe->mu);
+    return won;
+}
+
+static void ctx__frame_leave(ctx__frame_t *frame) {
+    ctx__stripe_t *stripe = ctx__stripe_of(frame->reg);
+    ctx__frame_t **at;
+    ctx__stopper_t *stopper;
+    ctx__lock(&stripe->mu);
+    for (at = &stripe->frames; *at != frame; at = &(*at)->next) {}
+    *at = frame->next;
+    stopper = frame->stoppers;
+    ctx__unlock(&stripe->mu);
+    while (stopper) {
+        ctx__stopper_t *next = stopper->next; /* the unparked thread takes its stopper along */
+        ctx__unpark(&stopper->parker);
+        stopper = next;
+    }
+}
+
+/* Take the next callback that nobody is stopping. With `wakers`, only those. */
+static ctx_after_t *ctx__after_claim_locked(ctx_t *node, bool wakers, ctx__frame_t *frame) {
+    ctx_after_t *reg = node->after;
+    if (!reg) return NULL;
+    do {
+        bool waker = (reg->flags & CTX__REG_WAKER) != 0;
+        int linked = CTX__REG_LINKED;
+        if (wakers && !waker) return NULL;
+        if (waker ? __atomic_compare_exchange_n(&reg->state, &linked, CTX__REG_FIRED, false, __ATOMIC_ACQ_REL,
+                                                __ATOMIC_RELAXED)
+                  : ctx__frame_enter(frame, reg, CTX__REG_LINKED)) {
+            ctx__after_unlink_locked(node, reg);
+            return reg;
+        }
+        reg = reg->next;
+    } while (reg != node->after);
+    return NULL;
+}
+
+/* Run the callbacks of a pinned node that is done. */
+static void ctx__after_run(ctx_t *node, bool wakers, ctx_t **dead) {
+    for (;;) {
+        ctx__frame_t frame;
+        ctx_after_t *reg;
+        bool last;
+        ctx__lock(&node->list.mu);
+        reg = ctx__after_claim_locked(node, wakers, &frame);
+        last = reg && node->list.orphan && ctx__list_idle(node, &node->list);
+        if (wakers && !reg && node->event) ctx__event_set(node->event);
+        ctx__unlock(&node->list.mu);
+        if (!reg) return;
+        if (reg->flags & CTX__REG_WAKER) {
+            reg->fn(reg->arg);
+            __atomic_store_n(&reg->state, CTX__REG_DONE, __ATOMIC_RELEASE);
+        } else {
+            reg->fn(reg->arg);
+            ctx__frame_leave(&frame);
+        }
+        if (last) ctx__pin_drop(node, dead);
+    }
+}
+
+static void ctx__cascade_notify(ctx__cascade_t *cascade) {
+    ctx_t *node, *next, *dead = NULL;
+    for (node = cascade->first; node; node = node->work) ctx__after_run(node, true, &dead);
+    for (node = cascade->first; node; node = node->work) ctx__after_run(node, false, &dead);
+    for (node = cascade->first; node; node = next) {
+        next = node->work;
+        ctx__pin_drop(node, &dead);
+    }
+    ctx__bury(dead);
+}
+
+static bool ctx__cancel(ctx_t *node, int err, int code, const char *what) {
+    ctx__cascade_t cascade;
+    const ctx__why_t *why;
+    bool won = false;
+    if (node->flags & CTX__F_STATIC) return false;
+    memset(&cascade, 0, sizeof cascade);
+    ctx__lock(&node->list.mu);
+    why = ctx__why(node);
+    if (why) {
+        __atomic_store_n(&node->head.err, why->err, __ATOMIC_RELEASE);
+    } else {
+        node->own.err = err;
+        node->own.code = code;
+        node->own.what = what;
+        won = ctx__mark(node, &node->own);
+    }
+    if (won && node->list.attached) {
+        __atomic_fetch_add(&node->pins, 1u, __ATOMIC_RELAXED);
+        cascade.top = node;
+        ctx__cascade_push(&cascade, node);
+        ctx__cascade_walk(&cascade);
+    }
+    ctx__unlock(&node->list.mu);
+    if (CTX__UNLIKELY(cascade.announced || cascade.met_another)) ctx__cascade_meet(&cascade);
+    if (cascade.first) ctx__cascade_notify(&cascade);
+    return won;
+}
+
+static inline ctx_t *ctx__node_init(ctx_t *node, ctx_t *parent, ctx_time_t deadline, const char *name,
+                                    const char *site) {
+    node->head.err = 0;
+    node->flags = node->entered = 0;
+    node->list.mu = 0;
+    node->list.orphan = node->list.contended = node->list.attached = node->list.shard = 0;
+    node->list.first = NULL;
+    node->shards = NULL;
+    node->parent = parent;
+    node->refs = node->pins = 1;
+    node->after = NULL;
+    node->timer.deadline = deadline;
+    node->timer.armed = 0;
+    node->timer.is_node = 1;
+    node->own.what = NULL;
+    node->values = NULL;
+    node->name = name;
+    node->site = site;
+    node->event = NULL;
+    return node;
+}
+
+/* What a maker asks for. `record` is handed over. */
+typedef struct {
+    ctx_time_t deadline; /* CTX_NO_DEADLINE: none of its own */
+    bool detach;
+    uint8_t flags;
+    ctx__record_t *record;
+    const char *name, *deadline_cause, *site;
+} ctx__make_t;
+
+static void ctx__record_retain(ctx__record_t *record);
+
+static CTX__COLD ctx_t *ctx__make_failed(const ctx__make_t *make, int err) {
+    if (make->record) ctx__record_release(make->record);
+    return ctx__failed(err);
+}
+
+/* The one maker. `node` is storage from the caller's own allocation, or NULL. */
+static inline ctx_t *ctx__make(ctx_t *parent, ctx_t *node, const ctx__make_t *make) {
+    ctx_t *tree = make->detach ? &ctx__root : parent;
+    ctx_time_t limit = tree->timer.deadline;
+    bool timed = make->deadline < limit;
+    if (timed) {
+        int rc = ctx__timer_ready();
+        if (CTX__UNLIKELY(rc)) return ctx__make_failed(make, rc);
+    }
+    if (!node) node = ctx__node_alloc();
+    if (CTX__UNLIKELY(!node)) return ctx__make_failed(make, CTX_NO_MEMORY);
+    ctx__node_init(node, tree, timed ? make->deadline : limit, make->name ? make->name : parent->name, make->site);
+    node->own.what = make->deadline_cause;
+    node->flags = make->flags;
+    if (make->record) {
+        node->values = make->record;
+        node->flags |= CTX__F_VALUES;
+    } else if (parent->values && !(make->flags & CTX__F_VALUES)) {
+        node->values = parent->values; /* the parent, which outlives the child, holds it; a detached one must itself */
+        if (make->detach) {
+            ctx__record_retain(node->values);
+            node->flags |= CTX__F_VALUES;
+        }
+    }
+    ctx__attach(tree, node);
+    if (timed && !node->head.err) ctx__timer_add(&node->timer, make->deadline);
+    return node;
+}
+
+static const char *ctx__deadline_what(const ctx_t *node) {
+    return node->own.what ? node->own.what : "deadline exceeded";
+}
+
+/* A deadline that has passed needs no timer. */
+static ctx_t *ctx__make_timed(ctx_t *parent, ctx__make_t *make, ctx_time_t now) {
+    ctx_time_t deadline = make->deadline;
+    ctx_t *node;
+    if (CTX__UNLIKELY(deadline <= now)) make->deadline = CTX_NO_DEADLINE;
+    node = ctx__make(parent, NULL, make);
+    if (CTX__UNLIKELY(deadline <= now && !(node->flags & CTX__F_STATIC))) {
+        node->timer.deadline = ctx__min(deadline, node->timer.deadline);
+        ctx__cancel(node, CTX_DEADLINE_EXCEEDED, CTX_DEADLINE_EXCEEDED, ctx__deadline_what(node));
+    }
+    return node;
+}
+
+static const ctx__make_t ctx__make_plain = { CTX_NO_DEADLINE, false, 0, NULL, NULL, NULL, NULL };
+
+/* NULL, or what a maker gives for a parent that cannot have children. */
+static inline ctx_t *ctx__bad_parent(ctx_t *parent) {
+    if (CTX__UNLIKELY(!parent)) return ctx__failed(CTX_INVALID);
+    return CTX__UNLIKELY(parent->flags & CTX__F_FAILED) ? parent : NULL;
+}
+
+static ctx__record_t *ctx__record_with(const ctx__record_t *base, const ctx_key_t *key, const void *value);
+
+CTXCANCEL_API ctx_t *ctx_background(void) { return &ctx__root; }
+
+CTXCANCEL_API ctx_t *ctx_derive_at(ctx_t *parent, const ctx_desc_t *desc, const char *site) {
+    ctx_t *bad = ctx__bad_parent(parent);
+    ctx__make_t make = ctx__make_plain;
+    ctx_time_t now;
+    if (bad) return bad;
+    make.site = site;
+    if (!desc) return ctx__make(parent, NULL, &make);
+    make.name = desc->name;
+    make.detach = desc->detach;
+    make.deadline_cause = desc->deadline_cause;
+    if (desc->key || desc->value) {
+        if (!desc->key || (!desc->value && desc->key->size)) return ctx__failed(CTX_INVALID);
+        make.record = ctx__record_with(parent->values, desc->key, desc->value);
+        if (!make.record) return ctx__failed(CTX_NO_MEMORY);
+    }
+    if (!desc->deadline && !desc->timeout) return ctx__make(parent, NULL, &make);
+    now = ctx_now();
+    if (desc->deadline) make.deadline = desc->deadline;
+    if (desc->timeout) make.deadline = ctx__min(make.deadline, ctx_time_add(now, desc->timeout));
+    return ctx__make_timed(parent, &make, now);
+}
+
+CTXCANCEL_API ctx_t *ctx_with_cancel_at(ctx_t *parent, const char *site) {
+    ctx_t *bad = ctx__bad_parent(parent);
+    ctx__make_t make = ctx__make_plain;
+    make.site = site;
+    return bad ? bad : ctx__make(parent, NULL, &make);
+}
+
+CTXCANCEL_API ctx_t *ctx_with_deadline_at(ctx_t *parent, ctx_time_t deadline, const char *site) {
+    ctx_t *bad = ctx__bad_parent(parent);
+    ctx__make_t make = ctx__make_plain;
+    make.site = site;
+    make.deadline = deadline;
+    return bad ? bad : ctx__make_timed(parent, &make, ctx_now());
+}
+
+CTXCANCEL_API ctx_t *ctx_with_timeout_at(ctx_t *parent, ctx_dur_t timeout, const char *site) {
+    ctx_t *bad = ctx__bad_parent(parent);
+    ctx__make_t make = ctx__make_plain;
+    ctx_time_t now;
+    if (bad) return bad;
+    now = ctx_now();
+    make.site = site;
+    make.deadline = ctx_time_add(now, timeout);
+    return ctx__make_timed(parent, &make, now);
+}
+
+CTXCANCEL_API ctx_t *ctx_with_value_at(ctx_t *parent, const ctx_key_t *key, const void *value, const char *site) {
+    ctx_t *bad = ctx__bad_parent(parent);
+    ctx__make_t make = ctx__make_plain;
+    if (bad) return bad;
+    if (!key || (!value && key->size)) return ctx__failed(CTX_INVALID);
+    make.site = site;
+    make.record = ctx__record_with(parent->values, key, value);
+    return make.record ? ctx__make(parent, NULL, &make) : ctx__failed(CTX_NO_MEMORY);
+}
+
+CTXCANCEL_API ctx_t *ctx_without_cancel_at(ctx_t *parent, const char *site) {
+    ctx_t *bad = ctx__bad_parent(parent);
+    ctx__make_t make = ctx__make_plain;
+    make.site = site;
+    make.detach = true;
+    return bad ? bad : ctx__make(parent, NULL, &make);
+}
+
+/* Runs when b is done. The walk from b has marked the node unless another was first: then b's canceller must not
+   return before that one has marked everything below, so wait for each lock above that it may hold. */
+static void ctx__merge_fire(void *arg) {
+    ctx__merged_t *merged = (ctx__merged_t *)arg;
+    ctx_t *node = &merged->node;
+    if (!ctx__pin(node)) return;
+    if (!ctx__why(node)) { /* b was done before the merge: there was no walk */
+        const ctx__why_t *why = ctx__why(merged->reg.ctx);
+        ctx__cancel(node, why->err, why->code, why->what);
+    } else if (!node->entered) {
+        ctx_t *up;
+        for (up = node; up && ctx__why(up); up = up->parent) {
+            ctx__lock(&up->list.mu);
+            ctx__unlock(&up->list.mu);
+        }
+    }
+    ctx__unpin(node);
+}
+
+CTXCANCEL_API ctx_t *ctx_merge_at(ctx_t *a, ctx_t *b, const char *site) {
+    ctx_t *bad = ctx__bad_parent(a), *node;
+    ctx__make_t make = ctx__make_plain;
+    ctx__merged_t *merged;
+    if (!bad) bad = ctx__bad_parent(b);
+    if (bad) return bad;
+    merged = (ctx__merged_t *)ctx__alloc(sizeof *merged);
+    if (!merged) return ctx__failed(CTX_NO_MEMORY);
+    make.site = site;
+    make.flags = CTX__F_MERGED;
+    node = ctx__make(a, &merged->node, &make);
+    node->timer.deadline = ctx__min(a->timer.deadline, b->timer.deadline);
+    ctx_after(&merged->reg, b, ctx__merge_fire, node);
+    return node;
+}
+
+CTXCANCEL_API bool ctx_cancel(ctx_t *ctx) { return ctx_cancel_cause(ctx, 0, NULL); }
+
+CTXCANCEL_API bool ctx_cancel_cause(ctx_t *ctx, int code, const char *what) {
+    CTXCANCEL_ASSERT(ctx != NULL);
+    if (!ctx || ctx_err(ctx)) return false;
+    if (!code) code = CTX_CANCELED;
+    if (!what) what = ctx_strerror(code);
+    return ctx__cancel(ctx, code == CTX_DEADLINE_EXCEEDED ? code : CTX_CANCELED, code, what);
+}
+
+/* The way out of nearly every context: the owner ends the only reference and nothing is attached. Then nobody can see
+   the node but through its parent's list, so under that list's lock it is simply taken out: no cancelling, no counts.
+   */
+static inline bool ctx__end_alone(ctx_t *node) {
+    ctx__list_t *list;
+    bool alone, last;
+    ctx_t *parent = node->parent;
+    if (__atomic_load_n(&node->refs, __ATOMIC_ACQUIRE) != 1 || __atomic_load_n(&node->pins, __ATOMIC_ACQUIRE) != 1 ||
+        (node->flags & CTX__F_BIG) || node->event)
+        return false;
+    list = ctx__list_of(parent, node->shard);
+    ctx__lock(&list->mu);
+    alone = __atomic_load_n(&node->pins, __ATOMIC_ACQUIRE) == 1; /* a cascade or the timer pins under this lock */
+    last = false;
+    if (alone) {
+        ctx__unlink_locked(node);
+        last = CTX__UNLIKELY(list->orphan) && ctx__list_idle(parent, list);
+    }
+    ctx__unlock(&list->mu);
+    if (!alone) return false;
+    if ((node->flags & CTX__F_VALUES) && node->values) ctx__record_release(node->values);
+    ctx__node_dealloc(node);
+    if (CTX__UNLIKELY(last)) ctx__unpin(parent);
+    return true;
+}
+
+CTXCANCEL_API void ctx_end(ctx_t *ctx) {
+    if (!ctx || (ctx->flags & CTX__F_STATIC)) return;
+    if (__atomic_load_n(&ctx->timer.armed, __ATOMIC_ACQUIRE)) ctx__timer_remove(&ctx->timer);
+    if (ctx__end_alone(ctx)) return;
+    ctx_cancel(ctx);
+    ctx_release(ctx);
+}
+
+CTXCANCEL_API ctx_t *ctx_retain(ctx_t *ctx) {
+    CTXCANCEL_ASSERT(ctx != NULL);
+    if (ctx && !(ctx->flags & CTX__F_STATIC)) {
+        uint32_t before = __atomic_fetch_add(&ctx->refs, 1u, __ATOMIC_RELAXED);
+        CTXCANCEL_ASSERT(before != 0);
+        (void)before;
+    }
+    return ctx;
+}
+
+CTXCANCEL_API void ctx_release(ctx_t *ctx) {
+    uint32_t before;
+    if (!ctx || (ctx->flags & CTX__F_STATIC)) return;
+    before = __atomic_fetch_sub(&ctx->refs, 1u, __ATOMIC_ACQ_REL);
+    CTXCANCEL_ASSERT(before != 0);
+    if (before == 1) ctx__unowned(ctx);
+}
+
+CTXCANCEL_API ctx_cause_t ctx_cause(const ctx_t *ctx) {
+    const ctx__why_t *why = ctx_err(ctx) ? ctx__why(ctx) : NULL;
+    ctx_cause_t cause;
+    cause.code = why ? why->code : 0;
+    cause.what = why ? why->what : NULL;
+    return cause;
+}
+
+CTXCANCEL_API ctx_time_t ctx_deadline(const ctx_t *ctx) {
+    CTXCANCEL_ASSERT(ctx != NULL);
+    return ctx->timer.deadline;
+}
+
+CTXCANCEL_API ctx_dur_t ctx_remaining(const ctx_t *ctx) {
+    ctx_time_t deadline = ctx_deadline(ctx), now;
+    if (deadline == CTX_NO_DEADLINE) return CTX_FOREVER;
+    now = ctx_now();
+    return deadline > now ? deadline - now : 0;
+}
+
+CTXCANCEL_API const char *ctx_name(const ctx_t *ctx) {
+    CTXCANCEL_ASSERT(ctx != NULL);
+    return ctx->name;
+}
+
+CTXCANCEL_API const char *ctx_site(const ctx_t *ctx) {
+    CTXCANCEL_ASSERT(ctx != NULL);
+    return ctx->site ? ctx->site : "";
+}
+
+/* False if the context is done already; then `reg` is not linked. */
+static bool ctx__after_add(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags) {
+    bool live;
+    reg->fn = fn;
+    reg->arg = arg;
+    reg->ctx = ctx;
+    reg->flags = flags;
+    __atomic_store_n(&reg->state, CTX__REG_IDLE, __ATOMIC_RELAXED);
+    if (ctx->flags & CTX__F_FAILED) return false;
+    ctx__lock(&ctx->list.mu);
+    live = !ctx__why(ctx);
+    if (live) {
+        ctx__list_attach(ctx, &ctx->list);
+        ctx__after_link(ctx, reg);
+        __atomic_store_n(&reg->state, CTX__REG_LINKED, __ATOMIC_RELEASE);
+    }
+    ctx__unlock(&ctx->list.mu);
+    return live;
+}
+
+CTXCANCEL_API bool ctx_after(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg) {
+    ctx__frame_t frame;
+    CTXCANCEL_ASSERT(reg != NULL && ctx != NULL && fn != NULL);
+    if (ctx__after_add(reg, ctx, fn, arg, 0)) return true;
+    ctx__me();
+    ctx__frame_enter(&frame, reg, CTX__REG_IDLE);
+    fn(arg);
+    ctx__frame_leave(&frame);
+    return false;
+}
+
+/* Take a linked callback out, if no canceller has claimed it. */
+static bool ctx__after_unlink(ctx_after_t *reg, ctx_t **dead) {
+    int state = CTX__REG_LINKED;
+    ctx_t *ctx;
+    bool last;
+    if (!__atomic_compare_exchange_n(&reg->state, &state, CTX__REG_STOPPING, false, __ATOMIC_ACQ_REL,
+                                     __ATOMIC_ACQUIRE)) {
+        ctx__stripe_t *stripe = ctx__stripe_of(reg);
+        ctx__stopper_t stopper;
+        ctx__frame_t *frame, *found = NULL;
+        unsigned turn = 0;
+        bool mine = false;
+        if (state == CTX__REG_IDLE) return true;
+        while (state == CTX__REG_STOPPING) { /* another stopper is at it */
+            ctx__relax(&turn);
+            state = __atomic_load_n(&reg->state, __ATOMIC_ACQUIRE);
+            if (state == CTX__REG_IDLE) return true;
+        }
+        stopper.parker.state = CTX__EMPTY;
+        ctx__lock(&stripe->mu);
+        for (frame = stripe->frames; frame; frame = frame->next) {
+            if (frame->reg != reg) continue;
+            found = frame;
+            if (frame->thread == &ctx__self) mine = true; /* called from inside the callback */
+        }
+        if (found && !mine) {
+            stopper.next = found->stoppers;
+            found->stoppers = &stopper;
+        }
+        ctx__unlock(&stripe->mu);
+        if (found && !mine) {
+            uint32_t *word = &stopper.parker.state, empty = CTX__EMPTY;
+            __atomic_compare_exchange_n(word, &empty, (uint32_t)CTX__PARKED, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+            while (__atomic_load_n(word, __ATOMIC_ACQUIRE) != CTX__SET)
+                ctx__futex_wait(word, CTX__PARKED, CTX_NO_DEADLINE);
+        }
+        return false;
+    }
+    ctx = reg->ctx;
+    ctx__lock(&ctx->list.mu);
+    ctx__after_unlink_locked(ctx, reg);
+    last = ctx->list.orphan && ctx__list_idle(ctx, &ctx->list);
+    ctx__unlock(&ctx->list.mu);
+    __atomic_store_n(&reg->state, CTX__REG_IDLE, __ATOMIC_RELEASE);
+    if (last) ctx__pin_drop(ctx, dead);
+    return true;
+}
+
+CTXCANCEL_API bool ctx_after_stop(ctx_after_t *reg) {
+    ctx_t *dead = NULL;
+    bool stopped;
+    CTXCANCEL_ASSERT(reg != NULL);
+    stopped = ctx__after_unlink(reg, &dead);
+    ctx__bury(dead);
+    return stopped;
+}
+
+CTXCANCEL_API int ctx__leaf_settle(ctx_leaf_t *leaf, int err) {
+    int before = 0;
+    __atomic_compare_exchange_n(&leaf->err, &before, err, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    return before ? before : err;
+}
+
+/* == 4. values ====================================================
+
+   A context points to one record that holds every value in sight: an immutable, counted table, so a look-up costs the
+   same wherever it is asked and a child inherits by pointer. Setting a value copies the record and adds to it; contexts
+   are read far more often than they get values. The table is open-addressed by the key's address, at most half full,
+   except for the single value of the usual case, whose table has one slot. Values follow the table, each aligned. */
+
+typedef struct {
+    const ctx_key_t *key; /* NULL: free */
+    const void *value;    /* in this record */
+} ctx__slot_t;
+
+struct ctx__record {
+    uint32_t refs;  /* [atomic] */
+    uint32_t mask;  /* [const] slots - 1; slots are a power of two */
+    uint32_t count; /* [const] */
+    uint32_t bytes; /* [const] of values, padding included; less than 2^31 */
+};
+
+#define CTX__VALUE_ALIGN (2 * sizeof(void *) > 16 ? 2 * sizeof(void *) : 16)
+
+static size_t ctx__value_room(size_t size) { return (size + CTX__VALUE_ALIGN - 1) & ~(size_t)(CTX__VALUE_ALIGN - 1); }
+
+static size_t ctx__record_head(uint32_t slots) {
+    return ctx__value_room(sizeof(ctx__record_t)) + ctx__value_room(slots * sizeof(ctx__slot_t));
+}
+
+static ctx__slot_t *ctx__record_slots(const ctx__record_t *record) {
+    return (ctx__slot_t *)(uintptr_t)((const char *)record + ctx__value_room(sizeof *record));
+}
+
+/* The slot of `key`, or the free one where it would go, or NULL when the table is full without it. */
+static ctx__slot_t *ctx__record_find(const ctx__record_t *record, const ctx_key_t *key) {
+    ctx__slot_t *slots = ctx__record_slots(record);
+    uint32_t hash = (uint32_t)((uintptr_t)key >> 3) * 2654435761u, i, n;
+    hash ^= hash >> 15;
+    for (n = 0, i = hash & record->mask; n <= record->mask; n++, i = (i + 1) & record->mask)
+        if (slots[i].key == key || !slots[i].key) return &slots[i];
+    return NULL;
+}
+
+static char *ctx__record_put(ctx__record_t *record, char *at, const ctx_key_t *key, const void *value) {
+    ctx__slot_t *slot = ctx__record_find(record, key);
+    slot->key = key;
+    slot->value = at;
+    if (key->size) memcpy(at, value, key->size);
+    return at + ctx__value_room(key->size);
+}
+
+/* `base` (or NULL) with one value set. NULL when memory is short. */
+static ctx__record_t *ctx__record_with(const ctx__record_t *base, const ctx_key_t *key, const void *value) {
+    const ctx__slot_t *old = base ? ctx__record_find(base, key) : NULL;
+    bool shadows = old && old->key;
+    uint32_t count = (base ? base->count : 0) + !shadows, slots = 1, i;
+    size_t bytes = base ? base->bytes : 0;
+    ctx__record_t *record;
+    char *at;
+    while (count > 1 && slots < count * 2) slots *= 2;
+    if (!shadows) {
+        if (key->size > INT32_MAX / 2 || bytes > INT32_MAX / 2) return NULL;
+        bytes += ctx__value_room(key->size);
+    }
+    record = (ctx__record_t *)CTXCANCEL_MALLOC(ctx__record_head(slots) + bytes + (bytes == 0));
+    if (!record) return NULL;
+    record->refs = 1;
+    record->mask = slots - 1;
+    record->count = count;
+    record->bytes = (uint32_t)bytes;
+    memset(ctx__record_slots(record), 0, slots * sizeof(ctx__slot_t));
+    at = (char *)record + ctx__record_head(slots);
+    for (i = 0; base && i <= base->mask; i++) {
+        const ctx__slot_t *slot = &ctx__record_slots(base)[i];
+        if (slot->key && slot->key != key) at = ctx__record_put(record, at, slot->key, slot->value);
+    }
+    ctx__record_put(record, at, key, value);
+    return record;
+}
+
+static void ctx__record_retain(ctx__record_t *record) { __atomic_fetch_add(&record->refs, 1u, __ATOMIC_RELAXED); }
+
+static void ctx__record_release(ctx__record_t *record) {
+    /* Alone in holding it, nobody else can take a reference: no need for the atomic subtraction. */
+    if (__atomic_load_n(&record->refs, __ATOMIC_ACQUIRE) == 1 ||
+        __atomic_fetch_sub(&record->refs, 1u, __ATOMIC_ACQ_REL) == 1)
+        CTXCANCEL_FREE(record);
+}
+
+CTXCANCEL_API const void *ctx_value(const ctx_t *ctx, const ctx_key_t *key) {
+    const ctx__slot_t *slot;
+    CTXCANCEL_ASSERT(ctx != NULL);
+    if (!ctx->values || !key) return NULL;
+    slot = ctx__record_find(ctx->values, key);
+    return slot ? slot->value : NULL;
+}
+
+/* == 5. timers ====================================================
+
+   Hierarchical timing wheels with intrusive links: adding and removing are constant time and touch no memory but the
+   timer's. A wheel has 8 levels of 64 slots; a slot of level n spans 64^n ticks of 2^16 ns. A timer stands at the
+   level of the highest group of 6 bits in which its tick differs from the wheel's own, so within a level slots are in
+   order of time and below a higher level everything is sooner. When the wheel's tick enters a slot of a higher level
+   its timers move down. At level 0 the exact deadline decides: never early, and as late as the thread wakes.
+
+   There are a few wheels, picked by thread, so that threads do not meet at one lock. Each remembers in `wake_at` when
+   the runtime thread means to look at it again; who adds an earlier deadline lowers it and kicks the thread, whose
+   futex word counts kicks: it reads the count, looks at every wheel, then sleeps unless the count has moved. Removing
+   never wakes it.
+
+   A timer may be pushed later while armed without moving (`deadline` says the truth, the slot is a lower bound),
+   which is what a pool's worker does for each task. A due timer is taken out and its node pinned under the wheel's
+   lock; nodes are then cancelled, in the order of their deadlines, with no lock held. With the fake clock nobody
+   sleeps: the same wheels are turned by ctx_clock_advance(). */
+
+#define CTX__TICK_BITS 16
+#define CTX__SLOT_BITS 6
+#define CTX__SLOTS 64
+#define CTX__LEVELS 8
+#define CTX__WHEELS 16
+
+typedef struct {
+    CTX__ALIGNED uint32_t mu;
+    uint32_t started;    /* [mu] wake_at holds something */
+    uint64_t tick;       /* [mu] everything before it has been handled */
+    ctx_time_t wake_at;  /* [mu] when the runtime thread looks again */
+    uint64_t armed;      /* [mu] how many timers */
+    uint64_t used[CTX__LEVELS]; /* [mu] a bit per slot that is not empty */
+    ctx__timer_t *slots[CTX__LEVELS][CTX__SLOTS]; /* [mu] */
+} ctx__wheel_t;
+
+static ctx__wheel_t ctx__wheels[CTX__WHEELS];
+static unsigned ctx__wheel_count = 1; /* [const] after ctx__once; a power of two */
+
+/* A sleeper's timer: only the fake clock needs it, real sleepers leave it to the system. */
+typedef struct {
+    ctx__timer_t timer;
+    ctx__parker_t *parker;
+} ctx__alarm_t;
+
+typedef struct ctx__nag ctx__nag_t;
+
+/* Guards the start and the end of the library's own threads, and what section 13 keeps: a mutex, since it is held over
+   system calls. Outermost. */
+static pthread_mutex_t ctx__life = PTHREAD_MUTEX_INITIALIZER;
+
+static struct {
+    uint32_t kicks;    /* [atomic] the word that the thread sleeps on */
+    uint32_t running;  /* [atomic, set under ctx__life] */
+    uint32_t stop;     /* [atomic] */
+    uint32_t mu;       /* nags; the shared done descriptor */
+    pthread_t thread;  /* [ctx__life] */
+    ctx__nag_t *nags;  /* [mu] section 7 */
+} ctx__runtime;
+
+static uint64_t ctx__tick_of(ctx_time_t t) { return t < 0 ? 0 : (uint64_t)t >> CTX__TICK_BITS; }
+
+/* [wheel->mu] */
+static void ctx__wheel_place(ctx__wheel_t *wheel, ctx__timer_t *timer) {
+    uint64_t tick = ctx__tick_of(timer->deadline), differs;
+    unsigned level = 0, slot;
+    if (tick < wheel->tick) tick = wheel->tick;
+    differs = tick ^ wheel->tick;
+    if (differs) level = (63 - (unsigned)__builtin_clzll(differs)) / CTX__SLOT_BITS;
+    slot = (unsigned)(tick >> (CTX__SLOT_BITS * level)) & (CTX__SLOTS - 1);
+    timer->level = (uint8_t)level;
+    timer->slot = (uint8_t)slot;
+    timer->next = wheel->slots[level][slot];
+    timer->pprev = &wheel->slots[level][slot];
+    if (timer->next) timer->next->pprev = &timer->next;
+    wheel->slots[level][slot] = timer;
+    wheel->used[level] |= (uint64_t)1 << slot;
+}
+
+/* [wheel->mu] */
+static void ctx__wheel_unlink(ctx__wheel_t *wheel, ctx__timer_t *timer) {
+    *timer->pprev = timer->next;
+    if (timer->next) timer->next->pprev = timer->pprev;
+    if (!wheel->slots[timer->level][timer->slot]) wheel->used[timer->level] &= ~((uint64_t)1 << timer->slot);
+}
+
+/* [wheel->mu] Where the earliest slot in use begins; level CTX__LEVELS when there is none. */
+static uint64_t ctx__wheel_first(const ctx__wheel_t *wheel, unsigned *level, unsigned *slot) {
+    uint64_t above;
+    for (*level = 0; *level < CTX__LEVELS && !wheel->used[*level]; ++*level) {}
+    if (*level == CTX__LEVELS) return UINT64_MAX;
+    *slot = (unsigned)__builtin_ctzll(wheel->used[*level]);
+    above = *level + 1 == CTX__LEVELS ? 0 : wheel->tick >> (CTX__SLOT_BITS * (*level + 1)) << CTX__SLOT_BITS;
+    return (above | *slot) << (CTX__SLOT_BITS * *level);
+}
+
+/* [wheel->mu] When the wheel must be looked at next: a deadline, or the time to move timers down. */
+static ctx_time_t ctx__wheel_next(const ctx__wheel_t *wheel) {
+    unsigned level, slot;
+    uint64_t tick = ctx__wheel_first(wheel, &level, &slot);
+    const ctx__timer_t *timer;
+    ctx_time_t next = CTX_NO_DEADLINE;
+    if (level == CTX__LEVELS) return CTX_NO_DEADLINE;
+    if (level > 0) return (ctx_time_t)(tick << CTX__TICK_BITS);
+    for (timer = wheel->slots[0][slot]; timer; timer = timer->next) next = ctx__min(next, timer->deadline);
+    return ctx__tick_of(next) > tick ? (ctx_time_t)(tick << CTX__TICK_BITS) : next;
+}
+
+/* [wheel->mu] Take a due timer out: a node goes pinned onto `due`, a sleeper is made to look at the clock. The pin
+   comes before `armed`: who reads armed == 0 sees the pin. */
+static void ctx__timer_expire(ctx__wheel_t *wheel, ctx__timer_t *timer, ctx__timer_t **due) {
+    wheel->armed--;
+    if (timer->is_node) {
+        if (ctx__pin(CTX__CONTAINER(timer, ctx_t, timer))) {
+            timer->next = *due;
+            *due = timer;
+        }
+        __atomic_store_n(&timer->armed, 0, __ATOMIC_RELEASE);
+    } else {
+        ctx__parker_t *parker = CTX__CONTAINER(timer, ctx__alarm_t, timer)->parker;
+        __atomic_store_n(&timer->armed, 0, __ATOMIC_RELEASE);
+        ctx__parker_nudge(parker);
+    }
+}
+
+/* [wheel->mu] Turn the wheel to `now`. */
+static void ctx__wheel_turn(ctx__wheel_t *wheel, ctx_time_t now, ctx__timer_t **due) {
+    uint64_t target = ctx__tick_of(now);
+    for (;;) {
+        unsigned level, slot = 0;
+        uint64_t tick = ctx__wheel_first(wheel, &level, &slot);
+        ctx__timer_t *timer, *next;
+        bool early = false;
+        if (level == CTX__LEVELS || tick > target) break;
+        timer = wheel->slots[level][slot];
+        wheel->slots[level][slot] = NULL;
+        wheel->used[level] &= ~((uint64_t)1 << slot);
+        wheel->tick = tick;
+        for (; timer; timer = next) {
+            next = timer->next;
+            if (level == 0 && timer->deadline <= now) {
+                ctx__timer_expire(wheel, timer, due);
+            } else {
+                ctx__wheel_place(wheel, timer);
+                early = early || (level == 0 && ctx__tick_of(timer->deadline) <= tick);
+            }
+        }
+        if (early) break; /* later in this very tick */
+    }
+    if (wheel->tick < target) wheel->tick = target;
+}
+
+static ctx__timer_t *ctx__due_merge(ctx__timer_t *a, ctx__timer_t *b) {
+    ctx__timer_t *first = NULL, **end = &first;
+    while (a && b) {
+        ctx__timer_t **from = b->deadline < a->deadline ? &b : &a;
+        *end = *from;
+        end = &(*from)->next;
+        *from = *end;
+    }
+    *end = a ? a : b;
+    return first;
+}
+
+/* Sort by deadline: a bottom-up merge sort, bins[i] holding 2^i timers. */
+static ctx__timer_t *ctx__due_sort(ctx__timer_t *due) {
+    ctx__timer_t *bins[48], *all = NULL;
+    unsigned i;
+    memset(bins, 0, sizeof bins);
+    while (due) {
+        ctx__timer_t *run = due;
+        due = due->next;
+        run->next = NULL;
+        for (i = 0; bins[i]; i++) {
+            run = ctx__due_merge(bins[i], run);
+            bins[i] = NULL;
+        }
+        bins[i] = run;
+    }
+    for (i = 0; i < 48; i++) all = ctx__due_merge(bins[i], all);
+    return all;
+}
+
+/* Cancel the nodes of due timers, soonest first. No lock is held. */
+static void ctx__due_fire(ctx__timer_t *due) {
+    due = ctx__due_sort(due);
+    while (due) {
+        ctx_t *node = CTX__CONTAINER(due, ctx_t, timer);
+        due = due->next;
+        ctx__cancel(node, CTX_DEADLINE_EXCEEDED, CTX_DEADLINE_EXCEEDED, ctx__deadline_what(node));
+        ctx__unpin(node);
+    }
+}
+
+/* Turn all wheels to `now`. What is due, and when to look again. */
+static ctx_time_t ctx__wheels_turn(ctx_time_t now, ctx__timer_t **due) {
+    ctx_time_t next = CTX_NO_DEADLINE;
+    unsigned i;
+    for (i = 0; i < ctx__wheel_count; i++) {
+        ctx__wheel_t *wheel = &ctx__wheels[i];
+        ctx__lock(&wheel->mu);
+        ctx__wheel_turn(wheel, now, due);
+        wheel->wake_at = ctx__wheel_next(wheel);
+        wheel->started = 1;
+        next = ctx__min(next, wheel->wake_at);
+        ctx__unlock(&wheel->mu);
+    }
+    return next;
+}
+
+static void ctx__runtime_kick(void) {
+    __atomic_fetch_add(&ctx__runtime.kicks, 1u, __ATOMIC_RELEASE);
+    ctx__futex_wake(&ctx__runtime.kicks, 1);
+}
+
+static bool ctx__nag_all(void); /* section 7 */
+
+static void *ctx__runtime_main(void *unused) {
+    (void)unused;
+    ctx__thread_name("ctx-runtime");
+    ctx__thread_sharp_timers();
+    while (!__atomic_load_n(&ctx__runtime.stop, __ATOMIC_ACQUIRE)) {
+        uint32_t kicks = __atomic_load_n(&ctx__runtime.kicks, __ATOMIC_ACQUIRE);
+        ctx__timer_t *due = NULL;
+        ctx_time_t next = CTX_NO_DEADLINE, now = ctx__clock_read();
+        if (__atomic_load_n(&ctx__runtime.stop, __ATOMIC_ACQUIRE)) break;
+        if (!ctx__clock_is_fake()) next = ctx__wheels_turn(now, &due);
+        if (ctx__nag_all()) next = ctx__min(next, now + CTX_MS(1));
+        if (due) ctx__due_fire(due);
+        else if (next > now) ctx__futex_wait(&ctx__runtime.kicks, kicks, next);
+    }
+    return NULL;
+}
+
+/* Make sure that the runtime thread runs. 0, or a negative error. */
+static CTX__COLD int ctx__runtime_start(void) {
+    int rc = 0;
+    ctx__me();
+    pthread_mutex_lock(&ctx__life);
+    if (!ctx__runtime.running) {
+        __atomic_store_n(&ctx__runtime.stop, 0u, __ATOMIC_RELAXED);
+        rc = ctx__thread_start(&ctx__runtime.thread, ctx__runtime_main, NULL);
+        if (!rc) __atomic_store_n(&ctx__runtime.running, 1u, __ATOMIC_RELEASE);
+    }
+    pthread_mutex_unlock(&ctx__life);
+    return rc;
+}
+
+static int ctx__timer_ready(void) {
+    if (__atomic_load_n(&ctx__runtime.running, __ATOMIC_ACQUIRE) || ctx__clock_is_fake()) return 0;
+    return ctx__runtime_start();
+}
+
+/* Arm a timer that is not armed. */
+static void ctx__timer_add(ctx__timer_t *timer, ctx_time_t deadline) {
+    unsigned i = ctx__me()->index & (ctx__wheel_count - 1);
+    ctx__wheel_t *wheel = &ctx__wheels[i];
+    bool kick;
+    ctx__lock(&wheel->mu);
+    timer->wheel = (uint8_t)i;
+    timer->deadline = deadline;
+    ctx__wheel_place(wheel, timer);
+    wheel->armed++;
+    __atomic_store_n(&timer->armed, 1, __ATOMIC_RELAXED);
+    kick = !wheel->started || deadline < wheel->wake_at;
+    if (kick) {
+        wheel->wake_at = deadline;
+        wheel->started = 1;
+    }
+    ctx__unlock(&wheel->mu);
+    if (CTX__UNLIKELY(kick)) ctx__runtime_kick();
+}
+
+/* False: it was not armed, or has just been taken out to fire. */
+static bool ctx__timer_remove(ctx__timer_t *timer) {
+    ctx__wheel_t *wheel = &ctx__wheels[timer->wheel];
+    bool was;
+    ctx__lock(&wheel->mu);
+    was = timer->armed;
+    if (was) {
+        ctx__wheel_unlink(wheel, timer);
+        wheel->armed--;
+        __atomic_store_n(&timer->armed, 0, __ATOMIC_RELAXED);
+    }
+    ctx__unlock(&wheel->mu);
+    return was;
+}
+
+/* Give an armed timer another deadline; later ones need no move. False: it has been taken out to fire. */
+static bool ctx__timer_move(ctx__timer_t *timer, ctx_time_t deadline) {
+    ctx__wheel_t *wheel = &ctx__wheels[timer->wheel];
+    bool was, sooner;
+    ctx__lock(&wheel->mu);
+    was = timer->armed;
+    sooner = was && deadline < timer->deadline;
+    if (was && !sooner) timer->deadline = deadline;
+    ctx__unlock(&wheel->mu);
+    if (!sooner) return was;
+    if (!ctx__timer_remove(timer)) return false;
+    ctx__timer_add(timer, deadline);
+    return true;
+}
+
+/* Park until unparked (true) or until `until` on the library's clock (false). */
+static bool ctx__park(ctx__parker_t *parker, ctx_time_t until) {
+    for (;;) {
+        uint32_t state = CTX__EMPTY;
+        ctx__alarm_t alarm;
+        bool fake = until != CTX_NO_DEADLINE && ctx__clock_is_fake();
+        if (fake) { /* before PARKED: an alarm that goes off early finds the clock moved already */
+            memset(&alarm, 0, sizeof alarm);
+            alarm.parker = parker;
+            ctx__timer_add(&alarm.timer, until);
+        }
+        __atomic_compare_exchange_n(&parker->state, &state, (uint32_t)CTX__PARKED, false, __ATOMIC_SEQ_CST,
+                                    __ATOMIC_ACQUIRE);
+        if (state != CTX__SET && (until == CTX_NO_DEADLINE || ctx_now() < until))
+            ctx__futex_wait(&parker->state, CTX__PARKED, fake ? CTX_NO_DEADLINE : until);
+        if (fake) ctx__timer_remove(&alarm.timer);
+        state = __atomic_load_n(&parker->state, __ATOMIC_ACQUIRE);
+        if (state == CTX__SET) return true;
+        if (until != CTX_NO_DEADLINE && ctx_now() >= until) {
+            state = CTX__PARKED;
+            if (__atomic_compare_exchange_n(&parker->state, &state, (uint32_t)CTX__EMPTY, false, __ATOMIC_ACQ_REL,
+                                            __ATOMIC_ACQUIRE) || state == CTX__EMPTY)
+                return false;
+        }
+    }
+}
+
+/* Make a parker that was SET ready to be used again. Its owner does. */
+static void ctx__parker_reset(ctx__parker_t *parker) {
+    __atomic_store_n(&parker->state, (uint32_t)CTX__EMPTY, __ATOMIC_RELEASE);
+}
+
+/* After a change of clock: every timer takes its place anew, every sleeper looks again. */
+static void ctx__wheels_rebase(ctx_time_t now) {
+    unsigned i, level, slot;
+    ctx__me();
+    for (i = 0; i < ctx__wheel_count; i++) {
+        ctx__wheel_t *wheel = &ctx__wheels[i];
+        ctx__timer_t *all = NULL, *timer, *none = NULL;
+        ctx__lock(&wheel->mu);
+        for (level = 0; level < CTX__LEVELS; level++) {
+            for (slot = 0; slot < CTX__SLOTS; slot++) {
+                while ((timer = wheel->slots[level][slot]) != NULL) {
+                    ctx__wheel_unlink(wheel, timer);
+                    timer->next = all;
+                    all = timer;
+                }
+            }
+        }
+        wheel->tick = ctx__tick_of(now);
+        wheel->started = 0;
+        while ((timer = all) != NULL) {
+            all = timer->next;
+            if (timer->is_node) ctx__wheel_place(wheel, timer);
+            else ctx__timer_expire(wheel, timer, &none);
+        }
+        ctx__unlock(&wheel->mu);
+    }
+}
+
+static bool ctx__timers_armed(void) {
+    unsigned i;
+    bool any = false;
+    for (i = 0; i < ctx__wheel_count; i++) {
+        ctx__lock(&ctx__wheels[i].mu);
+        any = any || ctx__wheels[i].armed;
+        ctx__unlock(&ctx__wheels[i].mu);
+    }
+    return any;
+}
+
+CTXCANCEL_API void ctx_clock_fake(ctx_time_t start) {
+    __atomic_store_n(&ctx__clock.now, start, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&ctx__clock.fake, 1, __ATOMIC_RELEASE);
+    ctx__wheels_rebase(start);
+}
+
+CTXCANCEL_API void ctx_clock_real(void) {
+    __atomic_store_n(&ctx__clock.fake, 0, __ATOMIC_RELEASE);
+    ctx__wheels_rebase(ctx__clock_read());
+    if (ctx__timers_armed()) ctx__runtime_start();
+    ctx__runtime_kick();
+}
+
+CTXCANCEL_API void ctx_clock_advance(ctx_dur_t dur) {
+    bool fake = ctx__clock_is_fake();
+    ctx_time_t now = ctx_now(), target = ctx_time_add(now, dur < 0 ? 0 : dur);
+    CTXCANCEL_ASSERT(fake);
+    if (!fake) return;
+    for (;;) {
+        ctx__timer_t *due = NULL;
+        ctx_time_t next = ctx__wheels_turn(now, &due);
+        if (due) {
+            ctx__due_fire(due);
+        } else {
+            if (now == target) return;
+            now = next > now ? ctx__min(next, target) : target;
+            __atomic_store_n(&ctx__clock.now, now, __ATOMIC_SEQ_CST);
+        }
+    }
+}
+
+/* == 6. polling ===================================================
+
+   A poll counts calls and looks when the count is out. A tuned one aims at a look every 1/256 of the latency wanted and
+   reads the clock at every 32nd look, so that a turn of the loop which suddenly takes 1000 times longer is still
+   noticed within a few times the budget; a look that is not a tuning costs one load. */
+
+#define CTX__LOOKS_PER_TUNING 32
+#define CTX__LOOKS_PER_BUDGET 256
+
+CTXCANCEL_API ctx_poll_t ctx_poll_every(const ctx_t *ctx, uint32_t stride) {
+    ctx_poll_t poll;
+    CTXCANCEL_ASSERT(ctx != NULL);
+    memset(&poll, 0, sizeof poll);
+    poll.ctx = ctx;
+    poll.stride = poll.left = stride ? stride : 1;
+    return poll;
+}
+
+CTXCANCEL_API ctx_poll_t ctx_poll_within(const ctx_t *ctx, ctx_dur_t within) {
+    ctx_poll_t poll = ctx_poll_every(ctx, 1);
+    poll.within = within > 0 ? within : 0;
+    poll.looks = CTX__LOOKS_PER_TUNING;
+    poll.last = ctx__clock_read();
+    return poll;
+}
+
+/* The stride for the speed that the loop has shown since the last tuning. It grows 16-fold at most, for the measure of
+   a few turns is coarse; it shrinks at once. */
+static void ctx__poll_tune(ctx_poll_t *poll) {
+    ctx_time_t now = ctx__clock_read();
+    double aim = (double)poll->within / CTX__LOOKS_PER_BUDGET;
+    double look = (double)(now - poll->last) / CTX__LOOKS_PER_TUNING;
+    double growth = look > 0 ? aim / look : 16, stride = poll->stride * (growth > 16 ? 16 : growth);
+    poll->stride = stride < 1 ? 1 : stride > 1e9 ? 1000000000u : (uint32_t)stride;
+    poll->looks = CTX__LOOKS_PER_TUNING;
+    poll->last = now;
+}
+
+CTXCANCEL_API int ctx__poll_look(ctx_poll_t *poll) {
+    int err = ctx_err(poll->ctx);
+    if (err) {
+        poll->left = 1;
+        return err;
+    }
+    if (poll->within && --poll->looks == 0) ctx__poll_tune(poll);
+    poll->left = poll->stride;
+    return 0;
+}
+
+CTXCANCEL_API const volatile int *ctx_flag(const ctx_t *ctx) {
+    CTXCANCEL_ASSERT(ctx != NULL);
+    return &ctx->head.err;
+}
+
+/* == 7. waiting ===================================================
+
+   Who waits for a context registers a waker: a callback that unparks it. Wakers run before other callbacks and under
+   the rules of section 3. A waiter leaves by ctx__unwatch(), after which nobody will touch its parker for the
+   context's sake: either the waker was taken out, or it has run to its last store (DONE), which follows the wake-up
+   closely. */
+
+typedef struct {
+    ctx_after_t reg;
+    ctx__parker_t *parker;
+} ctx__watch_t;
+
+static void ctx__watch_fire(void *parker) { ctx__unpark((ctx__parker_t *)parker); }
+
+/* Unpark `parker` when `ctx` is done. False: it is, and nothing was registered. */
+static bool ctx__watch(ctx__watch_t *watch, ctx_t *ctx, ctx__parker_t *parker) {
+    return ctx__after_add(&watch->reg, ctx, ctx__watch_fire, parker, CTX__REG_WAKER);
+}
+
+static void ctx__unwatch(ctx__watch_t *watch) {
+    int state = CTX__REG_LINKED;
+    unsigned turn = 0;
+    if (__atomic_load_n(&watch->reg.state, __ATOMIC_ACQUIRE) == CTX__REG_LINKED) {
+        if (ctx_after_stop(&watch->reg)) return;
+    }
+    do {
+        state = __atomic_load_n(&watch->reg.state, __ATOMIC_ACQUIRE);
+        if (state == CTX__REG_FIRED) ctx__relax(&turn);
+    } while (state == CTX__REG_FIRED);
+}
+
+static ctx_time_t ctx__from_now(ctx_dur_t dur) {
+    return dur == CTX_FOREVER ? CTX_NO_DEADLINE : ctx_time_add(ctx_now(), dur);
+}
+
+/* Park until `ctx` is done (its err) or until `until` (0). */
+static int ctx__wait_until(ctx_t *ctx, ctx_time_t until) {
+    ctx__parker_t parker;
+    ctx__watch_t watch;
+    parker.state = CTX__EMPTY;
+    if (ctx__watch(&watch, ctx, &parker)) {
+        ctx__park(&parker, until);
+        ctx__unwatch(&watch);
+    }
+    return ctx_err(ctx);
+}
+
+CTXCANCEL_API int ctx_wait(ctx_t *ctx, ctx_dur_t max) {
+    int err = ctx_err(ctx);
+    if (!err && max > 0) err = ctx__wait_until(ctx, ctx__from_now(max));
+    return err ? err : CTX_BUSY;
+}
+
+CTXCANCEL_API int ctx_sleep(ctx_t *ctx, ctx_dur_t dur) {
+    int err = ctx_err(ctx);
+    if (!err && dur > 0) err = ctx__wait_until(ctx, ctx__from_now(dur));
+    return err;
+}
+
+static ctx__event_t ctx__event_done = { -1, -1 }; /* [ctx__runtime.mu] for contexts that are done when first asked */
+
+static int ctx__done_fd_shared(void) {
+    int rc = 0;
+    ctx__lock(&ctx__runtime.mu);
+    if (ctx__event_done.fd < 0) {
+        rc = ctx__event_open(&ctx__event_done);
+        if (!rc) ctx__event_set(&ctx__event_done);
+    }
+    if (!rc) rc = ctx__event_done.fd;
+    ctx__unlock(&ctx__runtime.mu);
+    return rc;
+}
+
+CTXCANCEL_API int ctx_done_fd(ctx_t *ctx) {
+    ctx__event_t *event = NULL;
+    int rc = 0;
+    CTXCANCEL_ASSERT(ctx != NULL);
+    if (ctx->flags & CTX__F_FAILED) return ctx__done_fd_shared();
+    ctx__lock(&ctx->list.mu);
+    if (!ctx->event && !ctx__why(ctx)) {
+        event = (ctx__event_t *)CTXCANCEL_MALLOC(sizeof *event);
+        rc = event ? ctx__event_open(event) : CTX_NO_MEMORY;
+        if (!rc) {
+            ctx__list_attach(ctx, &ctx->list);
+            ctx->event = event;
+            event = NULL;
+        }
+    }
+    if (!rc && ctx->event) rc = ctx->event->fd;
+    else if (!rc) rc = -EAGAIN; /* done already */
+    ctx__unlock(&ctx->list.mu);
+    if (event) CTXCANCEL_FREE(event);
+    return rc == -EAGAIN && ctx_err(ctx) ? ctx__done_fd_shared() : rc;
+}
+
+/* A waiter on a condition variable cannot be woken reliably without its mutex, which the canceller may hold itself. So
+   the callback only tries the mutex. If it got it, the waiter was inside its wait and the broadcast reached it. If
+   not, the waiter may be just before its wait: then the runtime thread goes on trying, every millisecond, until the
+   waiter is gone. */
+struct ctx__nag {
+    ctx__nag_t *next;
+    pthread_cond_t *cond;
+    pthread_mutex_t *mutex;
+    bool linked; /* [ctx__runtime.mu] */
+};
+
+static bool ctx__nag_once(const ctx__nag_t *nag) {
+    bool locked = pthread_mutex_trylock(nag->mutex) == 0;
+    pthread_cond_broadcast(nag->cond);
+    if (locked) pthread_mutex_unlock(nag->mutex);
+    return locked;
+}
+
+/* By the runtime thread. True while there is somebody left to nag. */
+static bool ctx__nag_all(void) {
+    ctx__nag_t **at;
+    bool any;
+    ctx__lock(&ctx__runtime.mu);
+    for (at = &ctx__runtime.nags; *at;) {
+        if (ctx__nag_once(*at)) {
+            (*at)->linked = false;
+            *at = (*at)->next;
+        } else {
+            at = &(*at)->next;
+        }
+    }
+    any = ctx__runtime.nags != NULL;
+    ctx__unlock(&ctx__runtime.mu);
+    return any;
+}
+
+static void ctx__nag_fire(void *arg) {
+    ctx__nag_t *nag = (ctx__nag_t *)arg;
+    if (ctx__nag_once(nag)) return;
+    ctx__lock(&ctx__runtime.mu);
+    nag->linked = true;
+    nag->next = ctx__runtime.nags;
+    ctx__runtime.nags = nag;
+    ctx__unlock(&ctx__runtime.mu);
+    ctx__runtime_kick();
+}
+
+static void ctx__nag_remove(ctx__nag_t *nag) {
+    ctx__nag_t **at;
+    ctx__lock(&ctx__runtime.mu);
+    if (nag->linked) {
+        for (at = &ctx__runtime.nags; *at != nag; at = &(*at)->next) {}
+        *at = nag->next;
+    }
+    ctx__unlock(&ctx__runtime.mu);
+}
+
+CTXCANCEL_API int ctx_cond_wait(ctx_t *ctx, pthread_cond_t *cond, pthread_mutex_t *mutex) {
+    ctx__nag_t nag;
+    ctx_after_t reg;
+    int err = ctx_err(ctx), rc;
+    if (err) return err;
+    if (!cond || !mutex) return CTX_INVALID;
+    if (!__atomic_load_n(&ctx__runtime.running, __ATOMIC_ACQUIRE) && (rc = ctx__runtime_start()) != 0) return rc;
+    nag.next = NULL;
+    nag.cond = cond;
+    nag.mutex = mutex;
+    nag.linked = false;
+    if (!ctx__after_add(&reg, ctx, ctx__nag_fire, &nag, 0)) return ctx_err(ctx);
+    rc = -pthread_cond_wait(cond, mutex);
+    ctx_after_stop(&reg);
+    ctx__nag_remove(&nag);
+    err = ctx_err(ctx);
+    return err ? err : rc;
+}
+
+/* == 8. semaphore =================================================
+
+   One word holds the free permits, doubled, and a bit that says somebody waits. While the bit is clear, acquire is a
+   compare-and-swap and release an addition. While it is set only the holder of `mu` takes permits out of the word, on
+   behalf of the first waiter: that is what makes it first come, first served, and why try_acquire fails then. Waiters
+   stand on their own stacks in the order of arrival. A waiter that gives up leaves under `mu`: either it has been
+   granted by then, and keeps what it got, or it never will be. A release adds first and then hands out under `mu` if
+   it saw the bit; a newcomer sets the bit before it looks at the permits for the last time: one of the two sees the
+   other. */
+
+struct ctx__sem_waiter {
+    ctx__sem_waiter_t *next, *prev; /* [mu] */
+    int64_t n;                      /* [const] */
+    bool granted;                   /* [mu] */
+    ctx__parker_t parker;           /* unparked under mu, so never after its owner has looked at `granted` */
+};
+
+enum { CTX__SEM_WAIT = 1 };
+
+CTXCANCEL_API int ctx_sem_init(ctx_sem_t *sem, int64_t permits) {
+    CTXCANCEL_ASSERT(sem != NULL);
+    memset(sem, 0, sizeof *sem);
+    if (permits < 1 || permits > INT64_C(1) << 61) return CTX_INVALID;
+    sem->state = permits * 2;
+    sem->total = permits;
+    return 0;
+}
+
+/* Take `n` from the word: 1 done, 0 too few. `bit` is what the waiting bit must be. */
+static inline bool ctx__sem_take(ctx_sem_t *sem, int64_t n, int64_t bit) {
+    int64_t state = __atomic_load_n(&sem->state, __ATOMIC_RELAXED);
+    while ((state & CTX__SEM_WAIT) == bit && state >= n * 2)
+        if (__atomic_compare_exchange_n(&sem->state, &state, state - n * 2, true, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
+            return true;
+    return false;
+}
+
+/* [mu] Serve the queue from its head as far as the permits go. */
+static void ctx__sem_hand_out(ctx_sem_t *sem) {
+    ctx__sem_waiter_t *waiter;
+    while ((waiter = sem->first) != NULL && ctx__sem_take(sem, waiter->n, CTX__SEM_WAIT)) {
+        sem->first = waiter->next;
+        if (sem->first) sem->first->prev = NULL;
+        else sem->last = NULL;
+        waiter->granted = true;
+        ctx__unpark(&waiter->parker);
+    }
+    if (!sem->first) __atomic_fetch_and(&sem->state, ~(int64_t)CTX__SEM_WAIT, __ATOMIC_RELEASE);
+}
+
+static void ctx__sem_queue(ctx_sem_t *sem, ctx__sem_waiter_t *waiter) {
+    ctx__lock(&sem->mu);
+    waiter->prev = sem->last;
+    if (sem->last) sem->last->next = waiter;
+    else sem->first = waiter;
+    sem->last = waiter;
+    __atomic_fetch_or(&sem->state, (int64_t)CTX__SEM_WAIT, __ATOMIC_ACQ_REL);
+    ctx__sem_hand_out(sem);
+    ctx__unlock(&sem->mu);
+}
+
+/* Leave the queue; the next in it may fit where this one did not. True if it was granted meanwhile. */
+static bool ctx__sem_leave(ctx_sem_t *sem, ctx__sem_waiter_t *waiter) {
+    bool granted;
+    ctx__lock(&sem->mu);
+    granted = waiter->granted;
+    if (!granted) {
+        if (waiter->prev) waiter->prev->next = waiter->next;
+        else sem->first = waiter->next;
+        if (waiter->next) waiter->next->prev = waiter->prev;
+        else sem->last = waiter->prev;
+        ctx__sem_hand_out(sem);
+    }
+    ctx__unlock(&sem->mu);
+    return granted;
+}
+
+static CTX__COLD int ctx__sem_wait(ctx_sem_t *sem, ctx_t *ctx, int64_t n) {
+    ctx__sem_waiter_t waiter;
+    ctx__watch_t watch;
+    memset(&waiter, 0, sizeof waiter);
+    waiter.n = n;
+    if (!ctx__watch(&watch, ctx, &waiter.parker)) return ctx_err(ctx);
+    ctx__sem_queue(sem, &waiter);
+    ctx__park(&waiter.parker, CTX_NO_DEADLINE);
+    ctx__unwatch(&watch);
+    return ctx__sem_leave(sem, &waiter) ? 0 : ctx_err(ctx);
+}
+
+CTXCANCEL_API int ctx_sem_acquire(ctx_sem_t *sem, ctx_t *ctx, int64_t n) {
+    int err;
+    CTXCANCEL_ASSERT(sem != NULL);
+    if (!ctx || n < 0 || n > sem->total) return CTX_INVALID;
+    err = ctx_err(ctx);
+    if (err || n == 0) return err;
+    return ctx__sem_take(sem, n, 0) ? 0 : ctx__sem_wait(sem, ctx, n);
+}
+
+CTXCANCEL_API bool ctx_sem_try_acquire(ctx_sem_t *sem, int64_t n) {
+    CTXCANCEL_ASSERT(sem != NULL);
+    if (n < 0 || n > sem->total) return false;
+    return n == 0 || ctx__sem_take(sem, n, 0);
+}
+
+CTXCANCEL_API void ctx_sem_release(ctx_sem_t *sem, int64_t n) {
+    int64_t before;
+    CTXCANCEL_ASSERT(sem != NULL && n >= 0 && n <= sem->total);
+    if (n <= 0 || n > sem->total) return;
+    before = __atomic_fetch_add(&sem->state, n * 2, __ATOMIC_ACQ_REL);
+    CTXCANCEL_ASSERT(before / 2 + n <= sem->total);
+    if (!(before & CTX__SEM_WAIT)) return;
+    ctx__lock(&sem->mu);
+    ctx__sem_hand_out(sem);
+    ctx__unlock(&sem->mu);
+}
+
+CTXCANCEL_API void ctx_sem_destroy(ctx_sem_t *sem) {
+    CTXCANCEL_ASSERT(sem == NULL || !sem->first);
+    (void)sem;
+}
+
+/* == 9. pool ======================================================
+
+   A ring of tasks with a lock at each end, so that submitters and workers do not meet: `in` guards the tail and
+   everything about who sleeps, `out` guards the head. Each end keeps what it last saw of the other and looks again
+   only when that says full or empty. Order of locks: `in` before `out`; no foreign code runs under either.
+
+   Nothing is lost because a task changes hands only under a lock: submit puts it into the ring under `in` unless
+   `closed` is set; whoever takes it out under `out` runs it or gives it to on_drop.
+
+   Sleeping. A worker with nothing to do takes `in`, sees that the ring is empty, and goes onto the idle stack; a
+   submitter, which holds `in` as it adds a task, sees it there: so no wake-up is lost, and no fence is needed. A
+   wake-up is paid only when `looking` is 0: it counts workers that are about to look into the ring. A worker that
+   takes a task leaves that count and, if tasks are left and nobody looks any more, rouses the next; so tasks that
+   block spread over the workers.
+
+   Tasks that are over sooner than a wake-up takes would make every worker run to do the work of one. So a worker
+   whose last QUICK_STREAK tasks were quick stays counted as looking while it runs one: it promises to be back.
+   Against a promise that is broken one idle worker stands guard: it naps instead of sleeping, and steps in when the
+   ring has not moved. A pool that has been quiet for a while lets its guard sleep and revokes what was promised. With
+   `.coalesce` that nap is what gathers tasks: submitters wake nobody while a guard naps and the ring is not half
+   full; one more guard covers for the first.
+
+   A worker owns a node below the pool's context and uses it for task after task, as long as nobody kept or cancelled
+   it: only the values, name and deadline change. Its timer stays armed and is merely pushed later.
+
+   The pool is counted: its owner and each thread hold it. So freeing need not wait for a stuck task. */
+
+enum {
+    CTX__QUICK_STREAK = 64,    /* tasks in a row that make a worker quick */
+    CTX__QUICK_NS = 5000,      /* about what a wake-up costs */
+    CTX__QUICK_BATCH = 8,      /* without deadlines the clock is read once in so many tasks */
+    CTX__GUARD_QUIET = 4,      /* naps without work after which a guard sleeps */
+    CTX__SPIN_MAX = 16
+};
+
+typedef struct {
+    ctx_task_fn fn;
+    void *arg;
+    const char *op;
+    ctx__record_t *values; /* a reference, or NULL */
+} ctx__task_t;
+
+enum { CTX__WORKER_NONE, CTX__WORKER_STARTING, CTX__WORKER_STARTED };
+enum { CTX__GUARD_FIRST = 1, CTX__GUARD_SECOND = 2 };
+
+typedef struct ctx__worker {
+    CTX__ALIGNED ctx_pool_t *pool; /* [const] */
+    ctx_t *node;                   /* [owner thread] NULL: to be made */
+    bool timed;                    /* [owner thread] node's timer is armed */
+    bool looking;                  /* [owner thread; in while idle] counted in pool->looking, if epoch agrees */
+    uint32_t epoch;                /* likewise */
+    uint32_t streak;               /* [owner thread] quick tasks in a row */
+    uint32_t batch;                /* [owner thread] tasks since `last` */
+    ctx_time_t last;               /* [owner thread] when the current task began, 0: not known */
+    int spin;                      /* [owner thread] how much spinning has paid lately */
+    uint64_t completed, failed, cancelled; /* [atomic, written by the owner thread] */
+    const char *op;                /* [atomic] what it runs; NULL: nothing */
+    uint32_t permit;               /* [atomic] holds a permit of pool->limit */
+    struct ctx__worker *below;     /* [in] the idle stack */
+    bool idle;                     /* [in] on the idle stack */
+    uint8_t guard;                 /* [in] 0, or which guard it is */
+    uint8_t quiet;                 /* [owner thread] naps without work */
+    uint64_t seen_head, seen_tail; /* [owner thread] at the last nap */
+    uint8_t state;                 /* [in] CTX__WORKER_... */
+    uint32_t begun;                /* [atomic] somebody has undertaken to start the thread */
+    ctx__thread_t *self;           /* [atomic] which thread it is */
+    pthread_t thread;
+    ctx__parker_t parker;
+} ctx__worker_t;
+
+/* Somebody who waits for the pool: for room or for its end. Stands on its own stack. */
+typedef struct ctx__pool_waiter {
+    struct ctx__pool_waiter *next, **pprev; /* [in] pprev NULL: not linked */
+    ctx__parker_t parker;
+} ctx__pool_waiter_t;
+
+struct ctx_pool {
+    /* [const] */
+    ctx_pool_desc_t desc; /* defaults resolved */
+    ctx_t *ctx;           /* of all tasks, below the lifetime */
+    size_t mask;          /* of cells; queue <= mask + 1 */
+    unsigned forks;       /* ctx__forks when it was made: in a child of fork it has no threads */
+    uint32_t refs;        /* [atomic] */
+
+    CTX__ALIGNED uint32_t in;
+    bool closed;           /* [in] */
+    bool quit;             /* [in] workers shall end */
+    uint64_t tail;         /* [atomic, set under in] tasks ever put */
+    uint64_t head_seen;    /* [in] */
+    unsigned looking;      /* [in] */
+    uint32_t epoch;        /* [in] moves when promises are revoked */
+    unsigned workers;      /* [in] slots in use */
+    unsigned starting;     /* [in] of these, threads being made */
+    unsigned idle_count;   /* [in] */
+    unsigned guards;       /* [in] bits: which guards nap */
+    unsigned callers;      /* [in] submitters that run a task themselves */
+    ctx__worker_t *idle;   /* [in] */
+    ctx__pool_waiter_t *drainers, *blocked; /* [in] */
+    bool cut;              /* [in] a drain ran out of budget */
+    uint64_t caller_ran[3]; /* [in] completed, failed, cancelled by callers */
+    uint64_t dropped;      /* [atomic] */
+
+    CTX__ALIGNED uint32_t out;
+    uint64_t head;         /* [atomic, set under out] tasks ever taken */
+    uint64_t tail_seen;    /* [out] */
+    bool want_room;        /* [out] somebody is blocked: say when half is free */
+
+    CTX__ALIGNED ctx__worker_t *all; /* [const] desc.workers of them */
+    ctx__task_t *cells;
+    void *raw;             /* what to free */
+};
+
+static void ctx__pool_waiter_link(ctx__pool_waiter_t **list, ctx__pool_waiter_t *waiter) {
+    waiter->next = *list;
+    waiter->pprev = list;
+    if (waiter->next) waiter->next->pprev = &waiter->next;
+    *list = waiter;
+}
+
+static void ctx__pool_waiter_unlink(ctx__pool_waiter_t *waiter) {
+    if (!waiter->pprev) return;
+    *waiter->pprev = waiter->next;
+    if (waiter->next) waiter->next->pprev = waiter->pprev;
+    waiter->pprev = NULL;
+}
+
+/* [in] A waiter looks at `in` again before it leaves, so its parker is there as long as it is linked. */
+static void ctx__pool_waiters_wake(ctx__pool_waiter_t **list) {
+    while (*list) {
+        ctx__pool_waiter_t *waiter = *list;
+        ctx__pool_waiter_unlink(waiter);
+        ctx__unpark(&waiter->parker);
+    }
+}
+
+static uint64_t ctx__pool_head(const ctx_pool_t *pool) { return __atomic_load_n(&pool->head, __ATOMIC_ACQUIRE); }
+static uint64_t ctx__pool_tail(const ctx_pool_t *pool) { return __atomic_load_n(&pool->tail, __ATOMIC_ACQUIRE); }
+static bool ctx__pool_empty(const ctx_pool_t *pool) { return ctx__pool_head(pool) == ctx__pool_tail(pool); }
+static bool ctx__pool_forked(const ctx_pool_t *pool) { return pool->forks != ctx__forks; }
+
+static void ctx__pool_unref(ctx_pool_t *pool) {
+    if (__atomic_fetch_sub(&pool->refs, 1u, __ATOMIC_ACQ_REL) != 1) return;
+    ctx_release(pool->ctx);
+    CTXCANCEL_FREE(pool->raw);
+}
+
+/* Half is free again: those who wait for room may try. */
+static CTX__COLD void ctx__pool_room(ctx_pool_t *pool) {
+    ctx__lock(&pool->in);
+    ctx__pool_waiters_wake(&pool->blocked);
+    ctx__unlock(&pool->in);
+}
+
+/* Take the oldest task, and note its name in `op`. */
+static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const char **op) {
+    uint64_t head;
+    bool room;
+    ctx__lock(&pool->out);
+    head = pool->head;
+    if (head == pool->tail_seen && head == (pool->tail_seen = ctx__pool_tail(pool))) {
+        ctx__unlock(&pool->out);
+        return false;
+    }
+    *task = pool->cells[head & pool->mask];
+    if (op) __atomic_store_n(op, task->op, __ATOMIC_RELEASE); /* under `out`: who empties the ring sees who has what */
+    __atomic_store_n(&pool->head, head + 1, __ATOMIC_RELEASE);
+    room = pool->want_room && ctx__pool_tail(pool) - (head + 1) <= pool->desc.queue / 2;
+    if (room) pool->want_room = false;
+    ctx__unlock(&pool->out);
+    if (CTX__UNLIKELY(room)) ctx__pool_room(pool);
+    return true;
+}
+
+/* Hand a task to on_drop. */
+static void ctx__pool_drop(ctx_pool_t *pool, const ctx__task_t *task, int reason) {
+    if (task->values) ctx__record_release(task->values);
+    __atomic_fetch_add(&pool->dropped, 1u, __ATOMIC_RELAXED);
+    if (pool->desc.on_drop) pool->desc.on_drop(task->op, task->arg, reason, pool->desc.user);
+}
+
+static int ctx__task_verdict(ctx_t *ctx, int rc) { return rc == 0 ? 0 : ctx_err(ctx) ? 2 : 1; }
+
+/* -- workers -- */
+
+static void *ctx__worker_main(void *worker);
+
+/* [in] */
+static void ctx__worker_look(ctx__worker_t *worker) {
+    worker->looking = true;
+    worker->epoch = worker->pool->epoch;
+    worker->pool->looking++;
+}
+
+/* [in] */
+static void ctx__worker_unlook(ctx__worker_t *worker) {
+    if (worker->looking && worker->epoch == worker->pool->epoch) worker->pool->looking--;
+    worker->looking = false;
+}
+
+/* [in] Take a worker off the idle stack; `at` is the link to it. */
+static ctx__worker_t *ctx__idle_pop(ctx_pool_t *pool, ctx__worker_t **at) {
+    ctx__worker_t *worker = *at;
+    *at = worker->below;
+    pool->idle_count--;
+    pool->guards &= ~(unsigned)worker->guard;
+    worker->guard = 0;
+    worker->idle = false;
+    return worker;
+}
+
+/* [in] The link to the first sleeper, or if all are guards to the first of them. */
+static ctx__worker_t **ctx__idle_sleeper(ctx_pool_t *pool) {
+    ctx__worker_t **at = &pool->idle;
+    while (*at && (*at)->guard) at = &(*at)->below;
+    return *at ? at : &pool->idle;
+}
+
+/* [in] A place for one more thread; the caller starts it when `in` is free. */
+static ctx__worker_t *ctx__worker_reserve(ctx_pool_t *pool) {
+    ctx__worker_t *worker = pool->all;
+    if (pool->workers >= (unsigned)pool->desc.workers || pool->quit) return NULL;
+    while (worker->state != CTX__WORKER_NONE) worker++;
+    worker->state = CTX__WORKER_STARTING;
+    worker->begun = 0;
+    pool->workers++;
+    pool->starting++;
+    return worker;
+}
+
+/* [in] Find somebody to look into the ring: an idle worker, the sleepers first so that guards go on napping, or a new
+   thread. NULL: all are at work. To be followed by ctx__worker_wake() once `in` is free. */
+static ctx__worker_t *ctx__pool_rouse(ctx_pool_t *pool) {
+    ctx__worker_t *worker = pool->idle ? ctx__idle_pop(pool, ctx__idle_sleeper(pool)) : ctx__worker_reserve(pool);
+    if (worker) ctx__worker_look(worker);
+    return worker;
+}
+
+/* [in] Have somebody nap as a guard, if nobody does and there is anybody. */
+static ctx__worker_t *ctx__pool_post_guard(ctx_pool_t *pool) {
+    ctx__worker_t *worker;
+    if (pool->guards) return NULL;
+    worker = pool->idle ? *ctx__idle_sleeper(pool) : ctx__worker_reserve(pool);
+    if (!worker) return NULL;
+    if (!worker->idle) {
+        worker->idle = true;
+        worker->below = pool->idle;
+        pool->idle = worker;
+        pool->idle_count++;
+    }
+    worker->guard = CTX__GUARD_SECOND;
+    worker->quiet = 0;
+    pool->guards |= CTX__GUARD_SECOND;
+    return worker;
+}
+
+/* [in] Nothing queued, nothing running, but for what the calling thread itself runs. */
+static bool ctx__pool_settled(const ctx_pool_t *pool, bool self) {
+    return ctx__pool_empty(pool) && pool->idle_count + self >= pool->workers && !pool->callers;
+}
+
+static CTX__COLD int ctx__worker_start(ctx__worker_t *worker) {
+    ctx_pool_t *pool = worker->pool;
+    int rc;
+    __atomic_fetch_add(&pool->refs, 1u, __ATOMIC_RELAXED);
+    rc = ctx__thread_start(&worker->thread, ctx__worker_main, worker);
+    ctx__lock(&pool->in);
+    pool->starting--;
+    if (!rc) {
+        worker->state = CTX__WORKER_STARTED;
+    } else {
+        ctx__worker_t **at = &pool->idle;
+        while (*at && *at != worker) at = &(*at)->below;
+        if (*at) ctx__idle_pop(pool, at);
+        ctx__worker_unlook(worker);
+        worker->state = CTX__WORKER_NONE;
+        pool->workers--;
+        ctx__pool_waiters_wake(&pool->drainers);
+    }
+    ctx__unlock(&pool->in);
+    if (rc) ctx__pool_unref(pool);
+    return rc;
+}
+
+/* What ctx__pool_rouse() and its like found. 0, or the error of making a thread. */
+static int ctx__worker_wake(ctx__worker_t *worker) {
+    if (!worker) return 0;
+    if (!__atomic_exchange_n(&worker->begun, 1u, __ATOMIC_ACQ_REL)) return ctx__worker_start(worker);
+    ctx__unpark(&worker->parker);
+    return 0;
+}
+
+/* -- what a worker does with a task -- */
+
+static void ctx__worker_node_end(ctx__worker_t *worker) {
+    ctx_end(worker->node);
+    worker->node = NULL;
+    worker->timed = false;
+}
+
+/* Stop the node's timer; a node whose timer has just fired is of no more use. */
+static void ctx__worker_untime(ctx__worker_t *worker) {
+    if (!worker->timed) return;
+    worker->timed = false;
+    if (!ctx__timer_remove(&worker->node->timer)) ctx__worker_node_end(worker);
+}
+
+/* The node of the next task, with `deadline` as its own if it has one. NULL: no memory. */
+static ctx_t *ctx__worker_node(ctx__worker_t *worker, const ctx__task_t *task, ctx_time_t deadline) {
+    ctx_time_t limit = worker->pool->ctx->timer.deadline;
+    bool timed = deadline < limit;
+    if (worker->node && ctx__why(worker->node)) ctx__worker_node_end(worker);
+    if (!timed) ctx__worker_untime(worker);
+    else if (worker->timed && !ctx__timer_move(&worker->node->timer, deadline)) ctx__worker_node_end(worker);
+    if (!worker->node) {
+        ctx__make_t make = ctx__make_plain;
+        ctx_t *node;
+        make.flags = CTX__F_VALUES;
+        make.site = "ctx_pool_submit";
+        node = ctx__make(worker->pool->ctx, NULL, &make);
+        if (node->flags & CTX__F_STATIC) return NULL;
+        worker->node = node;
+    }
+    worker->node->values = task->values;
+    worker->node->name = task->op;
+    if (timed && !worker->timed) {
+        worker->timed = true;
+        ctx__timer_add(&worker->node->timer, deadline);
+    } else if (!timed) {
+        worker->node->timer.deadline = limit;
+    }
+    return worker->node;
+}
+
+/* Keep the node for the next task if nobody else has a part in it. */
+static void ctx__worker_node_done(ctx__worker_t *worker) {
+    ctx_t *node = worker->node;
+    if (__atomic_load_n(&node->refs, __ATOMIC_ACQUIRE) == 1 && __atomic_load_n(&node->pins, __ATOMIC_ACQUIRE) == 1 &&
+        !ctx__why(node) && !node->event) {
+        ctx__record_t *values = node->values;
+        node->values = NULL;
+        if (values) ctx__record_release(values);
+    } else {
+        ctx__worker_node_end(worker);
+    }
+}
+
+/* Note how long tasks take: from the start of one to the start of the next, and from the last to the end of work.
+   Costs nothing where the clock is read anyway. */
+static void ctx__worker_pace(ctx__worker_t *worker, ctx_time_t now, uint32_t tasks) {
+    if (worker->last) {
+        if (now - worker->last > (ctx_dur_t)CTX__QUICK_NS * tasks) worker->streak = 0;
+        else if (worker->streak < CTX__QUICK_STREAK) worker->streak += tasks;
+    }
+    worker->last = now;
+    worker->batch = 0;
+}
+
+static void ctx__worker_count(ctx__worker_t *worker, int verdict) {
+    uint64_t *count = verdict == 0 ? &worker->completed : verdict == 1 ? &worker->failed : &worker->cancelled;
+    __atomic_store_n(count, *count + 1, __ATOMIC_RELEASE);
+}
+
+static int ctx__pool_drop_reason(const ctx_pool_t *pool) {
+    ctx_cause_t cause = ctx_cause(pool->ctx);
+    return cause.code == CTX_DEADLINE_EXCEEDED ? cause.code : ctx_err(pool->ctx);
+}
+
+static void ctx__worker_run(ctx__worker_t *worker, const ctx__task_t *task) {
+    ctx_pool_t *pool = worker->pool;
+    ctx_time_t deadline = CTX_NO_DEADLINE;
+    ctx_t *node;
+    if (CTX__UNLIKELY(ctx_err(pool->ctx))) {
+        ctx__pool_drop(pool, task, ctx__pool_drop_reason(pool));
+    } else {
+        if (pool->desc.task_timeout) {
+            ctx_time_t now = ctx_now();
+            deadline = ctx_time_add(now, pool->desc.task_timeout);
+            ctx__worker_pace(worker, now, 1);
+        } else if (!worker->last || ++worker->batch == CTX__QUICK_BATCH) {
+            ctx__worker_pace(worker, ctx__clock_read(), CTX__QUICK_BATCH);
+        }
+        node = ctx__worker_node(worker, task, deadline);
+        if (CTX__UNLIKELY(!node)) {
+            ctx__pool_drop(pool, task, CTX_NO_MEMORY);
+        } else {
+            int rc = task->fn(node, task->arg);
+            ctx__worker_count(worker, ctx__task_verdict(node, rc));
+            ctx__worker_node_done(worker);
+        }
+    }
+    __atomic_store_n(&worker->op, (const char *)NULL, __ATOMIC_RELEASE);
+}
+
+/* -- how a worker finds a task -- */
+
+static void ctx__worker_permit_return(ctx__worker_t *worker) {
+    if (__atomic_exchange_n(&worker->permit, 0u, __ATOMIC_ACQ_REL)) ctx_sem_release(worker->pool->desc.limit, 1);
+}
+
+/* Get a permit of the shared limit. Who has to wait for one does not look meanwhile. Once the pool is cancelled none is
+   needed: tasks are then only dropped. */
+static void ctx__worker_permit(ctx__worker_t *worker) {
+    ctx_pool_t *pool = worker->pool;
+    if (!ctx_sem_try_acquire(pool->desc.limit, 1)) {
+        ctx__lock(&pool->in);
+        ctx__worker_unlook(worker);
+        ctx__unlock(&pool->in);
+        if (ctx_sem_acquire(pool->desc.limit, pool->ctx, 1)) return;
+    }
+    __atomic_store_n(&worker->permit, 1u, __ATOMIC_RELEASE);
+}
+
+/* About to run a task. A quick worker goes on being counted as looking, and sees to it that there is a guard; another
+   stops, and rouses the next if it was the last to look and more is queued. */
+static void ctx__worker_promise(ctx__worker_t *worker, bool fresh) {
+    ctx_pool_t *pool = worker->pool;
+    bool quick = worker->streak >= CTX__QUICK_STREAK;
+    ctx__worker_t *other = NULL;
+    if (worker->looking == quick && !(quick && fresh)) return;
+    ctx__lock(&pool->in);
+    if (quick) {
+        if (!worker->looking) ctx__worker_look(worker);
+        other = ctx__pool_post_guard(pool);
+    } else {
+        ctx__worker_unlook(worker);
+        if (!ctx__pool_empty(pool)) {
+            if (!pool->looking) other = ctx__pool_rouse(pool);
+            else other = ctx__pool_post_guard(pool);
+        }
+    }
+    ctx__unlock(&pool->in);
+    ctx__worker_wake(other);
+}
+
+static bool ctx__worker_next(ctx__worker_t *worker, ctx__task_t *task, bool fresh) {
+    ctx_pool_t *pool = worker->pool;
+    if (pool->desc.limit) {
+        if (ctx__pool_empty(pool)) return false;
+        ctx__worker_permit(worker);
+    }
+    if (!ctx__pool_take(pool, task, &worker->op)) {
+        if (pool->desc.limit) ctx__worker_permit_return(worker);
+        return false;
+    }
+    ctx__worker_promise(worker, fresh);
+    return true;
+}
+
+/* Look at the ring for a few microseconds, as long as that has paid. True: there is something. */
+static bool ctx__worker_spin(ctx__worker_t *worker) {
+    int i;
+    for (i = worker->spin * 8; i > 0; i--) {
+        if (!ctx__pool_empty(worker->pool)) {
+            if (worker->spin < CTX__SPIN_MAX) worker->spin++;
+            return true;
+        }
+        ctx__cpu_pause();
+    }
+    if (worker->spin > 0) worker->spin--;
+    return false;
+}
+
+/* [in] A guard whose nap is over: true if it has to step in. */
+static bool ctx__guard_tick(ctx__worker_t *worker) {
+    ctx_pool_t *pool = worker->pool;
+    uint64_t head = ctx__pool_head(pool), tail = ctx__pool_tail(pool);
+    bool stuck = head != tail && head == worker->seen_head;
+    bool moved = tail != worker->seen_tail || head != worker->seen_head;
+    worker->seen_head = head;
+    worker->seen_tail = tail;
+    if (stuck) {
+        pool->epoch++;
+        pool->looking = 0;
+    }
+    if (stuck || (head != tail && worker->guard == CTX__GUARD_FIRST)) return true;
+    worker->quiet = moved ? 0 : (uint8_t)(worker->quiet + 1);
+    if (worker->quiet >= CTX__GUARD_QUIET) { /* sleep for good; nobody's promise counts without a guard */
+        pool->guards &= ~(unsigned)worker->guard;
+        worker->guard = 0;
+        pool->epoch++;
+        pool->looking = 0;
+    }
+    return false;
+}
+
+/* [in] Onto the idle stack; while tasks are to gather, as a guard if there is room for one. */
+static void ctx__worker_lie_down(ctx__worker_t *worker) {
+    ctx_pool_t *pool = worker->pool;
+    ctx__worker_unlook(worker);
+    worker->idle = true;
+    worker->below = pool->idle;
+    pool->idle = worker;
+    pool->idle_count++;
+    if (pool->desc.coalesce) {
+        if (!(pool->guards & CTX__GUARD_FIRST)) worker->guard = CTX__GUARD_FIRST;
+        else if (!(pool->guards & CTX__GUARD_SECOND)) worker->guard = CTX__GUARD_SECOND;
+        pool->guards |= worker->guard;
+        worker->quiet = 0;
+        worker->seen_head = worker->seen_tail = ctx__pool_tail(pool);
+    }
+    ctx__pool_waiters_wake(&pool->drainers);
+}
+
+static ctx_dur_t ctx__guard_nap(const ctx__worker_t *worker) {
+    ctx_dur_t coalesce = worker->pool->desc.coalesce;
+    if (worker->guard == CTX__GUARD_FIRST) return coalesce;
+    return coalesce < CTX_US(125) ? CTX_MS(1) : coalesce < CTX_S(1) ? 8 * coalesce : coalesce;
+}
+
+/* Sleep, or nap as a guard, until roused. False: the pool ends. */
+static bool ctx__worker_sleep(ctx__worker_t *worker) {
+    ctx_pool_t *pool = worker->pool;
+    bool napped = false;
+    for (;;) {
+        ctx_time_t until = CTX_NO_DEADLINE;
+        uint32_t state = CTX__EMPTY;
+        ctx__worker_t **at;
+        ctx__lock(&pool->in);
+        if (worker->idle && pool->quit) {
+            for (at = &pool->idle; *at != worker; at = &(*at)->below) {}
+            ctx__idle_pop(pool, at);
+            ctx__unlock(&pool->in);
+            return false;
+        }
+        if (worker->idle && worker->guard && napped && ctx__guard_tick(worker)) {
+            for (at = &pool->idle; *at != worker; at = &(*at)->below) {}
+            ctx__idle_pop(pool, at);
+            ctx__worker_look(worker);
+        }
+        if (!worker->idle) {
+            ctx__unlock(&pool->in);
+            return true;
+        }
+        if (worker->guard) until = ctx_time_add(ctx__clock_read(), ctx__guard_nap(worker));
+        ctx__unlock(&pool->in);
+        /* Naps are in real time also under the fake clock: they pace the pool, not the program. */
+        if (__atomic_compare_exchange_n(&worker->parker.state, &state, (uint32_t)CTX__PARKED, false, __ATOMIC_ACQ_REL,
+                                        __ATOMIC_ACQUIRE))
+            ctx__futex_wait(&worker->parker.state, CTX__PARKED, until);
+        napped = until != CTX_NO_DEADLINE && __atomic_load_n(&worker->parker.state, __ATOMIC_ACQUIRE) != CTX__SET &&
+                 ctx__clock_read() >= until;
+        ctx__parker_reset(&worker->parker);
+    }
+}
+
+/* Nothing found. Wait until there may be something; false: the pool ends. */
+static bool ctx__worker_idle(ctx__worker_t *worker) {
+    ctx_pool_t *pool = worker->pool;
+    if (worker->last) {
+        ctx__worker_pace(worker, ctx__clock_read(), worker->batch ? worker->batch : 1);
+        worker->last = 0;
+    }
+    if (worker->spin > 0) {
+        if (!worker->looking) {
+            ctx__lock(&pool->in);
+            ctx__worker_look(worker);
+            ctx__unlock(&pool->in);
+        }
+        if (ctx__worker_spin(worker)) return true;
+    }
+    ctx__worker_untime(worker);
+    ctx__lock(&pool->in);
+    if (!ctx__pool_empty(pool)) {
+        ctx__unlock(&pool->in);
+        return true;
+    }
+    ctx__worker_lie_down(worker);
+    ctx__unlock(&pool->in);
+    return ctx__worker_sleep(worker);
+}
+
+static void *ctx__worker_main(void *arg) {
+    ctx__worker_t *worker = (ctx__worker_t *)arg;
+    ctx__task_t task;
+    bool fresh = true;
+    bool more;
+    __atomic_store_n(&worker->self, ctx__me(), __ATOMIC_RELEASE);
+    ctx__thread_name(worker->pool->desc.name);
+    ctx__lock(&worker->pool->in);
+    more = !worker->idle;
+    ctx__unlock(&worker->pool->in);
+    if (!more) more = ctx__worker_sleep(worker);
+    while (more) {
+        if (ctx__worker_next(worker, &task, fresh)) {
+            ctx__worker_run(worker, &task);
+            if (worker->pool->desc.limit) ctx__worker_permit_return(worker);
+            fresh = false;
+        } else {
+            more = ctx__worker_idle(worker);
+            fresh = true;
+        }
+    }
+    ctx__worker_untime(worker);
+    if (worker->node) ctx__worker_node_end(worker);
+    ctx__pool_unref(worker->pool);
+    return NULL;
+}
+
+/* -- the public side -- */
+
+static size_t ctx__round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+CTXCANCEL_API ctx_pool_t *ctx_pool_new(ctx_t *lifetime, const ctx_pool_desc_t *desc) {
+    ctx_pool_desc_t d;
+    ctx_desc_t node;
+    size_t cells = 1, head, workers, total;
+    ctx_pool_t *pool;
+    char *raw;
+    int i;
+    memset(&d, 0, sizeof d);
+    if (desc) d = *desc;
+    ctx__me();
+    if (!d.name) d.name = "pool";
+    if (!d.workers) d.workers = (int)ctx__cpus;
+    if (!d.queue) d.queue = 1024;
+    if (!d.notice) d.notice = CTX_MS(100);
+    errno = EINVAL;
+    if (!lifetime || d.workers < 0 || d.coalesce < 0 || d.task_timeout < 0 || (int)d.when_full < 0 ||
+        d.when_full > CTX_DROP_OLDEST)
+        return NULL;
+    errno = ENOMEM;
+    if (d.workers > 1 << 20 || d.queue > SIZE_MAX / 4 / sizeof(ctx__task_t)) return NULL;
+    while (cells < d.queue) cells *= 2;
+    head = ctx__round_up(sizeof *pool, CTX__LINE);
+    workers = ctx__round_up((size_t)d.workers * sizeof(ctx__worker_t), CTX__LINE);
+    total = head + workers + cells * sizeof(ctx__task_t) + CTX__LINE;
+    raw = (char *)CTXCANCEL_MALLOC(total);
+    if (!raw) return NULL;
+    pool = (ctx_pool_t *)(((uintptr_t)raw + CTX__LINE - 1) & ~(uintptr_t)(CTX__LINE - 1));
+    memset(pool, 0, head + workers);
+    pool->raw = raw;
+    pool->all = (ctx__worker_t *)(void *)((char *)pool + head);
+    pool->cells = (ctx__task_t *)(void *)((char *)pool + head + workers);
+    pool->desc = d;
+    pool->mask = cells - 1;
+    pool->forks = ctx__forks;
+    pool->refs = 1;
+    for (i = 0; i < d.workers; i++) {
+        pool->all[i].pool = pool;
+        pool->all[i].spin = CTX__SPIN_MAX / 2;
+    }
+    memset(&node, 0, sizeof node);
+    node.name = d.name;
+    pool->ctx = ctx_derive_at(lifetime, &node, "ctx_pool_new");
+    if (pool->ctx->flags & CTX__F_STATIC) {
+        errno = -ctx_err(pool->ctx);
+        CTXCANCEL_FREE(raw);
+        return NULL;
+    }
+    return pool;
+}
+
+/* The pool has no thread yet: make one before the first task is accepted, for then the error can still be told.
+   [in], released meanwhile. */
+static CTX__COLD int ctx__pool_first_worker(ctx_pool_t *pool) {
+    ctx__worker_t *worker = ctx__pool_rouse(pool);
+    int rc;
+    ctx__unlock(&pool->in);
+    rc = pool->desc.task_timeout ? ctx__timer_ready() : 0;
+    if (rc && worker) {
+        ctx__lock(&pool->in);
+        pool->starting--;
+        pool->workers--;
+        worker->state = CTX__WORKER_NONE;
+        ctx__worker_unlook(worker);
+        return rc;
+    }
+    rc = ctx__worker_wake(worker);
+    ctx__lock(&pool->in);
+    return rc;
+}
+
+/* [in] Who must be woken now that tasks were added behind `before`? */
+static inline ctx__worker_t *ctx__pool_wake_for(ctx_pool_t *pool, uint64_t before) {
+    uint64_t half = pool->desc.queue / 2;
+    bool full = pool->tail - pool->head_seen > half;
+    if (full) { /* by what was last seen; the head's cache line is left to the workers otherwise */
+        pool->head_seen = ctx__pool_head(pool);
+        full = pool->tail - pool->head_seen > half;
+    }
+    if (!pool->looking) {
+        if ((pool->guards & CTX__GUARD_FIRST) && !full) return NULL; /* tasks may gather */
+        return ctx__pool_rouse(pool);
+    }
+    /* The quick ones that promised to look cannot keep up: add one, at each crossing of half, while there are cores. */
+    if (full && before - pool->head_seen <= half && pool->idle && !(*ctx__idle_sleeper(pool))->guard &&
+        pool->workers - pool->idle_count < ctx__cpus)
+        return ctx__pool_rouse(pool);
+    return NULL;
+}
+
+/* Wait until half the queue is free, the pool ends or `parent` is done. [in], released meanwhile. */
+static CTX__COLD int ctx__pool_wait_room(ctx_pool_t *pool, ctx_t *parent, ctx__worker_t *roused) {
+    ctx__pool_waiter_t waiter;
+    ctx__watch_t on_parent, on_pool;
+    bool parent_live, pool_live = false;
+    ctx__unlock(&pool->in);
+    ctx__worker_wake(roused);
+    memset(&waiter, 0, sizeof waiter);
+    parent_live = ctx__watch(&on_parent, parent, &waiter.parker);
+    if (parent_live) pool_live = ctx__watch(&on_pool, pool->ctx, &waiter.parker);
+    ctx__lock(&pool->in);
+    if (parent_live && pool_live && !pool->closed) {
+        bool full;
+        ctx__lock(&pool->out); /* a worker that takes a task after this sees want_room */
+        full = pool->tail - pool->head >= pool->desc.queue;
+        if (full) pool->want_room = true;
+        ctx__unlock(&pool->out);
+        if (full) {
+            ctx__pool_waiter_link(&pool->blocked, &waiter);
+            ctx__unlock(&pool->in);
+            ctx__park(&waiter.parker, CTX_NO_DEADLINE);
+            ctx__lock(&pool->in);
+            ctx__pool_waiter_unlink(&waiter);
+        }
+    }
+    ctx__unlock(&pool->in);
+    if (parent_live) ctx__unwatch(&on_parent);
+    if (pool_live) ctx__unwatch(&on_pool);
+    ctx__lock(&pool->in);
+    return ctx_err(parent);
+}
+
+/* Run a task here. [in], released meanwhile. */
+static CTX__COLD void ctx__pool_caller_runs(ctx_pool_t *pool, ctx_t *parent, const ctx__task_t *task) {
+    ctx__make_t make = ctx__make_plain;
+    ctx_t *ctx;
+    int verdict;
+    pool->callers++;
+    ctx__unlock(&pool->in);
+    make.flags = CTX__F_VALUES;
+    make.name = task->op;
+    make.site = "ctx_pool_submit";
+    make.record = parent->values;
+    if (make.record) ctx__record_retain(make.record);
+    if (pool->desc.task_timeout) make.deadline = ctx_time_add(ctx_now(), pool->desc.task_timeout);
+    ctx = ctx__make(pool->ctx, NULL, &make);
+    verdict = ctx__task_verdict(ctx, task->fn(ctx, task->arg));
+    ctx_end(ctx);
+    ctx__lock(&pool->in);
+    pool->caller_ran[verdict]++;
+    pool->callers--;
+    ctx__pool_waiters_wake(&pool->drainers);
+}
+
+/* Make room by the oldest task. [in], released meanwhile. */
+static CTX__COLD void ctx__pool_push_out(ctx_pool_t *pool) {
+    ctx__task_t oldest;
+    bool took;
+    ctx__lock(&pool->out);
+    took = pool->tail - pool->head >= pool->desc.queue;
+    if (took) {
+        oldest = pool->cells[pool->head & pool->mask];
+        __atomic_store_n(&pool->head, pool->head + 1, __ATOMIC_RELEASE);
+    }
+    ctx__unlock(&pool->out);
+    if (!took) return;
+    ctx__unlock(&pool->in);
+    ctx__pool_drop(pool, &oldest, CTX_QUEUE_FULL);
+    ctx__lock(&pool->in);
+}
+
+static int ctx__pool_put(ctx_pool_t *pool, ctx_t *parent, ctx__task_t *task, void *const *args, size_t n, size_t *taken,
+                         ctx_when_full_t when_full) {
+    size_t done = 0;
+    ctx__worker_t *roused;
+    uint64_t before;
+    int rc = 0;
+    if (taken) *taken = 0;
+    if (!pool || !parent || !task->fn || (n && !args)) return CTX_INVALID;
+    if (ctx__pool_forked(pool)) return CTX_CLOSED;
+    if (!task->op) task->op = "task";
+    ctx__lock(&pool->in);
+    before = pool->tail;
+    while (done < n) {
+        task->arg = args[done];
+        if (CTX__UNLIKELY(pool->closed)) {
+            rc = CTX_CLOSED;
+            break;
+        }
+        if (CTX__UNLIKELY((rc = ctx_err(pool->ctx)) != 0)) break;
+        if (CTX__UNLIKELY(!pool->workers)) {
+            if ((rc = ctx__pool_first_worker(pool)) != 0) break;
+            continue;
+        }
+        if (CTX__UNLIKELY(pool->tail - pool->head_seen >= pool->desc.queue) &&
+            pool->tail - (pool->head_seen = ctx__pool_head(pool)) >= pool->desc.queue) {
+            if (when_full == CTX_REJECT) {
+                rc = CTX_QUEUE_FULL;
+                break;
+            } else if (when_full == CTX_BLOCK) {
+                roused = before != pool->tail ? ctx__pool_wake_for(pool, before) : NULL;
+                before = pool->tail;
+                if ((rc = ctx__pool_wait_room(pool, parent, roused)) != 0) break;
+            } else if (when_full == CTX_CALLER_RUNS) {
+                ctx__pool_caller_runs(pool, parent, task);
+                done++;
+            } else {
+                ctx__pool_push_out(pool);
+            }
+            continue;
+        }
+        task->values = parent->values;
+        if (task->values) ctx__record_retain(task->values);
+        pool->cells[pool->tail & pool->mask] = *task;
+        __atomic_store_n(&pool->tail, pool->tail + 1, __ATOMIC_RELEASE);
+        done++;
+    }
+    roused = before != pool->tail ? ctx__pool_wake_for(pool, before) : NULL;
+    ctx__unlock(&pool->in);
+    if (roused) ctx__worker_wake(roused);
+    if (taken) *taken = done;
+    return rc;
+}
+
+CTXCANCEL_API int ctx_pool_submit(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn, void *arg) {
+    ctx__task_t task;
+    task.fn = fn;
+    task.op = op;
+    return ctx__pool_put(pool, parent, &task, &arg, 1, NULL, pool ? pool->desc.when_full : CTX_REJECT);
+}
+
+CTXCANCEL_API int ctx_pool_submit_wait(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn, void *arg) {
+    ctx__task_t task;
+    task.fn = fn;
+    task.op = op;
+    return ctx__pool_put(pool, parent, &task, &arg, 1, NULL, CTX_BLOCK);
+}
+
+CTXCANCEL_API int ctx_pool_submit_batch(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn,
+                                        void *const *args, size_t n, size_t *taken) {
+    ctx__task_t task;
+    task.fn = fn;
+    task.op = op;
+    return ctx__pool_put(pool, parent, &task, args, n, taken, pool ? pool->desc.when_full : CTX_REJECT);
+}
+
+static bool ctx__pool_runs_me(const ctx_pool_t *pool) {
+    int i;
+    for (i = 0; i < pool->desc.workers; i++)
+        if (__atomic_load_n(&pool->all[i].self, __ATOMIC_ACQUIRE) == &ctx__self) return true;
+    return false;
+}
+
+/* Wait until the pool has settled. [in], released meanwhile. */
+static bool ctx__pool_wait_settled(ctx_pool_t *pool, ctx_time_t until, bool self) {
+    ctx__pool_waiter_t waiter;
+    bool settled, in_time = true;
+    memset(&waiter, 0, sizeof waiter);
+    while (!(settled = ctx__pool_settled(pool, self)) && in_time) {
+        ctx__pool_waiter_link(&pool->drainers, &waiter);
+        ctx__unlock(&pool->in);
+        in_time = ctx__park(&waiter.parker, until);
+        ctx__parker_reset(&waiter.parker);
+        ctx__lock(&pool->in);
+        ctx__pool_waiter_unlink(&waiter);
+    }
+    return settled;
+}
+
+static void ctx__pool_report(ctx_pool_t *pool, ctx_drain_t *report) {
+    uint64_t accepted;
+    size_t names = 0;
+    int i;
+    report->completed = pool->caller_ran[0];
+    report->failed = pool->caller_ran[1];
+    report->cancelled = pool->caller_ran[2];
+    accepted = pool->tail + pool->callers + report->completed + report->failed + report->cancelled;
+    for (i = 0; i < pool->desc.workers; i++) {
+        const ctx__worker_t *worker = &pool->all[i];
+        const char *op = __atomic_load_n(&worker->op, __ATOMIC_ACQUIRE);
+        report->completed += __atomic_load_n(&worker->completed, __ATOMIC_ACQUIRE);
+        report->failed += __atomic_load_n(&worker->failed, __ATOMIC_ACQUIRE);
+        report->cancelled += __atomic_load_n(&worker->cancelled, __ATOMIC_ACQUIRE);
+        if (op && names < CTX_DRAIN_OPS) report->running[names++] = op;
+    }
+    report->dropped = __atomic_load_n(&pool->dropped, __ATOMIC_ACQUIRE);
+    report->stuck = accepted - report->completed - report->failed - report->cancelled - report->dropped;
+    while (names > report->stuck) report->running[--names] = NULL; /* ended between the two looks */
+}
+
+/* Out of time: drop what is queued, cancel what runs. [in], released meanwhile. */
+static CTX__COLD void ctx__pool_cut(ctx_pool_t *pool) {
+    ctx__task_t task;
+    pool->cut = true;
+    ctx__unlock(&pool->in);
+    ctx__cancel(pool->ctx, CTX_CANCELED, CTX_DEADLINE_EXCEEDED, "pool drained");
+    while (ctx__pool_take(pool, &task, NULL)) ctx__pool_drop(pool, &task, ctx__pool_drop_reason(pool));
+    ctx__lock(&pool->in);
+}
+
+static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t notice, ctx_drain_t *report) {
+    bool self = ctx__pool_runs_me(pool);
+    ctx_time_t start = ctx_now(), cut_at = start;
+    ctx_drain_t r;
+    int rc;
+    memset(&r, 0, sizeof r);
+    ctx__lock(&pool->in);
+    pool->closed = true;
+    ctx__pool_waiters_wake(&pool->blocked);
+    if (!ctx__pool_wait_settled(pool, ctx_time_add(start, budget > 0 ? budget : 0), self)) {
+        cut_at = ctx_now();
+        ctx__pool_cut(pool);
+        ctx__pool_wait_settled(pool, ctx_time_add(cut_at, notice > 0 ? notice : 0), self);
+        r.notice_time = ctx_now() - cut_at;
+    } else {
+        cut_at = ctx_now();
+    }
+    r.wait_time = cut_at - start;
+    if (report) ctx__pool_report(pool, &r);
+    rc = pool->cut ? CTX_DEADLINE_EXCEEDED : 0;
+    ctx__unlock(&pool->in);
+    if (report) *report = r;
+    return rc;
+}
+
+CTXCANCEL_API int ctx_pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_drain_t *report) {
+    if (report) memset(report, 0, sizeof *report);
+    if (!pool) return CTX_INVALID;
+    if (ctx__pool_forked(pool)) return CTX_CLOSED;
+    return ctx__pool_drain(pool, budget, pool->desc.notice, report);
+}
+
+/* Let go of a worker's thread: one that still runs a task is left behind, without its permit. */
+static void ctx__worker_dismiss(ctx__worker_t *worker) {
+    bool self = __atomic_load_n(&worker->self, __ATOMIC_ACQUIRE) == &ctx__self;
+    if (self || __atomic_load_n(&worker->op, __ATOMIC_ACQUIRE)) {
+        if (worker->pool->desc.limit) ctx__worker_permit_return(worker);
+        pthread_detach(worker->thread);
+    } else {
+        pthread_join(worker->thread, NULL);
+    }
+}
+
+CTXCANCEL_API void ctx_pool_free(ctx_pool_t *pool) {
+    ctx__worker_t *worker;
+    unsigned turn = 0;
+    int i;
+    if (!pool) return;
+    if (ctx__pool_forked(pool)) { /* its threads and its tasks are the parent process's */
+        ctx_end(pool->ctx);
+        CTXCANCEL_FREE(pool->raw);
+        return;
+    }
+    ctx__pool_drain(pool, 0, 0, NULL);
+    ctx_cancel(pool->ctx);
+    ctx__lock(&pool->in);
+    pool->quit = true;
+    while (pool->starting) {
+        ctx__unlock(&pool->in);
+        ctx__relax(&turn);
+        ctx__lock(&pool->in);
+    }
+    for (worker = pool->idle; worker; worker = worker->below) ctx__unpark(&worker->parker);
+    ctx__unlock(&pool->in);
+    for (i = 0; i < pool->desc.workers; i++)
+        if (pool->all[i].state == CTX__WORKER_STARTED) ctx__worker_dismiss(&pool->all[i]);
+    ctx__pool_unref(pool);
+}
+
+CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_per_s, double seconds) {
+    double n = (peak_per_s - drain_per_s) * seconds;
+    size_t whole;
+    if (!(n > 1)) return 1;
+    if (n >= (double)(SIZE_MAX / 2)) return SIZE_MAX / 2;
+    whole = (size_t)n;
+    return (double)whole < n ? whole + 1 : whole;
+}
+
+/* == 13. system ===================================================
+
+   Signals. The handler notes the signal and posts a semaphore, which is all that a handler may do; one thread waits
+   there and cancels every context that asked for it. SA_RESETHAND has put the default action back by then. Per signal
+   there is a count of contexts that want it and the action that stood before the first of them, which comes back with
+   the last. All of it under ctx__life; cancelling is done without. */
+
+enum { CTX__SIGNALS = 65 };
+
+typedef struct ctx__notify {
+    ctx_t node;
+    uint64_t wants[2];             /* [const] a bit per signal */
+    struct ctx__notify *next_hit;  /* [signal thread] */
+} ctx__notify_t;
+
+static struct {
+    ctx__notify_t **live;                /* [ctx__life] array of stb_ds.h */
+    unsigned count[CTX__SIGNALS];        /* [ctx__life] */
+    struct sigaction before[CTX__SIGNALS]; /* [ctx__life] while count is not 0 */
+    int pending[CTX__SIGNALS];           /* [atomic] */
+    sem_t posted;
+    pthread_t thread;                    /* [ctx__life] */
+    bool running;                        /* [ctx__life] */
+    uint32_t stop;                       /* [atomic] */
+} ctx__signals;
+
+static const char *ctx__signal_name(int signal) {
+    switch (signal) {
+    case SIGHUP: return "SIGHUP";
+    case SIGINT: return "SIGINT";
+    case SIGQUIT: return "SIGQUIT";
+    case SIGTERM: return "SIGTERM";
+    case SIGUSR1: return "SIGUSR1";
+    case SIGUSR2: return "SIGUSR2";
+    case SIGALRM: return "SIGALRM";
+    case SIGPIPE: return "SIGPIPE";
+    case SIGCHLD: return "SIGCHLD";
+    case SIGCONT: return "SIGCONT";
+    case SIGTSTP: return "SIGTSTP";
+    case SIGTTIN: return "SIGTTIN";
+    case SIGTTOU: return "SIGTTOU";
+    case SIGURG: return "SIGURG";
+    case SIGXCPU: return "SIGXCPU";
+    case SIGXFSZ: return "SIGXFSZ";
+    case SIGVTALRM: return "SIGVTALRM";
+    case SIGPROF: return "SIGPROF";
+    case SIGABRT: return "SIGABRT";
+#ifdef SIGWINCH
+    case SIGWINCH: return "SIGWINCH";
+#endif
+#ifdef SIGIO
+    case SIGIO: return "SIGIO";
+#endif
+#ifdef SIGPWR
+    case SIGPWR: return "SIGPWR";
+#endif
+    default: return "signal";
+    }
+}
+
+static bool ctx__notify_wants(const ctx__notify_t *notify, int signal) {
+    return (notify->wants[signal / 64] >> (signal % 64) & 1) != 0;
+}
+
+static void ctx__signal_handler(int signal) {
+    int saved = errno;
+    __atomic_store_n(&ctx__signals.pending[signal], 1, __ATOMIC_RELEASE);
+    sem_post(&ctx__signals.posted);
+    errno = saved;
+}
+
+static void ctx__signal_deliver(int signal) {
+    ctx__notify_t *hit = NULL;
+    size_t i;
+    pthread_mutex_lock(&ctx__life);
+    for (i = 0; i < stbds_arrlenu(ctx__signals.live); i++) {
+        ctx__notify_t *notify = ctx__signals.live[i];
+        if (!ctx__notify_wants(notify, signal) || !ctx__pin(&notify->node)) continue;
+        notify->next_hit = hit;
+        hit = notify;
+    }
+    pthread_mutex_unlock(&ctx__life);
+    while (hit) {
+        ctx_t *node = &hit->node;
+        hit = hit->next_hit;
+        ctx__cancel(node, CTX_CANCELED, signal, ctx__signal_name(signal));
+        ctx__unpin(node);
+    }
+}
+
+static void *ctx__signal_main(void *unused) {
+    int signal;
+    (void)unused;
+    ctx__thread_name("ctx-signals");
+    while (!__atomic_load_n(&ctx__signals.stop, __ATOMIC_ACQUIRE)) {
+        while (sem_wait(&ctx__signals.posted) < 0) {}
+        for (signal = 1; signal < CTX__SIGNALS; signal++)
+            if (__atomic_exchange_n(&ctx__signals.pending[signal], 0, __ATOMIC_ACQUIRE)) ctx__signal_deliver(signal);
+    }
+    return NULL;
+}
+
+/* [ctx__life] */
+static int ctx__signal_start(void) {
+    int rc = 0;
+    if (ctx__signals.running) return 0;
+    __atomic_store_n(&ctx__signals.stop, 0u, __ATOMIC_RELAXED);
+    rc = ctx__thread_start(&ctx__signals.thread, ctx__signal_main, NULL);
+    ctx__signals.running = !rc;
+    return rc;
+}
+
+/* [ctx__life] One context less wants the signal. */
+static void ctx__signal_unhook(int signal) {
+    if (--ctx__signals.count[signal] == 0) sigaction(signal, &ctx__signals.before[signal], NULL);
+}
+
+/* [ctx__life] Also when it is hooked already, for a first signal may have put the default action back. */
+static int ctx__signal_hook(int signal) {
+    struct sigaction action, before;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = ctx__signal_handler;
+    action.sa_flags = SA_RESTART | (int)SA_RESETHAND;
+    sigemptyset(&action.sa_mask);
+    if (sigaction(signal, &action, &before) < 0) return -errno;
+    if (ctx__signals.count[signal]++ == 0) ctx__signals.before[signal] = before;
+    return 0;
+}
+
+/* [ctx__life] */
+static int ctx__notify_hook(ctx__notify_t *notify) {
+    int signal, rc = ctx__signal_start();
+    if (rc) return rc;
+    if (!ctx__array_reserve((void **)&ctx__signals.live, sizeof *ctx__signals.live, 1)) return CTX_NO_MEMORY;
+    for (signal = 1; !rc && signal < CTX__SIGNALS; signal++)
+        if (ctx__notify_wants(notify, signal)) rc = ctx__signal_hook(signal);
+    if (!rc) {
+        stbds_arrput(ctx__signals.live, notify);
+        return 0;
+    }
+    for (signal -= 2; signal > 0; signal--) /* the one before the last has failed */
+        if (ctx__notify_wants(notify, signal)) ctx__signal_unhook(signal);
+    return CTX_INVALID;
+}
+
+/* The last reference to a notifying context is gone. */
+static void ctx__notify_ended(ctx_t *node) {
+    ctx__notify_t *notify = (ctx__notify_t *)(void *)node;
+    size_t i;
+    int signal;
+    pthread_mutex_lock(&ctx__life);
+    for (i = 0; i < stbds_arrlenu(ctx__signals.live); i++) {
+        if (ctx__signals.live[i] != notify) continue;
+        stbds_arrdelswap(ctx__signals.live, i);
+        for (signal = 1; signal < CTX__SIGNALS; signal++)
+            if (ctx__notify_wants(notify, signal)) ctx__signal_unhook(signal);
+        break;
+    }
+    if (stbds_arrlenu(ctx__signals.live) == 0) stbds_arrfree(ctx__signals.live);
+    pthread_mutex_unlock(&ctx__life);
+}
+
+CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, size_t n, const char *site) {
+    ctx_t *bad = ctx__bad_parent(parent);
+    ctx__make_t make = ctx__make_plain;
+    ctx__notify_t *notify;
+    size_t i;
+    int rc;
+    if (bad) return bad;
+    if (!signals || !n) return ctx__failed(CTX_INVALID);
+    for (i = 0; i < n; i++)
+        if (signals[i] < 1 || signals[i] >= CTX__SIGNALS) return ctx__failed(CTX_INVALID);
+    notify = (ctx__notify_t *)ctx__alloc(sizeof *notify);
+    if (!notify) return ctx__failed(CTX_NO_MEMORY);
+    for (i = 0; i < n; i++) notify->wants[signals[i] / 64] |= (uint64_t)1 << (signals[i] % 64);
+    ctx__me();
+    make.flags = CTX__F_NOTIFY;
+    make.site = site;
+    ctx__make(parent, &notify->node, &make);
+    pthread_mutex_lock(&ctx__life);
+    rc = ctx__notify_hook(notify);
+    pthread_mutex_unlock(&ctx__life);
+    if (!rc) return &notify->node;
+    ctx_end(&notify->node);
+    return ctx__failed(rc);
+}
+
+/* -- fork --
+
+   The child has one thread and a copy of memory in which others may have stood anywhere. So before a fork every lock
+   of the library is taken, and in both processes given back after it: no structure is copied half-changed. The locks
+   of the tree are many and a cascade may hold some in an order of its own, so they are only tried: if one cannot be
+   had soon, all are given back and it starts over. A lock taken for a fork holds 2, by which the way back finds them.
+   */
+
+static bool ctx__fork_try(uint32_t *mu) {
+    unsigned i;
+    for (i = 0; i < 2000; i++) {
+        uint32_t unlocked = 0;
+        if (__atomic_compare_exchange_n(mu, &unlocked, 2u, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) return true;
+        ctx__cpu_pause();
+    }
+    return false;
+}
+
+static ctx_t *ctx__tree_first(ctx_t *node, unsigned shard) {
+    for (; shard <= (node->shards ? ctx__shard_count : 0); shard++) {
+        ctx_t *child = ctx__list_of(node, shard)->first;
+        if (child) return child;
+    }
+    return NULL;
+}
+
+/* What follows in pre-order; the locks of all before it are held. */
+static ctx_t *ctx__tree_next(ctx_t *node) {
+    ctx_t *next = ctx__tree_first(node, 0);
+    while (!next && node->parent) {
+        next = node->next ? node->next : ctx__tree_first(node->parent, node->shard + 1u);
+        node = node->parent;
+    }
+    return next;
+}
+
+static bool ctx__fork_try_node(ctx_t *node) {
+    unsigned i;
+    if (!ctx__fork_try(&node->list.mu)) return false;
+    for (i = 0; node->shards && i < ctx__shard_count; i++) {
+        if (ctx__fork_try(&node->shards[i].list.mu)) continue;
+        while (i-- > 0) ctx__unlock(&node->shards[i].list.mu);
+        ctx__unlock(&node->list.mu);
+        return false;
+    }
+    return true;
+}
+
+/* The first child from `child` on, or in a later list, whose locks were taken for the fork. */
+static ctx_t *ctx__fork_taken(ctx_t *parent, ctx_t *child, unsigned shard) {
+    for (;;) {
+        for (; child; child = child->next)
+            if (child->list.mu == 2) return child;
+        if (++shard > (parent->shards ? ctx__shard_count : 0)) return NULL;
+        child = ctx__list_of(parent, shard)->first;
+    }
+}
+
+static ctx_t *ctx__fork_deepest(ctx_t *node) {
+    ctx_t *child;
+    while ((child = ctx__fork_taken(node, node->list.first, 0)) != NULL) node = child;
+    return node;
+}
+
+/* Give the tree's locks back, children before parents. */
+static void ctx__fork_release_tree(bool child) {
+    ctx_t *node = &ctx__root;
+    if (node->list.mu != 2) return;
+    node = ctx__fork_deepest(node);
+    for (;;) {
+        ctx_t *parent = node->parent, *next;
+        unsigned i;
+        if (child && node->event) {
+            ctx__event_unshare(node->event);
+            if (node->why) ctx__event_set(node->event);
+        }
+        for (i = 0; node->shards && i < ctx__shard_count; i++) ctx__unlock(&node->shards[i].list.mu);
+        ctx__unlock(&node->list.mu);
+        if (!parent) return;
+        next = ctx__fork_taken(parent, node->next, node->shard);
+        node = next ? ctx__fork_deepest(next) : parent;
+    }
+}
+
+static bool ctx__fork_try_tree(void) {
+    ctx_t *node;
+    for (node = &ctx__root; node; node = ctx__tree_next(node)) {
+        if (ctx__fork_try_node(node)) continue;
+        ctx__fork_release_tree(false);
+        return false;
+    }
+    return true;
+}
+
+static void ctx__fork_prepare(void) {
+    unsigned i, turn = 0;
+    pthread_mutex_lock(&ctx__life);
+    while (!ctx__fork_try_tree()) ctx__relax(&turn);
+    for (i = 0; i < CTX__STRIPES; i++) ctx__lock(&ctx__stripes[i].mu);
+    for (i = 0; i < CTX__WHEELS; i++) ctx__lock(&ctx__wheels[i].mu);
+    ctx__lock(&ctx__walks_mu);
+    ctx__lock(&ctx__runtime.mu);
+}
+
+static void ctx__fork_release(bool child) {
+    unsigned i;
+    ctx__unlock(&ctx__runtime.mu);
+    ctx__unlock(&ctx__walks_mu);
+    for (i = 0; i < CTX__WHEELS; i++) ctx__unlock(&ctx__wheels[i].mu);
+    for (i = 0; i < CTX__STRIPES; i++) ctx__unlock(&ctx__stripes[i].mu);
+    ctx__fork_release_tree(child);
+}
+
+static void ctx__fork_parent(void) {
+    ctx__fork_release(false);
+    pthread_mutex_unlock(&ctx__life);
+}
+
+/* Forget the other threads; start anew what is needed now: a thread that only polls would not start it. */
+static void ctx__fork_child(void) {
+    unsigned i;
+    bool timers;
+    pthread_mutex_init(&ctx__life, NULL);
+    ctx__futex_init();
+    ctx__forks++;
+    ctx__walks = NULL;
+    ctx__runtime.running = 0;
+    ctx__runtime.nags = NULL;
+    ctx__signals.running = false;
+    for (i = 0; i < CTX__STRIPES; i++) {
+        ctx__frame_t **at = &ctx__stripes[i].frames;
+        while (*at) {
+            if ((*at)->thread != &ctx__self) *at = (*at)->next;
+            else at = &(*at)->next;
+        }
+    }
+    for (i = 0; i < CTX__WHEELS; i++) ctx__wheels[i].started = 0;
+    ctx__fork_release(true);
+    if (CTX__TSAN) return; /* it does not allow threads in the child of a threaded process */
+    timers = ctx__timers_armed();
+    if (timers) ctx__runtime_start();
+    pthread_mutex_lock(&ctx__life);
+    if (ctx__signals.live) ctx__signal_start();
+    pthread_mutex_unlock(&ctx__life);
+}
+
+/* -- the beginning and the end -- */
+
+/* The largest power of two up to `n`, and to `most`. */
+static unsigned ctx__power(unsigned n, unsigned most) {
+    unsigned p = 1;
+    while (p * 2 <= n && p * 2 <= most) p *= 2;
+    return p;
+}
+
+static void ctx__setup(void) {
+    ctx__cpus = ctx__cpu_count();
+    ctx__shard_count = ctx__power(ctx__cpus * 2, 64);
+    if (ctx__shard_count < 4) ctx__shard_count = 4;
+    ctx__wheel_count = ctx__power(ctx__cpus * 2, CTX__WHEELS);
+    ctx__futex_init();
+    sem_init(&ctx__signals.posted, 0, 0);
+    pthread_key_create(&ctx__thread_key, ctx__cache_flush);
+    pthread_atfork(ctx__fork_prepare, ctx__fork_parent, ctx__fork_child);
+}
+
+CTXCANCEL_API void ctx_runtime_stop(void) {
+    unsigned i;
+    ctx__me();
+    pthread_mutex_lock(&ctx__life);
+    if (ctx__runtime.running) {
+        __atomic_store_n(&ctx__runtime.stop, 1u, __ATOMIC_RELEASE);
+        ctx__runtime_kick();
+        pthread_join(ctx__runtime.thread, NULL);
+        __atomic_store_n(&ctx__runtime.running, 0u, __ATOMIC_RELEASE);
+    }
+    if (ctx__signals.running) {
+        __atomic_store_n(&ctx__signals.stop, 1u, __ATOMIC_RELEASE);
+        sem_post(&ctx__signals.posted);
+        pthread_join(ctx__signals.thread, NULL);
+        ctx__signals.running = false;
+    }
+    ctx__lock(&ctx__runtime.mu);
+    ctx__event_close(&ctx__event_done);
+    ctx__unlock(&ctx__runtime.mu);
+    for (i = 0; i < ctx__wheel_count; i++) {
+        ctx__lock(&ctx__wheels[i].mu);
+        ctx__wheels[i].started = 0;
+        ctx__unlock(&ctx__wheels[i].mu);
+    }
+    pthread_mutex_unlock(&ctx__life);
+    ctx__cache_flush(&ctx__self);
+}
+
+#ifdef __cplusplus
+}
+#endif
+
+#ifdef CTX__DEFAULT_SOURCE
+#undef _DEFAULT_SOURCE
+#undef CTX__DEFAULT_SOURCE
+#endif
+
+#endif /* CTX__IMPLEMENTED */
+#endif /* CTXCANCEL_IMPLEMENTATION */
+
+/* MIT License
+
+   Copyright (c) 2026 the authors of ctxcancel.h
+
+   Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+   documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+   rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
+   permit persons to whom the Software is furnished to do so, subject to the following conditions:
+
+   The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+   Software.
+
+   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+   WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+   COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+   OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE. */
