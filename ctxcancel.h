@@ -1417,16 +1417,17 @@ static void ctx__mark_merged(ctx__cascade_t *cascade, ctx_t *node, const ctx__wh
 static void ctx__merge_fire(void *arg);
 
 static void ctx__mark_list(ctx__cascade_t *cascade, ctx_t *node, ctx__list_t *list, bool locked) {
+    const ctx__why_t *why = ctx__why(node);
     ctx_t *child;
     ctx_after_t *reg;
     if (!locked) ctx__lock(&list->mu);
     for (child = list->first; child; child = child->next) {
         if (child->next) __builtin_prefetch(child->next);
-        ctx__mark_child(cascade, child, node->why);
+        ctx__mark_child(cascade, child, why);
     }
     if (!list->shard && (reg = node->after) != NULL) {
         do {
-            if (reg->fn == ctx__merge_fire) ctx__mark_merged(cascade, (ctx_t *)reg->arg, node->why);
+            if (reg->fn == ctx__merge_fire) ctx__mark_merged(cascade, (ctx_t *)reg->arg, why);
             reg = reg->next;
         } while (reg != node->after);
     }
@@ -1703,7 +1704,7 @@ static inline ctx_t *ctx__make(ctx_t *parent, ctx_t *node, const ctx__make_t *ma
         }
     }
     ctx__attach(tree, node);
-    if (timed && !node->head.err) ctx__timer_add(&node->timer, make->deadline);
+    if (timed && !ctx_err(node)) ctx__timer_add(&node->timer, make->deadline);
     return node;
 }
 
