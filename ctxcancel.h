@@ -258,7 +258,7 @@ typedef struct ctx__after {
     ctx_t *ctx;
     struct ctx__after *next, *prev; /* [ctx->mu] */
     int state;                     /* [atomic] */
-    int flags;
+    int flags;                     /* [const] */
 } ctx_after_t;
 
 /* Call `fn(arg)` when `ctx` is done: once, on the thread that cancels (the timer thread for a deadline), no lock held.
@@ -490,9 +490,9 @@ CTXCANCEL_API int ctx_pool_submit_batch(ctx_pool_t *pool, ctx_t *parent, const c
                                         void *const *args, size_t n, size_t *taken);
 
 /* Bring the pool to its end: refuse new work; let what was accepted finish for `budget`; then drop what is queued,
-   cancel what runs and give it the notice time; then report. 0 when all accepted work finished inside the budget, else
-   CTX_DEADLINE_EXCEEDED. Never blocks past budget and notice. May be called again, and from several threads. `report`
-   may be NULL. */
+   cancel what runs and give it the notice time; then report. 0 when all accepted work finished inside the budget,
+   else CTX_DEADLINE_EXCEEDED. Never blocks past budget and notice. May be called again, from several threads, and
+   from a task, which does not wait for itself. `report` may be NULL. */
 CTXCANCEL_API int ctx_pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_drain_t *report);
 
 /* Free a pool; one that was not drained is drained with no budget and no notice. Returns at once also if a task is
@@ -1058,7 +1058,7 @@ typedef struct {
 typedef struct {
     uint32_t mu;
     uint8_t orphan;    /* [mu] nobody holds a reference: the last to leave unpins */
-    uint8_t contended; /* [mu] how often the lock was found taken */
+    uint8_t contended; /* [mu] how often the lock was found taken; CTX__FORK_MARK while a fork has it */
     uint8_t attached;  /* [atomic, set under mu] has ever had a child, callback, descriptor or shards */
     uint8_t shard;     /* [const] 0: inside the node */
     ctx_t *first;      /* [mu] children */
@@ -1117,6 +1117,7 @@ static void ctx__record_release(ctx__record_t *record); /* section 4 */
 static int ctx__timer_ready(void);                      /* section 5 */
 static void ctx__timer_add(ctx__timer_t *timer, ctx_time_t deadline);
 static bool ctx__timer_remove(ctx__timer_t *timer);
+static void ctx__timer_revive(const ctx_t *ctx);
 static void ctx__notify_ended(ctx_t *node); /* section 13 */
 
 /* The nodes that are never freed. Written out by position, for C++. */
@@ -1150,7 +1151,7 @@ static ctx_t *ctx__failed(int err) {
 
 static unsigned ctx__shard_count = 4; /* [const] after ctx__once; a power of two */
 
-enum { CTX__CONTENDED = 16, CTX__CACHE_MAX = CTX__ASAN ? 0 : 32 };
+enum { CTX__FORK_MARK = 0x80, CTX__SHARDS_MAX = 64, CTX__CONTENDED = 16, CTX__CACHE_MAX = CTX__ASAN ? 0 : 32 };
 
 static const ctx__why_t *ctx__why(const ctx_t *ctx) { return __atomic_load_n(&ctx->why, __ATOMIC_SEQ_CST); }
 
@@ -1209,31 +1210,45 @@ static inline void ctx__list_attach(ctx_t *node, ctx__list_t *list) {
     if (!list->shard) __atomic_fetch_add(&node->pins, 1u, __ATOMIC_RELAXED);
 }
 
+static ctx__shard_t ctx__root_shards[CTX__SHARDS_MAX]; /* the background's, which is never freed */
+
+/* Aligned by hand; the pointer to free stands in the gap before. malloc aligns to two pointers, so there is one. */
+static ctx__shard_t *ctx__shards_alloc(const ctx_t *node) {
+    size_t size = (ctx__shard_count + 1) * sizeof(ctx__shard_t);
+    ctx__shard_t *shards;
+    void *raw;
+    if (node == &ctx__root) return ctx__root_shards;
+    raw = CTXCANCEL_MALLOC(size);
+    if (!raw) return NULL;
+    memset(raw, 0, size);
+    shards = (ctx__shard_t *)(((uintptr_t)raw + CTX__LINE) & ~(uintptr_t)(CTX__LINE - 1));
+    ((void **)(void *)shards)[-1] = raw;
+    return shards;
+}
+
+static void ctx__shards_free(ctx__shard_t *shards) {
+    if (shards && shards != ctx__root_shards) CTXCANCEL_FREE(((void **)(void *)shards)[-1]);
+}
+
 /* Give a contended parent shards. Without memory it stays as it is. */
 static CTX__COLD void ctx__shards_make(ctx_t *node) {
     unsigned i, n = ctx__shard_count;
-    void *raw = CTXCANCEL_MALLOC((n + 1) * sizeof(ctx__shard_t));
-    ctx__shard_t *shards;
-    if (!raw) return;
-    memset(raw, 0, (n + 1) * sizeof(ctx__shard_t));
-    /* Aligned by hand; the pointer to free stands in the gap before. malloc aligns to two pointers, so there is one. */
-    shards = (ctx__shard_t *)(((uintptr_t)raw + CTX__LINE) & ~(uintptr_t)(CTX__LINE - 1));
-    ((void **)(void *)shards)[-1] = raw;
-    for (i = 0; i < n; i++) shards[i].list.shard = (uint8_t)(i + 1);
+    ctx__shard_t *shards = ctx__shards_alloc(node);
+    if (!shards) return;
     ctx__lock(&node->list.mu);
-    if (!node->shards && !node->list.orphan) {
-        ctx__list_attach(node, &node->list);
-        for (i = 0; i < n; i++) shards[i].list.attached = 1;
-        __atomic_fetch_add(&node->pins, n, __ATOMIC_RELAXED);
-        __atomic_store_n(&node->shards, shards, __ATOMIC_RELEASE);
-        shards = NULL;
+    if (node->shards || node->list.orphan) {
+        ctx__unlock(&node->list.mu);
+        ctx__shards_free(shards);
+        return;
     }
+    ctx__list_attach(node, &node->list);
+    for (i = 0; i < n; i++) {
+        shards[i].list.shard = (uint8_t)(i + 1);
+        shards[i].list.attached = 1;
+    }
+    __atomic_fetch_add(&node->pins, n, __ATOMIC_RELAXED);
+    __atomic_store_n(&node->shards, shards, __ATOMIC_RELEASE);
     ctx__unlock(&node->list.mu);
-    if (shards) CTXCANCEL_FREE(raw);
-}
-
-static void ctx__shards_free(ctx_t *node) {
-    if (node->shards) CTXCANCEL_FREE(((void **)(void *)node->shards)[-1]);
 }
 
 /* Put a new node into its parent's list; born done if the parent is. */
@@ -1297,7 +1312,7 @@ static void ctx__node_free(ctx_t *node, ctx_t **dead) {
         ctx__event_close(node->event);
         CTXCANCEL_FREE(node->event);
     }
-    ctx__shards_free(node);
+    ctx__shards_free(node->shards);
     ctx__node_dealloc(node);
     if (last) ctx__pin_drop(parent, dead);
 }
@@ -1479,7 +1494,7 @@ static CTX__COLD void ctx__cascade_meet(ctx__cascade_t *cascade) {
 /* -- the second phase: callbacks -- */
 
 enum { CTX__REG_IDLE, CTX__REG_LINKED, CTX__REG_STOPPING, CTX__REG_FIRED, CTX__REG_DONE };
-enum { CTX__REG_WAKER = 1 };
+enum { CTX__REG_WAKER = 1, CTX__REG_OWN = 2, CTX__REG_THREAD = 4 }; /* flags; OWN: the library's, on the heap */
 
 typedef struct ctx__stopper {
     struct ctx__stopper *next;
@@ -1613,6 +1628,7 @@ static void ctx__cascade_notify(ctx__cascade_t *cascade) {
     ctx__bury(dead);
 }
 
+/* Without a `what` the text is the one that the deadline was given. */
 static bool ctx__cancel(ctx_t *node, int err, int code, const char *what) {
     ctx__cascade_t cascade;
     const ctx__why_t *why;
@@ -1626,7 +1642,8 @@ static bool ctx__cancel(ctx_t *node, int err, int code, const char *what) {
     } else {
         node->own.err = err;
         node->own.code = code;
-        node->own.what = what;
+        if (what) node->own.what = what;
+        else if (!node->own.what) node->own.what = "deadline exceeded";
         won = ctx__mark(node, &node->own);
     }
     if (won && node->list.attached) {
@@ -1673,6 +1690,7 @@ typedef struct {
 } ctx__make_t;
 
 static void ctx__record_retain(ctx__record_t *record);
+static bool ctx__after(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags);
 
 static CTX__COLD ctx_t *ctx__make_failed(const ctx__make_t *make, int err) {
     if (make->record) ctx__record_release(make->record);
@@ -1708,10 +1726,6 @@ static inline ctx_t *ctx__make(ctx_t *parent, ctx_t *node, const ctx__make_t *ma
     return node;
 }
 
-static const char *ctx__deadline_what(const ctx_t *node) {
-    return node->own.what ? node->own.what : "deadline exceeded";
-}
-
 /* A deadline that has passed needs no timer. */
 static ctx_t *ctx__make_timed(ctx_t *parent, ctx__make_t *make, ctx_time_t now) {
     ctx_time_t deadline = make->deadline;
@@ -1720,7 +1734,7 @@ static ctx_t *ctx__make_timed(ctx_t *parent, ctx__make_t *make, ctx_time_t now) 
     node = ctx__make(parent, NULL, make);
     if (CTX__UNLIKELY(deadline <= now && !(node->flags & CTX__F_STATIC))) {
         node->timer.deadline = ctx__min(deadline, node->timer.deadline);
-        ctx__cancel(node, CTX_DEADLINE_EXCEEDED, CTX_DEADLINE_EXCEEDED, ctx__deadline_what(node));
+        ctx__cancel(node, CTX_DEADLINE_EXCEEDED, CTX_DEADLINE_EXCEEDED, NULL);
     }
     return node;
 }
@@ -1834,7 +1848,7 @@ CTXCANCEL_API ctx_t *ctx_merge_at(ctx_t *a, ctx_t *b, const char *site) {
     make.flags = CTX__F_MERGED;
     node = ctx__make(a, &merged->node, &make);
     node->timer.deadline = ctx__min(a->timer.deadline, b->timer.deadline);
-    ctx_after(&merged->reg, b, ctx__merge_fire, node);
+    ctx__after(&merged->reg, b, ctx__merge_fire, node, CTX__REG_OWN);
     return node;
 }
 
@@ -1878,6 +1892,7 @@ CTXCANCEL_API void ctx_end(ctx_t *ctx) {
     if (!ctx || (ctx->flags & CTX__F_STATIC)) return;
     if (__atomic_load_n(&ctx->timer.armed, __ATOMIC_ACQUIRE)) ctx__timer_remove(&ctx->timer);
     if (ctx__end_alone(ctx)) return;
+    if (ctx->flags & CTX__F_NOTIFY) ctx__notify_ended(ctx);
     ctx_cancel(ctx);
     ctx_release(ctx);
 }
@@ -1936,7 +1951,7 @@ static bool ctx__after_add(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), 
     reg->fn = fn;
     reg->arg = arg;
     reg->ctx = ctx;
-    reg->flags = flags;
+    reg->flags = flags + (int)(ctx__me()->index * CTX__REG_THREAD);
     __atomic_store_n(&reg->state, CTX__REG_IDLE, __ATOMIC_RELAXED);
     if (ctx->flags & CTX__F_FAILED) return false;
     ctx__lock(&ctx->list.mu);
@@ -1950,15 +1965,20 @@ static bool ctx__after_add(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), 
     return live;
 }
 
-CTXCANCEL_API bool ctx_after(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg) {
+/* ctx_after() without a look at the timers. */
+static bool ctx__after(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags) {
     ctx__frame_t frame;
-    CTXCANCEL_ASSERT(reg != NULL && ctx != NULL && fn != NULL);
-    if (ctx__after_add(reg, ctx, fn, arg, 0)) return true;
-    ctx__me();
+    if (ctx__after_add(reg, ctx, fn, arg, flags)) return true;
     ctx__frame_enter(&frame, reg, CTX__REG_IDLE);
     fn(arg);
     ctx__frame_leave(&frame);
     return false;
+}
+
+CTXCANCEL_API bool ctx_after(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg) {
+    CTXCANCEL_ASSERT(reg != NULL && ctx != NULL && fn != NULL);
+    ctx__timer_revive(ctx);
+    return ctx__after(reg, ctx, fn, arg, 0);
 }
 
 /* Take a linked callback out, if no canceller has claimed it. */
@@ -2142,6 +2162,7 @@ CTXCANCEL_API const void *ctx_value(const ctx_t *ctx, const ctx_key_t *key) {
 #define CTX__SLOTS 64
 #define CTX__LEVELS 8
 #define CTX__WHEELS 16
+#define CTX__FIRING 0xff /* the level of a due timer while it is being fired */
 
 typedef struct {
     CTX__ALIGNED uint32_t mu;
@@ -2172,8 +2193,9 @@ static struct {
     uint32_t kicks;    /* [atomic] the word that the thread sleeps on */
     uint32_t running;  /* [atomic, set under ctx__life] */
     uint32_t stop;     /* [atomic] */
-    uint32_t mu;       /* nags; the shared done descriptor */
+    uint32_t mu;       /* due timers; nags; the shared done descriptor */
     pthread_t thread;  /* [ctx__life] */
+    ctx__timer_t *due; /* [mu] taken out of the wheels, soonest first, until fired */
     ctx__nag_t *nags;  /* [mu] section 7 */
 } ctx__runtime;
 
@@ -2300,13 +2322,36 @@ static ctx__timer_t *ctx__due_sort(ctx__timer_t *due) {
     return all;
 }
 
+/* Take the soonest due timer that nobody fires yet. It stays in the list until it has fired: the child of a fork goes
+   on from there. */
+static ctx__timer_t *ctx__due_claim(void) {
+    ctx__timer_t *timer;
+    ctx__lock(&ctx__runtime.mu);
+    for (timer = ctx__runtime.due; timer && timer->level == CTX__FIRING; timer = timer->next) {}
+    if (timer) timer->level = CTX__FIRING;
+    ctx__unlock(&ctx__runtime.mu);
+    return timer;
+}
+
+static void ctx__due_done(ctx__timer_t *timer) {
+    ctx__timer_t **at;
+    ctx__lock(&ctx__runtime.mu);
+    for (at = &ctx__runtime.due; *at != timer; at = &(*at)->next) {}
+    *at = timer->next;
+    ctx__unlock(&ctx__runtime.mu);
+}
+
 /* Cancel the nodes of due timers, soonest first. No lock is held. */
 static void ctx__due_fire(ctx__timer_t *due) {
+    ctx__timer_t *timer;
     due = ctx__due_sort(due);
-    while (due) {
-        ctx_t *node = CTX__CONTAINER(due, ctx_t, timer);
-        due = due->next;
-        ctx__cancel(node, CTX_DEADLINE_EXCEEDED, CTX_DEADLINE_EXCEEDED, ctx__deadline_what(node));
+    ctx__lock(&ctx__runtime.mu);
+    ctx__runtime.due = ctx__due_merge(ctx__runtime.due, due);
+    ctx__unlock(&ctx__runtime.mu);
+    while ((timer = ctx__due_claim()) != NULL) {
+        ctx_t *node = CTX__CONTAINER(timer, ctx_t, timer);
+        ctx__cancel(node, CTX_DEADLINE_EXCEEDED, CTX_DEADLINE_EXCEEDED, NULL);
+        ctx__due_done(timer);
         ctx__unpin(node);
     }
 }
@@ -2345,7 +2390,7 @@ static void *ctx__runtime_main(void *unused) {
         if (__atomic_load_n(&ctx__runtime.stop, __ATOMIC_ACQUIRE)) break;
         if (!ctx__clock_is_fake()) next = ctx__wheels_turn(now, &due);
         if (ctx__nag_all()) next = ctx__min(next, now + CTX_MS(1));
-        if (due) ctx__due_fire(due);
+        if (due || __atomic_load_n(&ctx__runtime.due, __ATOMIC_RELAXED)) ctx__due_fire(due);
         else if (next > now) ctx__futex_wait(&ctx__runtime.kicks, kicks, next);
     }
     return NULL;
@@ -2368,6 +2413,11 @@ static CTX__COLD int ctx__runtime_start(void) {
 static int ctx__timer_ready(void) {
     if (__atomic_load_n(&ctx__runtime.running, __ATOMIC_ACQUIRE) || ctx__clock_is_fake()) return 0;
     return ctx__runtime_start();
+}
+
+/* After ctx_runtime_stop(), or in the child of a fork: whoever comes to wait for a deadline starts the thread again. */
+static void ctx__timer_revive(const ctx_t *ctx) {
+    if (ctx->timer.deadline != CTX_NO_DEADLINE) ctx__timer_ready();
 }
 
 /* Arm a timer that is not armed. */
@@ -2544,17 +2594,17 @@ CTXCANCEL_API ctx_poll_t ctx_poll_within(const ctx_t *ctx, ctx_dur_t within) {
     ctx_poll_t poll = ctx_poll_every(ctx, 1);
     poll.within = within > 0 ? within : 0;
     poll.looks = CTX__LOOKS_PER_TUNING;
-    poll.last = ctx__clock_read();
+    poll.last = ctx_now();
     return poll;
 }
 
 /* The stride for the speed that the loop has shown since the last tuning. It grows 16-fold at most, for the measure of
-   a few turns is coarse; it shrinks at once. */
+   a few turns is coarse; it shrinks at once, and stays while a fake clock stands still. */
 static void ctx__poll_tune(ctx_poll_t *poll) {
-    ctx_time_t now = ctx__clock_read();
+    ctx_time_t now = ctx_now();
     double aim = (double)poll->within / CTX__LOOKS_PER_BUDGET;
     double look = (double)(now - poll->last) / CTX__LOOKS_PER_TUNING;
-    double growth = look > 0 ? aim / look : 16, stride = poll->stride * (growth > 16 ? 16 : growth);
+    double growth = look > 0 ? aim / look : 1, stride = poll->stride * (growth > 16 ? 16 : growth);
     poll->stride = stride < 1 ? 1 : stride > 1e9 ? 1000000000u : (uint32_t)stride;
     poll->looks = CTX__LOOKS_PER_TUNING;
     poll->last = now;
@@ -2592,6 +2642,7 @@ static void ctx__watch_fire(void *parker) { ctx__unpark((ctx__parker_t *)parker)
 
 /* Unpark `parker` when `ctx` is done. False: it is, and nothing was registered. */
 static bool ctx__watch(ctx__watch_t *watch, ctx_t *ctx, ctx__parker_t *parker) {
+    ctx__timer_revive(ctx);
     return ctx__after_add(&watch->reg, ctx, ctx__watch_fire, parker, CTX__REG_WAKER);
 }
 
@@ -2654,6 +2705,7 @@ CTXCANCEL_API int ctx_done_fd(ctx_t *ctx) {
     int rc = 0;
     CTXCANCEL_ASSERT(ctx != NULL);
     if (ctx->flags & CTX__F_FAILED) return ctx__done_fd_shared();
+    ctx__timer_revive(ctx);
     ctx__lock(&ctx->list.mu);
     if (!ctx->event && !ctx__why(ctx)) {
         event = (ctx__event_t *)CTXCANCEL_MALLOC(sizeof *event);
@@ -2948,6 +3000,7 @@ struct ctx_pool {
     /* [const] */
     ctx_pool_desc_t desc; /* defaults resolved */
     ctx_t *ctx;           /* of all tasks, below the lifetime */
+    ctx_after_t on_end;   /* on ctx: drops what is queued */
     size_t mask;          /* of cells; queue <= mask + 1 */
     unsigned forks;       /* ctx__forks when it was made: in a child of fork it has no threads */
     uint32_t refs;        /* [atomic] */
@@ -2964,6 +3017,7 @@ struct ctx_pool {
     unsigned idle_count;   /* [in] */
     unsigned guards;       /* [in] bits: which guards nap */
     unsigned callers;      /* [in] submitters that run a task themselves */
+    unsigned drain_tasks;  /* [in] workers whose task is draining this pool */
     ctx__worker_t *idle;   /* [in] */
     ctx__pool_waiter_t *drainers, *blocked; /* [in] */
     bool cut;              /* [in] a drain ran out of budget */
@@ -3027,7 +3081,8 @@ static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const cha
     bool room;
     ctx__lock(&pool->out);
     head = pool->head;
-    if (head == pool->tail_seen && head == (pool->tail_seen = ctx__pool_tail(pool))) {
+    if (head >= pool->tail_seen) pool->tail_seen = ctx__pool_tail(pool); /* it lags where tasks were pushed out */
+    if (head == pool->tail_seen) {
         ctx__unlock(&pool->out);
         return false;
     }
@@ -3046,6 +3101,29 @@ static void ctx__pool_drop(ctx_pool_t *pool, const ctx__task_t *task, int reason
     if (task->values) ctx__record_release(task->values);
     __atomic_fetch_add(&pool->dropped, 1u, __ATOMIC_RELAXED);
     if (pool->desc.on_drop) pool->desc.on_drop(task->op, task->arg, reason, pool->desc.user);
+}
+
+static int ctx__pool_drop_reason(const ctx_pool_t *pool) {
+    ctx_cause_t cause = ctx_cause(pool->ctx);
+    return cause.code == CTX_DEADLINE_EXCEEDED ? cause.code : ctx_err(pool->ctx);
+}
+
+/* Drop what is queued; the pool's context is done. Submitters look at that under `in`: after one turn of the lock none
+   is left that did not see it. */
+static void ctx__pool_empty_out(ctx_pool_t *pool) {
+    ctx__task_t task;
+    ctx__lock(&pool->in);
+    ctx__unlock(&pool->in);
+    while (ctx__pool_take(pool, &task, NULL)) ctx__pool_drop(pool, &task, ctx__pool_drop_reason(pool));
+}
+
+/* Runs when the pool's context is done. on_drop may free the pool. */
+static void ctx__pool_ended(void *arg) {
+    ctx_pool_t *pool = (ctx_pool_t *)arg;
+    if (ctx__pool_forked(pool)) return;
+    __atomic_fetch_add(&pool->refs, 1u, __ATOMIC_RELAXED);
+    ctx__pool_empty_out(pool);
+    ctx__pool_unref(pool);
 }
 
 static int ctx__task_verdict(ctx_t *ctx, int rc) { return rc == 0 ? 0 : ctx_err(ctx) ? 2 : 1; }
@@ -3123,9 +3201,9 @@ static ctx__worker_t *ctx__pool_post_guard(ctx_pool_t *pool) {
     return worker;
 }
 
-/* [in] Nothing queued, nothing running, but for what the calling thread itself runs. */
-static bool ctx__pool_settled(const ctx_pool_t *pool, bool self) {
-    return ctx__pool_empty(pool) && pool->idle_count + self >= pool->workers && !pool->callers;
+/* [in] Nothing queued, nothing running, but for tasks that wait for just this themselves. */
+static bool ctx__pool_settled(const ctx_pool_t *pool) {
+    return ctx__pool_empty(pool) && pool->idle_count + pool->drain_tasks == pool->workers && !pool->callers;
 }
 
 static CTX__COLD int ctx__worker_start(ctx__worker_t *worker) {
@@ -3228,11 +3306,6 @@ static void ctx__worker_pace(ctx__worker_t *worker, ctx_time_t now, uint32_t tas
 static void ctx__worker_count(ctx__worker_t *worker, int verdict) {
     uint64_t *count = verdict == 0 ? &worker->completed : verdict == 1 ? &worker->failed : &worker->cancelled;
     __atomic_store_n(count, *count + 1, __ATOMIC_RELEASE);
-}
-
-static int ctx__pool_drop_reason(const ctx_pool_t *pool) {
-    ctx_cause_t cause = ctx_cause(pool->ctx);
-    return cause.code == CTX_DEADLINE_EXCEEDED ? cause.code : ctx_err(pool->ctx);
 }
 
 static void ctx__worker_run(ctx__worker_t *worker, const ctx__task_t *task) {
@@ -3512,11 +3585,12 @@ CTXCANCEL_API ctx_pool_t *ctx_pool_new(ctx_t *lifetime, const ctx_pool_desc_t *d
     memset(&node, 0, sizeof node);
     node.name = d.name;
     pool->ctx = ctx_derive_at(lifetime, &node, "ctx_pool_new");
-    if (pool->ctx->flags & CTX__F_STATIC) {
+    if (pool->ctx->flags & CTX__F_FAILED) {
         errno = -ctx_err(pool->ctx);
         CTXCANCEL_FREE(raw);
         return NULL;
     }
+    ctx__after(&pool->on_end, pool->ctx, ctx__pool_ended, pool, CTX__REG_OWN);
     return pool;
 }
 
@@ -3713,11 +3787,11 @@ static bool ctx__pool_runs_me(const ctx_pool_t *pool) {
 }
 
 /* Wait until the pool has settled. [in], released meanwhile. */
-static bool ctx__pool_wait_settled(ctx_pool_t *pool, ctx_time_t until, bool self) {
+static bool ctx__pool_wait_settled(ctx_pool_t *pool, ctx_time_t until) {
     ctx__pool_waiter_t waiter;
     bool settled, in_time = true;
     memset(&waiter, 0, sizeof waiter);
-    while (!(settled = ctx__pool_settled(pool, self)) && in_time) {
+    while (!(settled = ctx__pool_settled(pool)) && in_time) {
         ctx__pool_waiter_link(&pool->drainers, &waiter);
         ctx__unlock(&pool->in);
         in_time = ctx__park(&waiter.parker, until);
@@ -3749,16 +3823,6 @@ static void ctx__pool_report(ctx_pool_t *pool, ctx_drain_t *report) {
     while (names > report->stuck) report->running[--names] = NULL; /* ended between the two looks */
 }
 
-/* Out of time: drop what is queued, cancel what runs. [in], released meanwhile. */
-static CTX__COLD void ctx__pool_cut(ctx_pool_t *pool) {
-    ctx__task_t task;
-    pool->cut = true;
-    ctx__unlock(&pool->in);
-    ctx__cancel(pool->ctx, CTX_CANCELED, CTX_DEADLINE_EXCEEDED, "pool drained");
-    while (ctx__pool_take(pool, &task, NULL)) ctx__pool_drop(pool, &task, ctx__pool_drop_reason(pool));
-    ctx__lock(&pool->in);
-}
-
 static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t notice, ctx_drain_t *report) {
     bool self = ctx__pool_runs_me(pool);
     ctx_time_t start = ctx_now(), cut_at = start;
@@ -3767,17 +3831,24 @@ static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t notice,
     memset(&r, 0, sizeof r);
     ctx__lock(&pool->in);
     pool->closed = true;
+    pool->drain_tasks += self;
     ctx__pool_waiters_wake(&pool->blocked);
-    if (!ctx__pool_wait_settled(pool, ctx_time_add(start, budget > 0 ? budget : 0), self)) {
+    ctx__pool_waiters_wake(&pool->drainers);
+    if (!ctx__pool_wait_settled(pool, ctx_time_add(start, budget > 0 ? budget : 0))) {
         cut_at = ctx_now();
-        ctx__pool_cut(pool);
-        ctx__pool_wait_settled(pool, ctx_time_add(cut_at, notice > 0 ? notice : 0), self);
+        pool->cut = true;
+        ctx__unlock(&pool->in);
+        ctx__cancel(pool->ctx, CTX_CANCELED, CTX_DEADLINE_EXCEEDED, "pool drained");
+        ctx__pool_empty_out(pool);
+        ctx__lock(&pool->in);
+        ctx__pool_wait_settled(pool, ctx_time_add(cut_at, notice > 0 ? notice : 0));
         r.notice_time = ctx_now() - cut_at;
     } else {
         cut_at = ctx_now();
     }
     r.wait_time = cut_at - start;
     if (report) ctx__pool_report(pool, &r);
+    pool->drain_tasks -= self;
     rc = pool->cut ? CTX_DEADLINE_EXCEEDED : 0;
     ctx__unlock(&pool->in);
     if (report) *report = r;
@@ -3808,12 +3879,14 @@ CTXCANCEL_API void ctx_pool_free(ctx_pool_t *pool) {
     int i;
     if (!pool) return;
     if (ctx__pool_forked(pool)) { /* its threads and its tasks are the parent process's */
+        ctx_after_stop(&pool->on_end);
         ctx_end(pool->ctx);
         CTXCANCEL_FREE(pool->raw);
         return;
     }
     ctx__pool_drain(pool, 0, 0, NULL);
     ctx_cancel(pool->ctx);
+    ctx_after_stop(&pool->on_end);
     ctx__lock(&pool->in);
     pool->quit = true;
     while (pool->starting) {
@@ -3982,7 +4055,7 @@ static int ctx__notify_hook(ctx__notify_t *notify) {
     return CTX_INVALID;
 }
 
-/* The last reference to a notifying context is gone. */
+/* A notifying context was ended, or its last reference dropped. */
 static void ctx__notify_ended(ctx_t *node) {
     ctx__notify_t *notify = (ctx__notify_t *)(void *)node;
     size_t i;
@@ -4029,14 +4102,16 @@ CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, si
    The child has one thread and a copy of memory in which others may have stood anywhere. So before a fork every lock
    of the library is taken, and in both processes given back after it: no structure is copied half-changed. The locks
    of the tree are many and a cascade may hold some in an order of its own, so they are only tried: if one cannot be
-   had soon, all are given back and it starts over. A lock taken for a fork holds 2, by which the way back finds them.
-   */
+   had soon, all are given back and it starts over. A node whose locks were taken is marked, by which the way back
+   finds it.
+
+   The child keeps every context, deadline and descriptor. Callbacks and waits of other threads are forgotten there;
+   pools made before are closed, for their threads are the parent's. */
 
 static bool ctx__fork_try(uint32_t *mu) {
     unsigned i;
     for (i = 0; i < 2000; i++) {
-        uint32_t unlocked = 0;
-        if (__atomic_compare_exchange_n(mu, &unlocked, 2u, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) return true;
+        if (!__atomic_exchange_n(mu, 1u, __ATOMIC_SEQ_CST)) return true;
         ctx__cpu_pause();
     }
     return false;
@@ -4069,14 +4144,19 @@ static bool ctx__fork_try_node(ctx_t *node) {
         ctx__unlock(&node->list.mu);
         return false;
     }
+    __atomic_store_n(&node->list.contended, node->list.contended | CTX__FORK_MARK, __ATOMIC_RELAXED);
     return true;
+}
+
+static bool ctx__fork_marked(const ctx_t *node) {
+    return (__atomic_load_n(&node->list.contended, __ATOMIC_RELAXED) & CTX__FORK_MARK) != 0;
 }
 
 /* The first child from `child` on, or in a later list, whose locks were taken for the fork. */
 static ctx_t *ctx__fork_taken(ctx_t *parent, ctx_t *child, unsigned shard) {
     for (;;) {
         for (; child; child = child->next)
-            if (child->list.mu == 2) return child;
+            if (ctx__fork_marked(child)) return child;
         if (++shard > (parent->shards ? ctx__shard_count : 0)) return NULL;
         child = ctx__list_of(parent, shard)->first;
     }
@@ -4088,19 +4168,35 @@ static ctx_t *ctx__fork_deepest(ctx_t *node) {
     return node;
 }
 
+/* In the child: forget the callbacks of threads that are gone, for their storage may go with their stacks. */
+static void ctx__fork_forget(ctx_t *node) {
+    ctx_after_t *all = node->after, *reg, *next;
+    node->after = NULL;
+    if (all) all->prev->next = NULL;
+    for (reg = all; reg; reg = next) {
+        next = reg->next;
+        if ((reg->flags & CTX__REG_OWN) || (unsigned)reg->flags / CTX__REG_THREAD == ctx__self.index)
+            ctx__after_link(node, reg);
+        else
+            reg->state = CTX__REG_IDLE;
+    }
+}
+
 /* Give the tree's locks back, children before parents. */
 static void ctx__fork_release_tree(bool child) {
     ctx_t *node = &ctx__root;
-    if (node->list.mu != 2) return;
+    if (!ctx__fork_marked(node)) return;
     node = ctx__fork_deepest(node);
     for (;;) {
         ctx_t *parent = node->parent, *next;
         unsigned i;
+        if (child) ctx__fork_forget(node);
         if (child && node->event) {
             ctx__event_unshare(node->event);
             if (node->why) ctx__event_set(node->event);
         }
         for (i = 0; node->shards && i < ctx__shard_count; i++) ctx__unlock(&node->shards[i].list.mu);
+        node->list.contended &= (uint8_t)~CTX__FORK_MARK;
         ctx__unlock(&node->list.mu);
         if (!parent) return;
         next = ctx__fork_taken(parent, node->next, node->shard);
@@ -4144,14 +4240,15 @@ static void ctx__fork_parent(void) {
 
 /* Forget the other threads; start anew what is needed now: a thread that only polls would not start it. */
 static void ctx__fork_child(void) {
+    ctx__timer_t *due;
     unsigned i;
-    bool timers;
     pthread_mutex_init(&ctx__life, NULL);
     ctx__futex_init();
     ctx__forks++;
     ctx__walks = NULL;
     ctx__runtime.running = 0;
     ctx__runtime.nags = NULL;
+    for (due = ctx__runtime.due; due; due = due->next) due->level = 0;
     ctx__signals.running = false;
     for (i = 0; i < CTX__STRIPES; i++) {
         ctx__frame_t **at = &ctx__stripes[i].frames;
@@ -4163,8 +4260,7 @@ static void ctx__fork_child(void) {
     for (i = 0; i < CTX__WHEELS; i++) ctx__wheels[i].started = 0;
     ctx__fork_release(true);
     if (CTX__TSAN) return; /* it does not allow threads in the child of a threaded process */
-    timers = ctx__timers_armed();
-    if (timers) ctx__runtime_start();
+    if (ctx__timers_armed() || ctx__runtime.due) ctx__runtime_start();
     pthread_mutex_lock(&ctx__life);
     if (ctx__signals.live) ctx__signal_start();
     pthread_mutex_unlock(&ctx__life);
@@ -4181,7 +4277,7 @@ static unsigned ctx__power(unsigned n, unsigned most) {
 
 static void ctx__setup(void) {
     ctx__cpus = ctx__cpu_count();
-    ctx__shard_count = ctx__power(ctx__cpus * 2, 64);
+    ctx__shard_count = ctx__power(ctx__cpus * 2, CTX__SHARDS_MAX);
     if (ctx__shard_count < 4) ctx__shard_count = 4;
     ctx__wheel_count = ctx__power(ctx__cpus * 2, CTX__WHEELS);
     ctx__futex_init();
