@@ -2950,6 +2950,7 @@ CTXCANCEL_API void ctx_sem_destroy(ctx_sem_t *sem) {
 enum {
     CTX__QUICK_STREAK = 64,    /* tasks in a row that make a worker quick */
     CTX__QUICK_NS = 5000,      /* about what a wake-up costs */
+    CTX__TINY_NS = 500,        /* below this two workers on one ring only get in each other's way */
     CTX__QUICK_BATCH = 8,      /* without deadlines the clock is read once in so many tasks */
     CTX__GUARD_QUIET = 4,      /* naps without work after which a guard sleeps */
     CTX__SPIN_MAX = 16
@@ -2972,7 +2973,9 @@ typedef struct ctx__worker {
     bool looking;                  /* [owner thread; in while idle] counted in pool->looking, if epoch agrees */
     uint32_t epoch;                /* likewise */
     uint32_t streak;               /* [owner thread] quick tasks in a row */
+    uint32_t ran;                  /* [owner thread] tasks ever */
     uint32_t batch;                /* [owner thread] tasks since `last` */
+    ctx_dur_t average;             /* [owner thread] what a task takes, lately */
     ctx_time_t last;               /* [owner thread] when the current task began, 0: not known */
     int spin;                      /* [owner thread] how much spinning has paid lately */
     uint64_t completed, failed, cancelled; /* [atomic, written by the owner thread] */
@@ -3023,6 +3026,7 @@ struct ctx_pool {
     bool cut;              /* [in] a drain ran out of budget */
     uint64_t caller_ran[3]; /* [in] completed, failed, cancelled by callers */
     uint64_t dropped;      /* [atomic] */
+    bool tiny;             /* [atomic] the tasks are not worth a second worker */
 
     CTX__ALIGNED uint32_t out;
     uint64_t head;         /* [atomic, set under out] tasks ever taken */
@@ -3075,8 +3079,8 @@ static CTX__COLD void ctx__pool_room(ctx_pool_t *pool) {
     ctx__unlock(&pool->in);
 }
 
-/* Take the oldest task, and note its name in `op`. */
-static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const char **op) {
+/* Take the oldest task, and note its name in `op`; `woke`: this took the time of a wake-up. */
+static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const char **op, bool *woke) {
     uint64_t head;
     bool room;
     ctx__lock(&pool->out);
@@ -3092,6 +3096,7 @@ static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const cha
     room = pool->want_room && ctx__pool_tail(pool) - (head + 1) <= pool->desc.queue / 2;
     if (room) pool->want_room = false;
     ctx__unlock(&pool->out);
+    *woke = room;
     if (CTX__UNLIKELY(room)) ctx__pool_room(pool);
     return true;
 }
@@ -3112,9 +3117,10 @@ static int ctx__pool_drop_reason(const ctx_pool_t *pool) {
    is left that did not see it. */
 static void ctx__pool_empty_out(ctx_pool_t *pool) {
     ctx__task_t task;
+    bool woke;
     ctx__lock(&pool->in);
     ctx__unlock(&pool->in);
-    while (ctx__pool_take(pool, &task, NULL)) ctx__pool_drop(pool, &task, ctx__pool_drop_reason(pool));
+    while (ctx__pool_take(pool, &task, NULL, &woke)) ctx__pool_drop(pool, &task, ctx__pool_drop_reason(pool));
 }
 
 /* Runs when the pool's context is done. on_drop may free the pool. */
@@ -3296,8 +3302,10 @@ static void ctx__worker_node_done(ctx__worker_t *worker) {
    Costs nothing where the clock is read anyway. */
 static void ctx__worker_pace(ctx__worker_t *worker, ctx_time_t now, uint32_t tasks) {
     if (worker->last) {
-        if (now - worker->last > (ctx_dur_t)CTX__QUICK_NS * tasks) worker->streak = 0;
+        ctx_dur_t each = (now - worker->last) / (ctx_dur_t)tasks;
+        if (each > CTX__QUICK_NS) worker->streak = 0;
         else if (worker->streak < CTX__QUICK_STREAK) worker->streak += tasks;
+        worker->average += (each - worker->average) / 8;
     }
     worker->last = now;
     worker->batch = 0;
@@ -3377,14 +3385,16 @@ static void ctx__worker_promise(ctx__worker_t *worker, bool fresh) {
 
 static bool ctx__worker_next(ctx__worker_t *worker, ctx__task_t *task, bool fresh) {
     ctx_pool_t *pool = worker->pool;
+    bool woke;
     if (pool->desc.limit) {
         if (ctx__pool_empty(pool)) return false;
         ctx__worker_permit(worker);
     }
-    if (!ctx__pool_take(pool, task, &worker->op)) {
+    if (!ctx__pool_take(pool, task, &worker->op, &woke)) {
         if (pool->desc.limit) ctx__worker_permit_return(worker);
         return false;
     }
+    if (woke) worker->last = 0; /* not to be taken for a slow task */
     ctx__worker_promise(worker, fresh);
     return true;
 }
@@ -3424,6 +3434,29 @@ static bool ctx__guard_tick(ctx__worker_t *worker) {
         pool->looking = 0;
     }
     return false;
+}
+
+static void ctx__worker_lie_down(ctx__worker_t *worker);
+
+/* Tiny tasks go faster through one pair of hands: of several workers that look all but one lie down, once in a while. */
+static bool ctx__worker_surplus(ctx__worker_t *worker) {
+    ctx_pool_t *pool = worker->pool;
+    bool tiny = worker->streak >= CTX__QUICK_STREAK && worker->average < CTX__TINY_NS, surplus = false;
+    if (__atomic_load_n(&pool->tiny, __ATOMIC_RELAXED) != tiny) __atomic_store_n(&pool->tiny, tiny, __ATOMIC_RELAXED);
+    if (!tiny || !worker->looking) return false;
+    ctx__lock(&pool->in);
+    if (worker->epoch != pool->epoch) ctx__worker_look(worker); /* its promise was revoked, but it is back */
+    if (pool->looking > 1) {
+        surplus = true;
+        ctx__worker_lie_down(worker);
+        if (!pool->guards) {
+            worker->guard = CTX__GUARD_SECOND;
+            worker->quiet = 0;
+            pool->guards |= CTX__GUARD_SECOND;
+        }
+    }
+    ctx__unlock(&pool->in);
+    return surplus;
 }
 
 /* [in] Onto the idle stack; while tasks are to gather, as a guard if there is room for one. */
@@ -3528,6 +3561,12 @@ static void *ctx__worker_main(void *arg) {
             ctx__worker_run(worker, &task);
             if (worker->pool->desc.limit) ctx__worker_permit_return(worker);
             fresh = false;
+            if (worker->ran++ % 64 == 63 && ctx__worker_surplus(worker)) {
+                ctx__worker_untime(worker);
+                more = ctx__worker_sleep(worker);
+                worker->last = 0;
+                fresh = true;
+            }
         } else {
             more = ctx__worker_idle(worker);
             fresh = true;
@@ -3614,21 +3653,27 @@ static CTX__COLD int ctx__pool_first_worker(ctx_pool_t *pool) {
     return rc;
 }
 
+/* [in] Is more than half the queue taken? The head's cache line is the workers': it is looked at only when what was last
+   seen of it says yes. */
+static bool ctx__pool_past_half(ctx_pool_t *pool) {
+    uint64_t half = pool->desc.queue / 2;
+    if (pool->tail - pool->head_seen <= half) return false;
+    pool->head_seen = ctx__pool_head(pool);
+    return pool->tail - pool->head_seen > half;
+}
+
 /* [in] Who must be woken now that tasks were added behind `before`? */
 static inline ctx__worker_t *ctx__pool_wake_for(ctx_pool_t *pool, uint64_t before) {
     uint64_t half = pool->desc.queue / 2;
-    bool full = pool->tail - pool->head_seen > half;
-    if (full) { /* by what was last seen; the head's cache line is left to the workers otherwise */
-        pool->head_seen = ctx__pool_head(pool);
-        full = pool->tail - pool->head_seen > half;
-    }
     if (!pool->looking) {
-        if ((pool->guards & CTX__GUARD_FIRST) && !full) return NULL; /* tasks may gather */
+        if ((pool->guards & CTX__GUARD_FIRST) && !ctx__pool_past_half(pool)) return NULL; /* tasks may gather */
         return ctx__pool_rouse(pool);
     }
-    /* The quick ones that promised to look cannot keep up: add one, at each crossing of half, while there are cores. */
-    if (full && before - pool->head_seen <= half && pool->idle && !(*ctx__idle_sleeper(pool))->guard &&
-        pool->workers - pool->idle_count < ctx__cpus)
+    /* Those that promised to look cannot keep up: add one, each time half is passed, while there are cores and the tasks
+       are worth it. */
+    if (pool->tail - pool->head_seen > half && before - pool->head_seen <= half && ctx__pool_past_half(pool) &&
+        !__atomic_load_n(&pool->tiny, __ATOMIC_RELAXED) && pool->workers - pool->idle_count < ctx__cpus && pool->idle &&
+        !(*ctx__idle_sleeper(pool))->guard)
         return ctx__pool_rouse(pool);
     return NULL;
 }
