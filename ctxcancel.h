@@ -3871,6 +3871,7 @@ static void ctx__pool_report(ctx_pool_t *pool, ctx_drain_t *report) {
 static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t notice, ctx_drain_t *report) {
     bool self = ctx__pool_runs_me(pool);
     ctx_time_t start = ctx_now(), cut_at = start;
+    ctx__worker_t *roused = NULL;
     ctx_drain_t r;
     int rc;
     memset(&r, 0, sizeof r);
@@ -3879,6 +3880,10 @@ static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t notice,
     pool->drain_tasks += self;
     ctx__pool_waiters_wake(&pool->blocked);
     ctx__pool_waiters_wake(&pool->drainers);
+    if (!pool->looking && !ctx__pool_empty(pool)) roused = ctx__pool_rouse(pool); /* tasks gather no longer */
+    ctx__unlock(&pool->in);
+    ctx__worker_wake(roused);
+    ctx__lock(&pool->in);
     if (!ctx__pool_wait_settled(pool, ctx_time_add(start, budget > 0 ? budget : 0))) {
         cut_at = ctx_now();
         pool->cut = true;
