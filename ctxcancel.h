@@ -628,7 +628,8 @@ extern "C" {
    call only if it was PARKED; the system call uses the word's address but not its memory, which may be gone by then.
    Below it is futex on Linux, else a small table of mutexes and condition variables picked by address.
 
-   Each thread has a record in thread-local storage: a number that spreads threads over shards, and a few free nodes. */
+   Each thread has a record in thread-local storage: a number that spreads threads over shards, and a few free nodes
+   and value records. */
 
 #if defined(__SANITIZE_ADDRESS__)
 #define CTX__ASAN 1
@@ -653,6 +654,7 @@ extern "C" {
 
 #define CTX__UNUSED __attribute__((unused))
 #define CTX__COLD __attribute__((cold, noinline))
+#define CTX__INLINE inline __attribute__((always_inline))
 #define CTX__LINE 64 /* bytes of a cache line */
 #define CTX__ALIGNED __attribute__((aligned(CTX__LINE)))
 #define CTX__UNLIKELY(x) __builtin_expect(!!(x), 0)
@@ -668,6 +670,8 @@ static void ctx__cpu_pause(void) {
 #endif
 }
 
+static void ctx__cpu_yield(void) { sched_yield(); }
+
 static ctx_time_t ctx__clock_read(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -680,7 +684,7 @@ static void ctx__relax(unsigned *turn) {
     if (n < 64) {
         ctx__cpu_pause();
     } else if (n < 96) {
-        sched_yield();
+        ctx__cpu_yield();
     } else {
         struct timespec nap;
         nap.tv_sec = 0;
@@ -949,7 +953,8 @@ static bool ctx__array_reserve(void **array, size_t elem_size, size_t n) {
 
 typedef struct {
     ctx_t *cache;    /* free nodes, linked by their next */
-    unsigned cached; /* how many */
+    void *records;   /* free small records, each beginning with a pointer to the next */
+    unsigned cached, cached_records;
     unsigned index;  /* counts threads from 1; 0: not entered yet */
 } ctx__thread_t;
 static __thread ctx__thread_t ctx__self; /* its address stands for the thread */
@@ -1085,8 +1090,9 @@ struct ctx {
     uint8_t shard;          /* [const] which of the parent's lists it is in */
     uint8_t entered;        /* [b->mu] merged only: marked by a walk from b */
     const ctx__why_t *why;  /* [atomic] */
-    ctx_t *next, **pprev;   /* [parent's list mu] */
-    ctx__list_t list;       /* children, callbacks */
+    ctx_t *next;            /* [parent's list mu] */
+    ctx__list_t list;       /* children, callbacks. A cascade over leaves reads no further than this */
+    ctx_t **pprev;          /* [parent's list mu] */
     ctx__shard_t *shards;   /* [atomic, set once under list.mu] NULL or ctx__shard_count of them */
     ctx_t *parent;          /* [const] */
     uint32_t refs, pins;    /* [atomic] */
@@ -1123,7 +1129,7 @@ static void ctx__notify_ended(ctx_t *node); /* section 13 */
 /* The nodes that are never freed. Written out by position, for C++. */
 #define CTX__STATIC_TIMER { NULL, NULL, CTX_NO_DEADLINE, 0, 1, 0, 0, 0 }
 #define CTX__STATIC_NODE(err, flags, why, name)                                                                     \
-    { { err }, CTX__F_STATIC | (flags), 0, 0, why, NULL, NULL, { 0, 0, 0, 0, 0, NULL }, NULL, NULL, 1, 1, NULL,     \
+    { { err }, CTX__F_STATIC | (flags), 0, 0, why, NULL, { 0, 0, 0, 0, 0, NULL }, NULL, NULL, NULL, 1, 1, NULL,     \
       CTX__STATIC_TIMER, { 0, 0, NULL }, NULL, name, "", NULL, NULL }
 
 static ctx_t ctx__root = CTX__STATIC_NODE(0, 0, NULL, "background");
@@ -1190,7 +1196,12 @@ static void ctx__cache_flush(void *thread) {
         me->cache = node->next;
         CTXCANCEL_FREE(node);
     }
-    me->cached = 0;
+    while (me->records) {
+        void *record = me->records;
+        me->records = *(void **)record;
+        CTXCANCEL_FREE(record);
+    }
+    me->cached = me->cached_records = 0;
     me->index = 0;
 }
 
@@ -1697,8 +1708,9 @@ static CTX__COLD ctx_t *ctx__make_failed(const ctx__make_t *make, int err) {
     return ctx__failed(err);
 }
 
-/* The one maker. `node` is storage from the caller's own allocation, or NULL. */
-static inline ctx_t *ctx__make(ctx_t *parent, ctx_t *node, const ctx__make_t *make) {
+/* The one maker. `node` is storage from the caller's own allocation, or NULL. Inlined where what is asked for is mostly
+   constant. */
+static CTX__INLINE ctx_t *ctx__make_inline(ctx_t *parent, ctx_t *node, const ctx__make_t *make) {
     ctx_t *tree = make->detach ? &ctx__root : parent;
     ctx_time_t limit = tree->timer.deadline;
     bool timed = make->deadline < limit;
@@ -1726,12 +1738,16 @@ static inline ctx_t *ctx__make(ctx_t *parent, ctx_t *node, const ctx__make_t *ma
     return node;
 }
 
+static ctx_t *ctx__make(ctx_t *parent, ctx_t *node, const ctx__make_t *make) {
+    return ctx__make_inline(parent, node, make);
+}
+
 /* A deadline that has passed needs no timer. */
-static ctx_t *ctx__make_timed(ctx_t *parent, ctx__make_t *make, ctx_time_t now) {
+static CTX__INLINE ctx_t *ctx__make_timed(ctx_t *parent, ctx__make_t *make, ctx_time_t now) {
     ctx_time_t deadline = make->deadline;
     ctx_t *node;
     if (CTX__UNLIKELY(deadline <= now)) make->deadline = CTX_NO_DEADLINE;
-    node = ctx__make(parent, NULL, make);
+    node = ctx__make_inline(parent, NULL, make);
     if (CTX__UNLIKELY(deadline <= now && !(node->flags & CTX__F_STATIC))) {
         node->timer.deadline = ctx__min(deadline, node->timer.deadline);
         ctx__cancel(node, CTX_DEADLINE_EXCEEDED, CTX_DEADLINE_EXCEEDED, NULL);
@@ -1777,7 +1793,7 @@ CTXCANCEL_API ctx_t *ctx_with_cancel_at(ctx_t *parent, const char *site) {
     ctx_t *bad = ctx__bad_parent(parent);
     ctx__make_t make = ctx__make_plain;
     make.site = site;
-    return bad ? bad : ctx__make(parent, NULL, &make);
+    return bad ? bad : ctx__make_inline(parent, NULL, &make);
 }
 
 CTXCANCEL_API ctx_t *ctx_with_deadline_at(ctx_t *parent, ctx_time_t deadline, const char *site) {
@@ -2063,9 +2079,10 @@ struct ctx__record {
     uint32_t bytes; /* [const] of values, padding included; less than 2^31 */
 };
 
+#define CTX__RECORD_SMALL 80
 #define CTX__VALUE_ALIGN (2 * sizeof(void *) > 16 ? 2 * sizeof(void *) : 16)
 
-static size_t ctx__value_room(size_t size) { return (size + CTX__VALUE_ALIGN - 1) & ~(size_t)(CTX__VALUE_ALIGN - 1); }
+static inline size_t ctx__value_room(size_t size) { return (size + CTX__VALUE_ALIGN - 1) & ~(size_t)(CTX__VALUE_ALIGN - 1); }
 
 static size_t ctx__record_head(uint32_t slots) {
     return ctx__value_room(sizeof(ctx__record_t)) + ctx__value_room(slots * sizeof(ctx__slot_t));
@@ -2075,8 +2092,31 @@ static ctx__slot_t *ctx__record_slots(const ctx__record_t *record) {
     return (ctx__slot_t *)(uintptr_t)((const char *)record + ctx__value_room(sizeof *record));
 }
 
+/* Most records hold one struct: those of up to CTX__RECORD_SMALL bytes are recycled by each thread like nodes. */
+static void *ctx__record_alloc(size_t size) {
+    ctx__thread_t *me = ctx__me();
+    void *block = me->records;
+    if (size > CTX__RECORD_SMALL) return CTXCANCEL_MALLOC(size);
+    if (!block) return CTXCANCEL_MALLOC(CTX__RECORD_SMALL);
+    me->records = *(void **)block;
+    me->cached_records--;
+    return block;
+}
+
+static void ctx__record_free(ctx__record_t *record) {
+    ctx__thread_t *me = ctx__me();
+    if (ctx__record_head(record->mask + 1) + record->bytes > CTX__RECORD_SMALL ||
+        me->cached_records >= (unsigned)CTX__CACHE_MAX) {
+        CTXCANCEL_FREE(record);
+        return;
+    }
+    *(void **)(void *)record = me->records;
+    me->records = record;
+    me->cached_records++;
+}
+
 /* The slot of `key`, or the free one where it would go, or NULL when the table is full without it. */
-static ctx__slot_t *ctx__record_find(const ctx__record_t *record, const ctx_key_t *key) {
+static inline ctx__slot_t *ctx__record_find(const ctx__record_t *record, const ctx_key_t *key) {
     ctx__slot_t *slots = ctx__record_slots(record);
     uint32_t hash = (uint32_t)((uintptr_t)key >> 3) * 2654435761u, i, n;
     hash ^= hash >> 15;
@@ -2085,7 +2125,7 @@ static ctx__slot_t *ctx__record_find(const ctx__record_t *record, const ctx_key_
     return NULL;
 }
 
-static char *ctx__record_put(ctx__record_t *record, char *at, const ctx_key_t *key, const void *value) {
+static inline char *ctx__record_put(ctx__record_t *record, char *at, const ctx_key_t *key, const void *value) {
     ctx__slot_t *slot = ctx__record_find(record, key);
     slot->key = key;
     slot->value = at;
@@ -2106,13 +2146,13 @@ static ctx__record_t *ctx__record_with(const ctx__record_t *base, const ctx_key_
         if (key->size > INT32_MAX / 2 || bytes > INT32_MAX / 2) return NULL;
         bytes += ctx__value_room(key->size);
     }
-    record = (ctx__record_t *)CTXCANCEL_MALLOC(ctx__record_head(slots) + bytes + (bytes == 0));
+    record = (ctx__record_t *)ctx__record_alloc(ctx__record_head(slots) + bytes);
     if (!record) return NULL;
     record->refs = 1;
     record->mask = slots - 1;
     record->count = count;
     record->bytes = (uint32_t)bytes;
-    memset(ctx__record_slots(record), 0, slots * sizeof(ctx__slot_t));
+    for (i = 0; i < slots; i++) ctx__record_slots(record)[i].key = NULL;
     at = (char *)record + ctx__record_head(slots);
     for (i = 0; base && i <= base->mask; i++) {
         const ctx__slot_t *slot = &ctx__record_slots(base)[i];
@@ -2128,7 +2168,7 @@ static void ctx__record_release(ctx__record_t *record) {
     /* Alone in holding it, nobody else can take a reference: no need for the atomic subtraction. */
     if (__atomic_load_n(&record->refs, __ATOMIC_ACQUIRE) == 1 ||
         __atomic_fetch_sub(&record->refs, 1u, __ATOMIC_ACQ_REL) == 1)
-        CTXCANCEL_FREE(record);
+        ctx__record_free(record);
 }
 
 CTXCANCEL_API const void *ctx_value(const ctx_t *ctx, const ctx_key_t *key) {
@@ -2202,7 +2242,7 @@ static struct {
 static uint64_t ctx__tick_of(ctx_time_t t) { return t < 0 ? 0 : (uint64_t)t >> CTX__TICK_BITS; }
 
 /* [wheel->mu] */
-static void ctx__wheel_place(ctx__wheel_t *wheel, ctx__timer_t *timer) {
+static inline void ctx__wheel_place(ctx__wheel_t *wheel, ctx__timer_t *timer) {
     uint64_t tick = ctx__tick_of(timer->deadline), differs;
     unsigned level = 0, slot;
     if (tick < wheel->tick) tick = wheel->tick;
@@ -3438,7 +3478,8 @@ static bool ctx__guard_tick(ctx__worker_t *worker) {
 
 static void ctx__worker_lie_down(ctx__worker_t *worker);
 
-/* Tiny tasks go faster through one pair of hands: of several workers that look all but one lie down, once in a while. */
+/* Tiny tasks go faster through one pair of hands: of several workers that look all but one lie down, once in a while.
+   */
 static bool ctx__worker_surplus(ctx__worker_t *worker) {
     ctx_pool_t *pool = worker->pool;
     bool tiny = worker->streak >= CTX__QUICK_STREAK && worker->average < CTX__TINY_NS, surplus = false;
@@ -3533,6 +3574,12 @@ static bool ctx__worker_idle(ctx__worker_t *worker) {
             ctx__unlock(&pool->in);
         }
         if (ctx__worker_spin(worker)) return true;
+    }
+    if (worker->looking && worker->streak >= CTX__QUICK_STREAK) {
+        /* Where the submitter shares this core it has been waiting for it: let it add more before paying for a sleep.
+           */
+        ctx__cpu_yield();
+        if (!ctx__pool_empty(pool)) return true;
     }
     ctx__worker_untime(worker);
     ctx__lock(&pool->in);
@@ -3653,8 +3700,8 @@ static CTX__COLD int ctx__pool_first_worker(ctx_pool_t *pool) {
     return rc;
 }
 
-/* [in] Is more than half the queue taken? The head's cache line is the workers': it is looked at only when what was last
-   seen of it says yes. */
+/* [in] Is more than half the queue taken? The head's cache line is the workers': it is looked at only when what was
+   last seen of it says yes. */
 static bool ctx__pool_past_half(ctx_pool_t *pool) {
     uint64_t half = pool->desc.queue / 2;
     if (pool->tail - pool->head_seen <= half) return false;
@@ -3669,8 +3716,8 @@ static inline ctx__worker_t *ctx__pool_wake_for(ctx_pool_t *pool, uint64_t befor
         if ((pool->guards & CTX__GUARD_FIRST) && !ctx__pool_past_half(pool)) return NULL; /* tasks may gather */
         return ctx__pool_rouse(pool);
     }
-    /* Those that promised to look cannot keep up: add one, each time half is passed, while there are cores and the tasks
-       are worth it. */
+    /* Those that promised to look cannot keep up: add one, each time half is passed, while there are cores and the
+       tasks are worth it. */
     if (pool->tail - pool->head_seen > half && before - pool->head_seen <= half && ctx__pool_past_half(pool) &&
         !__atomic_load_n(&pool->tiny, __ATOMIC_RELAXED) && pool->workers - pool->idle_count < ctx__cpus && pool->idle &&
         !(*ctx__idle_sleeper(pool))->guard)
