@@ -1427,17 +1427,19 @@ static void ctx__mark_merged(ctx__cascade_t *cascade, ctx_t *node, const ctx__wh
         ctx__walks = &cascade->walk;
         ctx__unlock(&ctx__walks_mu);
     }
-    if (ctx__why(node)) {
+    ctx__lock(&node->list.mu);
+    won = !ctx__why(node);
+    if (won) {
+        node->own = *why;
+        won = ctx__mark(node, &node->own);
+    }
+    ctx__unlock(&node->list.mu);
+    if (!won) {
         cascade->met_another = true;
         return;
     }
-    ctx__lock(&node->list.mu);
-    node->own = *why;
-    won = ctx__mark(node, &node->own);
-    ctx__unlock(&node->list.mu);
-    if (!won) cascade->met_another = true;
-    else if (ctx__attached(node) && ctx__pin(node)) node->entered = 1, ctx__cascade_push(cascade, node);
-    else node->entered = 1;
+    node->entered = 1;
+    if (ctx__attached(node) && ctx__pin(node)) ctx__cascade_push(cascade, node);
 }
 
 static void ctx__merge_fire(void *arg);
@@ -2082,7 +2084,9 @@ struct ctx__record {
 #define CTX__RECORD_SMALL 80
 #define CTX__VALUE_ALIGN (2 * sizeof(void *) > 16 ? 2 * sizeof(void *) : 16)
 
-static inline size_t ctx__value_room(size_t size) { return (size + CTX__VALUE_ALIGN - 1) & ~(size_t)(CTX__VALUE_ALIGN - 1); }
+static inline size_t ctx__value_room(size_t size) {
+    return (size + CTX__VALUE_ALIGN - 1) & ~(size_t)(CTX__VALUE_ALIGN - 1);
+}
 
 static size_t ctx__record_head(uint32_t slots) {
     return ctx__value_room(sizeof(ctx__record_t)) + ctx__value_room(slots * sizeof(ctx__slot_t));
@@ -2152,7 +2156,7 @@ static ctx__record_t *ctx__record_with(const ctx__record_t *base, const ctx_key_
     record->mask = slots - 1;
     record->count = count;
     record->bytes = (uint32_t)bytes;
-    for (i = 0; i < slots; i++) ctx__record_slots(record)[i].key = NULL;
+    for (i = 0; i < slots; i++) ctx__record_slots(record)[i].key = NULL, ctx__record_slots(record)[i].value = NULL;
     at = (char *)record + ctx__record_head(slots);
     for (i = 0; base && i <= base->mask; i++) {
         const ctx__slot_t *slot = &ctx__record_slots(base)[i];

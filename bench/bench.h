@@ -1,0 +1,354 @@
+/* bench.h: what every benchmark program shares, ours and the peers' (C99 and C++11).
+
+   A program prints one line a sample, `figure<TAB>value<TAB>unit`; run.sh collects them. A figure may have several
+   lines: they are samples of the same thing.
+
+       BENCH_ONLY=name ./bench_context      only figures whose name contains `name`
+       BENCH_SCALE=0.1 ./bench_context      a tenth of the work, for a quick look
+       BENCH_BEST=1 ./bench_context         the best of many short runs instead of a median, for tuning on a machine
+                                            that is not idle; of single-threaded figures only */
+#ifndef BENCH_H
+#define BENCH_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define BENCH_UNUSED __attribute__((unused))
+
+/* The compiler must have this value ready, and must assume that all memory changes. */
+#define BENCH_KEEP(x) __asm__ volatile("" : : "r"(x) : "memory")
+
+/* The compiler must assume that all memory changes here. */
+#define BENCH_BARRIER() __asm__ volatile("" : : : "memory")
+
+static inline BENCH_UNUSED uint64_t bench_clock(clockid_t clock) {
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
+}
+
+/* Nanoseconds: of the day, and of all processors that this process used. */
+static inline BENCH_UNUSED uint64_t bench_now(void) { return bench_clock(CLOCK_MONOTONIC); }
+static inline BENCH_UNUSED uint64_t bench_cpu(void) { return bench_clock(CLOCK_PROCESS_CPUTIME_ID); }
+
+static inline BENCH_UNUSED int bench_compare(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Sorts `values`. */
+static inline BENCH_UNUSED double bench_median(double *values, size_t n) {
+    qsort(values, n, sizeof *values, bench_compare);
+    return n % 2 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
+}
+
+static inline BENCH_UNUSED bool bench_wants(const char *figure) {
+    const char *only = getenv("BENCH_ONLY");
+    return !only || !*only || strstr(figure, only);
+}
+
+/* `n`, scaled by BENCH_SCALE; 1 at least. */
+static inline BENCH_UNUSED size_t bench_scaled(size_t n) {
+    const char *scale = getenv("BENCH_SCALE");
+    double scaled = scale && *scale ? (double)n * atof(scale) : (double)n;
+    return scaled < 1 ? 1 : (size_t)scaled;
+}
+
+/* Whether `section` stands among the arguments; without arguments, all do. */
+static inline BENCH_UNUSED bool bench_section(int argc, char **argv, const char *section) {
+    for (int i = 1; i < argc; i++)
+        if (!strcmp(argv[i], section)) return true;
+    return argc < 2;
+}
+
+static inline BENCH_UNUSED void bench_print(const char *figure, double value, const char *unit) {
+    printf("%s\t%.4g\t%s\n", figure, value, unit);
+    fflush(stdout);
+}
+
+static inline BENCH_UNUSED void bench_check(bool ok, const char *what) {
+    if (ok) return;
+    fprintf(stderr, "bench: %s\n", what);
+    exit(1);
+}
+
+/* Do something `n` times; return the nanoseconds of what counts. */
+typedef uint64_t (*bench_fn)(size_t n);
+
+/* How many fit into 40 ms, as far as a tenth of `n` tells; `n` at most. Warms up, too. */
+static inline BENCH_UNUSED size_t bench_fit(bench_fn fn, size_t n) {
+    size_t few = n / 10 + 1;
+    uint64_t began = bench_now();
+    fn(few);
+    double fits = 40e6 * (double)few / (double)(bench_now() - began + 1);
+    return fits < (double)n ? (size_t)fits + 1 : n;
+}
+
+typedef struct {
+    const char *figure;
+    bench_fn fn;
+} bench_figure_t;
+
+/* The best of many short runs. */
+static inline BENCH_UNUSED void bench_best(const bench_figure_t *figure, size_t n) {
+    double best = 1e9;
+    for (int i = 0; i < 400; i++) {
+        double each = (double)figure->fn(n) / (double)n;
+        if (each < best) best = each;
+    }
+    bench_print(figure->figure, best, "ns");
+}
+
+#define BENCH_TOGETHER 4
+
+/* For each figure, print the nanoseconds that its `fn` needs each time: the median of five, after a warm-up. The
+   figures, up to four, take turns, so that they can be compared. */
+static inline BENCH_UNUSED void bench_together(const bench_figure_t *figures, size_t n_figures, size_t n) {
+    double each[BENCH_TOGETHER][5];
+    size_t fits[BENCH_TOGETHER];
+    bool wanted = false;
+    bench_check(n_figures <= BENCH_TOGETHER, "too many figures together");
+    for (size_t f = 0; f < n_figures; f++) wanted = wanted || bench_wants(figures[f].figure);
+    if (!wanted) return;
+    for (size_t f = 0; f < n_figures; f++) fits[f] = bench_fit(figures[f].fn, bench_scaled(n));
+    if (getenv("BENCH_BEST")) {
+        for (size_t f = 0; f < n_figures; f++) bench_best(&figures[f], fits[f] / 20 + 1);
+        return;
+    }
+    for (size_t i = 0; i < 5; i++)
+        for (size_t f = 0; f < n_figures; f++) each[f][i] = (double)figures[f].fn(fits[f]) / (double)fits[f];
+    for (size_t f = 0; f < n_figures; f++) bench_print(figures[f].figure, bench_median(each[f], 5), "ns");
+}
+
+static inline BENCH_UNUSED void bench_run(const char *figure, bench_fn fn, size_t n) {
+    const bench_figure_t alone = {figure, fn};
+    bench_together(&alone, 1, n);
+}
+
+typedef struct {
+    bench_fn fn;
+    size_t n;
+    pthread_barrier_t *start;
+    uint64_t began, ended;
+} bench_thread_t;
+
+static inline BENCH_UNUSED void *bench_thread_main(void *arg) {
+    bench_thread_t *self = (bench_thread_t *)arg;
+    self->fn(self->n / 10 + 1);
+    pthread_barrier_wait(self->start);
+    self->began = bench_now();
+    self->fn(self->n);
+    self->ended = bench_now();
+    return NULL;
+}
+
+/* Nanoseconds from the first start to the last end of `threads` (1 or 2) threads that each do `fn(n)`. */
+static inline BENCH_UNUSED uint64_t bench_threads(bench_fn fn, size_t n, unsigned threads) {
+    bench_thread_t t[2];
+    pthread_t id[2];
+    pthread_barrier_t start;
+    uint64_t began = UINT64_MAX, ended = 0;
+    pthread_barrier_init(&start, NULL, threads);
+    for (unsigned i = 0; i < threads; i++) {
+        t[i].fn = fn;
+        t[i].n = n;
+        t[i].start = &start;
+        t[i].began = t[i].ended = 0;
+        bench_check(pthread_create(&id[i], NULL, bench_thread_main, &t[i]) == 0, "no thread");
+    }
+    for (unsigned i = 0; i < threads; i++) {
+        pthread_join(id[i], NULL);
+        if (t[i].began < began) began = t[i].began;
+        if (t[i].ended > ended) ended = t[i].ended;
+    }
+    pthread_barrier_destroy(&start);
+    return ended - began;
+}
+
+/* Print how many times the work of one thread two threads do in the same time, the median of five, and what one
+   operation then costs each of the two. `fresh` (may be NULL) runs before each measurement. */
+static inline BENCH_UNUSED void bench_two_threads(const char *figure, bench_fn fn, size_t n, void (*fresh)(void)) {
+    double ratio[5], each[5];
+    char name[64];
+    if (!bench_wants(figure)) return;
+    n = bench_scaled(n);
+    for (size_t i = 0; i < 5; i++) {
+        if (fresh) fresh();
+        uint64_t one = bench_threads(fn, n, 1);
+        if (fresh) fresh();
+        uint64_t two = bench_threads(fn, n, 2);
+        ratio[i] = 2 * (double)one / (double)two;
+        each[i] = (double)two / (double)n;
+    }
+    bench_print(figure, bench_median(ratio, 5), "x");
+    snprintf(name, sizeof name, "%s_each", figure);
+    bench_print(name, bench_median(each, 5), "ns");
+}
+
+/* == a bare futex, the floor of everything that sleeps ============ */
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static inline BENCH_UNUSED void bench_futex_wait(uint32_t *word, uint32_t while_it_is) {
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, while_it_is, NULL, NULL, 0);
+}
+
+static inline BENCH_UNUSED void bench_futex_wake(uint32_t *word) {
+    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+}
+
+/* Return when thread `tid` of this process sleeps in the kernel. */
+static inline BENCH_UNUSED void bench_until_asleep(long tid) {
+    char path[64], text[256];
+    snprintf(path, sizeof path, "/proc/self/task/%ld/stat", tid);
+    for (;;) {
+        FILE *file = fopen(path, "r");
+        bench_check(file != NULL, "no /proc");
+        size_t got = fread(text, 1, sizeof text - 1, file);
+        fclose(file);
+        text[got] = 0;
+        const char *state = strrchr(text, ')');
+        if (state && state[1] == ' ' && state[2] == 'S') return;
+    }
+}
+
+/* A way to sleep and to be woken. `prepare` and `finish` (may be NULL) run before and after each turn. */
+typedef struct {
+    const char *figure;
+    void (*prepare)(void);
+    void (*park)(void); /* returns only when woken */
+    void (*wake)(void);
+    void (*finish)(void);
+} bench_wake_t;
+
+#define BENCH_MAX_WAYS 4
+#define BENCH_OVER UINT32_MAX
+
+static struct {
+    const bench_wake_t *ways;
+    uint32_t n_ways;
+    uint32_t turn;  /* [atomic] counts the waits asked for; at last BENCH_OVER */
+    uint32_t began; /* [atomic] counts the waits about to park */
+    uint32_t woken; /* [atomic] counts the waits that are over */
+    uint64_t at;    /* when the waiter ran again */
+    long tid;       /* [atomic] of the waiter */
+} bench_wakes_shared BENCH_UNUSED;
+
+static inline BENCH_UNUSED void *bench_wakes_main(void *arg) {
+    __atomic_store_n(&bench_wakes_shared.tid, (long)syscall(SYS_gettid), __ATOMIC_RELEASE);
+    for (uint32_t turn = 1;; turn++) {
+        uint32_t asked;
+        while ((asked = __atomic_load_n(&bench_wakes_shared.turn, __ATOMIC_ACQUIRE)) != turn)
+            if (asked == BENCH_OVER) return arg;
+        __atomic_store_n(&bench_wakes_shared.began, turn, __ATOMIC_RELEASE);
+        bench_wakes_shared.ways[turn % bench_wakes_shared.n_ways].park();
+        bench_wakes_shared.at = bench_now();
+        __atomic_store_n(&bench_wakes_shared.woken, turn, __ATOMIC_RELEASE);
+    }
+}
+
+/* Print, for each way, the median time from the wake until the waiter runs, the waiter being certainly asleep before.
+   The ways take turns, so that all meet the same machine. */
+static inline BENCH_UNUSED void bench_wakes(const bench_wake_t *ways, uint32_t n_ways, size_t times) {
+    double *took[BENCH_MAX_WAYS];
+    size_t n[BENCH_MAX_WAYS];
+    pthread_t waiter;
+    times = bench_scaled(times);
+    bench_check(n_ways <= BENCH_MAX_WAYS, "too many ways to wait");
+    for (uint32_t way = 0; way < n_ways; way++) {
+        took[way] = (double *)malloc(times * sizeof *took[way]);
+        n[way] = 0;
+        bench_check(took[way] != NULL, "no memory");
+    }
+    bench_wakes_shared.ways = ways;
+    bench_wakes_shared.n_ways = n_ways;
+    bench_check(pthread_create(&waiter, NULL, bench_wakes_main, NULL) == 0, "no thread");
+    while (!__atomic_load_n(&bench_wakes_shared.tid, __ATOMIC_ACQUIRE)) {
+    }
+    for (uint32_t turn = 1; turn <= times * n_ways; turn++) {
+        uint32_t way = turn % n_ways;
+        if (ways[way].prepare) ways[way].prepare();
+        __atomic_store_n(&bench_wakes_shared.turn, turn, __ATOMIC_RELEASE);
+        while (__atomic_load_n(&bench_wakes_shared.began, __ATOMIC_ACQUIRE) != turn) {
+        }
+        bench_until_asleep(bench_wakes_shared.tid);
+        for (uint64_t until = bench_now() + 20000; bench_now() < until;) {
+        }
+        uint64_t began = bench_now();
+        ways[way].wake();
+        while (__atomic_load_n(&bench_wakes_shared.woken, __ATOMIC_ACQUIRE) != turn) {
+        }
+        took[way][n[way]++] = (double)(bench_wakes_shared.at - began);
+        if (ways[way].finish) ways[way].finish();
+    }
+    __atomic_store_n(&bench_wakes_shared.turn, BENCH_OVER, __ATOMIC_RELEASE);
+    pthread_join(waiter, NULL);
+    for (uint32_t way = 0; way < n_ways; way++) {
+        bench_print(ways[way].figure, bench_median(took[way], n[way]), "ns");
+        free(took[way]);
+    }
+}
+
+/* == a trickle of small bursts ==================================== */
+
+#define BENCH_BURST 3
+#define BENCH_BURSTS 5000
+#define BENCH_BURST_EVERY UINT64_C(100000) /* nanoseconds: 10,000 bursts a second */
+
+typedef enum {
+    BENCH_SPIN, /* the submitter watches the clock: what the bursts cost can be told from what the pacing costs */
+    BENCH_SLEEP /* the submitter sleeps from burst to burst, as one that serves requests does */
+} bench_pace_t;
+
+/* Call `burst` at that pace; nanoseconds of processor for one operation. With BENCH_SPIN: of all other threads, and of
+   this one inside `burst`. With BENCH_SLEEP: of the whole process. */
+static inline BENCH_UNUSED double bench_paced(bench_pace_t pace, void (*burst)(void *arg), void *arg) {
+    size_t bursts = bench_scaled(BENCH_BURSTS);
+    double used = 0;
+    uint64_t next = bench_now(), all = bench_cpu(), own = bench_clock(CLOCK_THREAD_CPUTIME_ID);
+    for (size_t i = 0; i < bursts; i++) {
+        next += BENCH_BURST_EVERY;
+        if (pace == BENCH_SPIN) {
+            uint64_t began, spent;
+            while ((began = bench_now()) < next) {
+            }
+            burst(arg);
+            spent = bench_now() - began;
+            /* More than a whole period means that somebody else had the processor. */
+            used += (double)(spent < BENCH_BURST_EVERY ? spent : BENCH_BURST_EVERY);
+        } else {
+            struct timespec until;
+            until.tv_sec = (time_t)(next / UINT64_C(1000000000));
+            until.tv_nsec = (long)(next % UINT64_C(1000000000));
+            clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL);
+            burst(arg);
+        }
+    }
+    own = bench_clock(CLOCK_THREAD_CPUTIME_ID) - own;
+    all = bench_cpu() - all;
+    used += pace == BENCH_SPIN ? (double)all - (double)own : (double)all;
+    return used / (double)(bursts * BENCH_BURST);
+}
+
+static inline BENCH_UNUSED void bench_burst_nothing(void *arg) { BENCH_KEEP(arg); }
+
+/* Print what the bursts cost: beyond an empty burst with a spinning submitter, and in all with a sleeping one. */
+static inline BENCH_UNUSED void bench_print_paced(const char *figure, void (*burst)(void *arg), void *arg) {
+    double nothing = bench_paced(BENCH_SPIN, bench_burst_nothing, NULL);
+    char name[64];
+    bench_print(figure, bench_paced(BENCH_SPIN, burst, arg) - nothing, "ns");
+    snprintf(name, sizeof name, "%s_sleeping", figure);
+    bench_print(name, bench_paced(BENCH_SLEEP, burst, arg), "ns");
+}
+#endif /* __linux__ */
+
+#endif /* BENCH_H */

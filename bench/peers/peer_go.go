@@ -1,0 +1,607 @@
+// Go: the context package, channels and goroutines. Prints the same figures as the C programs, one sample a line.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"runtime"
+	"sort"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+	"unsafe"
+)
+
+func wants(figure string) bool {
+	return strings.Contains(figure, os.Getenv("BENCH_ONLY"))
+}
+
+func scaled(n int) int {
+	scale, err := strconv.ParseFloat(os.Getenv("BENCH_SCALE"), 64)
+	if err == nil {
+		n = int(float64(n) * scale)
+	}
+	return max(n, 1)
+}
+
+func section(name string) bool {
+	for _, arg := range os.Args[1:] {
+		if arg == name {
+			return true
+		}
+	}
+	return len(os.Args) < 2
+}
+
+func show(figure string, value float64, unit string) {
+	fmt.Printf("%s\t%.4g\t%s\n", figure, value, unit)
+}
+
+func check(ok bool, what string) {
+	if !ok {
+		fmt.Fprintln(os.Stderr, "bench:", what)
+		os.Exit(1)
+	}
+}
+
+func median(values []float64) float64 {
+	sort.Float64s(values)
+	n := len(values)
+	return (values[(n-1)/2] + values[n/2]) / 2
+}
+
+// fit says how many fit into 40 ms, as far as a tenth of n tells; n at most. It warms up, too.
+func fit(n int, fn func(n int) time.Duration) int {
+	few := n/10 + 1
+	began := time.Now()
+	fn(few)
+	return min(n, int(40e6*float64(few)/float64(time.Since(began)+1))+1)
+}
+
+// run prints what fn needs each time: the median of five, after a warm-up.
+func run(figure string, n int, fn func(n int) time.Duration) {
+	if !wants(figure) {
+		return
+	}
+	n = fit(scaled(n), fn)
+	var each []float64
+	for i := 0; i < 5; i++ {
+		each = append(each, float64(fn(n))/float64(n))
+	}
+	show(figure, median(each), "ns")
+}
+
+func goroutines(fn func(n int) time.Duration, n, count int) time.Duration {
+	var ready, done sync.WaitGroup
+	start := make(chan struct{})
+	ready.Add(count)
+	done.Add(count)
+	for i := 0; i < count; i++ {
+		go func() {
+			fn(n/10 + 1)
+			ready.Done()
+			<-start
+			fn(n)
+			done.Done()
+		}()
+	}
+	ready.Wait()
+	began := time.Now()
+	close(start)
+	done.Wait()
+	return time.Since(began)
+}
+
+func twoThreads(figure string, n int, fn func(n int) time.Duration) {
+	if !wants(figure) {
+		return
+	}
+	n = scaled(n)
+	var ratio, each []float64
+	for i := 0; i < 5; i++ {
+		one := goroutines(fn, n, 1)
+		two := goroutines(fn, n, 2)
+		ratio = append(ratio, 2*float64(one)/float64(two))
+		each = append(each, float64(two)/float64(n))
+	}
+	show(figure, median(ratio), "x")
+	show(figure+"_each", median(each), "ns")
+}
+
+// Globals, so that the compiler knows neither their types nor their values.
+var (
+	server       context.Context
+	serverCancel context.CancelFunc
+	sinkContext  context.Context
+	sinkAny      any
+)
+
+type requestKey struct{}
+
+type request struct {
+	id, user    uint64
+	path, trace string
+}
+
+// Contexts.
+
+func cancelChild(n int) time.Duration {
+	began := time.Now()
+	for i := 0; i < n; i++ {
+		_, cancel := context.WithCancel(server)
+		cancel()
+	}
+	return time.Since(began)
+}
+
+func timeoutChild(n int) time.Duration {
+	began := time.Now()
+	for i := 0; i < n; i++ {
+		_, cancel := context.WithTimeout(server, 30*time.Second)
+		cancel()
+	}
+	return time.Since(began)
+}
+
+func requestBegin(id uint64) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(server, 30*time.Second)
+	return context.WithValue(ctx, requestKey{}, &request{id, id + 1, "/index", "b7ad6b71"}), cancel
+}
+
+func wholeRequest(n int) time.Duration {
+	looked := 0
+	began := time.Now()
+	for i := 0; i < n; i++ {
+		ctx, cancel := requestBegin(uint64(i))
+		for step := 0; step < 5; step++ {
+			if mine := ctx.Value(requestKey{}).(*request); mine.id == uint64(i) {
+				looked++
+			}
+			for look := 0; look < 2; look++ {
+				if ctx.Err() != nil {
+					looked++
+				}
+			}
+		}
+		cancel()
+	}
+	spent := time.Since(began)
+	check(looked == 5*n, "a request is wrong")
+	return spent
+}
+
+func cancelMany(n, times int) time.Duration {
+	child := make([]context.Context, n)
+	cancels := make([]context.CancelFunc, n)
+	var spent time.Duration
+	for t := 0; t < times; t++ {
+		parent, cancel := context.WithCancel(server)
+		for i := range child {
+			child[i], cancels[i] = context.WithCancel(parent)
+		}
+		began := time.Now()
+		cancel()
+		spent += time.Since(began)
+		check(child[0].Err() != nil && child[n-1].Err() != nil, "a child was not cancelled")
+		for i := range cancels {
+			cancels[i]()
+		}
+	}
+	return spent
+}
+
+func afterStop(n int) time.Duration {
+	began := time.Now()
+	for i := 0; i < n; i++ {
+		stop := context.AfterFunc(server, func() {})
+		stop()
+	}
+	return time.Since(began)
+}
+
+func clock(n int) time.Duration {
+	var last time.Time
+	began := time.Now()
+	for i := 0; i < n; i++ {
+		last = time.Now()
+	}
+	return last.Sub(began)
+}
+
+// Allocations and bytes of one.
+func count(figure string, make func(id uint64) (context.Context, context.CancelFunc)) {
+	const live = 10000
+	if !wants(figure+"_allocs") && !wants(figure+"_bytes") {
+		return
+	}
+	cancels := [live]context.CancelFunc{}
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	for i := range cancels {
+		sinkContext, cancels[i] = make(uint64(i))
+	}
+	runtime.ReadMemStats(&after)
+	for i := range cancels {
+		cancels[i]()
+	}
+	show(figure+"_allocs", float64(after.Mallocs-before.Mallocs)/live, "")
+	show(figure+"_bytes", float64(after.TotalAlloc-before.TotalAlloc)/live, "B")
+}
+
+func contexts() {
+	run("cancel_child", 500000, cancelChild)
+	run("timeout_child", 300000, timeoutChild)
+	run("request", 200000, wholeRequest)
+	run("clock", 1000000, clock)
+	run("cancel_each_100", 200000, func(n int) time.Duration { return cancelMany(100, n/100+1) })
+	run("cancel_each_10k", 200000, func(n int) time.Duration { return cancelMany(10000, n/10000+1) })
+	if wants("cancel_each_1m") {
+		n := scaled(1000000)
+		show("cancel_each_1m", float64(cancelMany(n, 1))/float64(n), "ns")
+		runtime.GC()
+	}
+	run("after_stop", 300000, afterStop)
+	twoThreads("cancel_child_2t", 200000, cancelChild)
+	twoThreads("timeout_child_2t", 100000, timeoutChild)
+	count("cancel_child", func(uint64) (context.Context, context.CancelFunc) { return context.WithCancel(server) })
+	count("timeout_child", func(uint64) (context.Context, context.CancelFunc) {
+		return context.WithTimeout(server, 30*time.Second)
+	})
+	count("request", requestBegin)
+}
+
+// Polling.
+
+func errLoop(n int) time.Duration {
+	ctx := sinkContext
+	done := 0
+	began := time.Now()
+	for i := 0; i < n; i++ {
+		if ctx.Err() != nil {
+			done++
+		}
+	}
+	spent := time.Since(began)
+	check(done == 0, "done too early")
+	return spent
+}
+
+func polling() {
+	var cancel context.CancelFunc
+	sinkContext, cancel = context.WithTimeout(server, time.Hour)
+	run("err_loop", 10000000, errLoop)
+	cancel()
+}
+
+// Values.
+
+type valueKey int
+
+func lookUp(ctx context.Context) func(n int) time.Duration {
+	var key any = valueKey(0)
+	return func(n int) time.Duration {
+		began := time.Now()
+		for i := 0; i < n; i++ {
+			sinkAny = ctx.Value(key)
+		}
+		return time.Since(began)
+	}
+}
+
+func values() {
+	value := &request{1, 2, "anna", ""}
+	chain := make([]context.Context, 1000)
+	cancels := make([]context.CancelFunc, 1000)
+	chain[0] = context.WithValue(context.Background(), valueKey(0), value)
+	for i := 1; i < len(chain); i++ {
+		chain[i], cancels[i] = context.WithCancel(chain[i-1])
+	}
+	run("value_depth_1", 5000000, lookUp(chain[0]))
+	run("value_depth_12", 1000000, lookUp(chain[11]))
+	run("value_depth_1000", 20000, lookUp(chain[999]))
+	for i := 1; i < len(chain); i++ {
+		cancels[i]()
+	}
+	ctx := context.Background()
+	for i := 0; i < 12; i++ {
+		ctx = context.WithValue(ctx, valueKey(i), value)
+	}
+	run("value_keys_12", 1000000, lookUp(ctx))
+	run("value_attach", 1000000, func(n int) time.Duration {
+		parent := context.Background()
+		began := time.Now()
+		for i := 0; i < n; i++ {
+			sinkContext = context.WithValue(parent, valueKey(0), value)
+		}
+		return time.Since(began)
+	})
+}
+
+// Timers.
+
+func timers() {
+	if !wants("timers") {
+		return
+	}
+	n := scaled(1000000)
+	cancels := make([]context.CancelFunc, n)
+	var before, after runtime.MemStats
+	var makes, ends []float64
+	for round := 0; round <= 2; round++ {
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		began := time.Now()
+		for i := range cancels {
+			timeout := 30*time.Second + time.Duration(i*7919%30000)*time.Millisecond
+			_, cancels[i] = context.WithTimeout(server, timeout)
+		}
+		made := time.Since(began)
+		if round == 0 {
+			runtime.GC()
+			runtime.ReadMemStats(&after)
+		}
+		ending := time.Now()
+		for i := range cancels {
+			cancels[i]()
+			cancels[i] = nil
+		}
+		ended := time.Since(ending)
+		makeEach, endEach := float64(made)/float64(n), float64(ended)/float64(n)
+		if round == 0 {
+			show("timers_make_cold", makeEach, "ns")
+			show("timers_end_cold", endEach, "ns")
+			show("timers_bytes", (float64(after.HeapAlloc)-float64(before.HeapAlloc))/float64(n), "B")
+		} else {
+			makes, ends = append(makes, makeEach), append(ends, endEach)
+		}
+	}
+	show("timers_make", median(makes), "ns")
+	show("timers_end", median(ends), "ns")
+}
+
+// A channel as a semaphore.
+func semaphore() {
+	permits := make(chan struct{}, 8)
+	run("sem_pair", 5000000, func(n int) time.Duration {
+		began := time.Now()
+		for i := 0; i < n; i++ {
+			select {
+			case permits <- struct{}{}:
+			case <-server.Done():
+				return 0
+			}
+			<-permits
+		}
+		return time.Since(began)
+	})
+	var mutex sync.Mutex
+	run("mutex_pair", 5000000, func(n int) time.Duration {
+		began := time.Now()
+		for i := 0; i < n; i++ {
+			mutex.Lock()
+			mutex.Unlock()
+		}
+		return time.Since(began)
+	})
+}
+
+// The usual pool: a bounded channel of tasks and a number of goroutines. A task's context has the pool's deadline and
+// ends with the pool; that it should also carry the request's values but not its cancellation, as in the C program,
+// would cost two more wrappers, which this one does not pay.
+
+type task struct {
+	parent context.Context
+	fn     func(ctx context.Context) error
+}
+
+type pool struct {
+	tasks    chan task
+	lifetime context.Context
+	timeout  time.Duration
+	workers  sync.WaitGroup
+}
+
+func newPool(workers int, timeout time.Duration) *pool {
+	p := &pool{tasks: make(chan task, 1024), lifetime: server, timeout: timeout}
+	p.workers.Add(workers)
+	for i := 0; i < workers; i++ {
+		go p.work()
+	}
+	return p
+}
+
+func (p *pool) work() {
+	defer p.workers.Done()
+	for t := range p.tasks {
+		if p.timeout == 0 {
+			t.fn(p.lifetime)
+			continue
+		}
+		ctx, cancel := context.WithTimeout(p.lifetime, p.timeout)
+		t.fn(ctx)
+		cancel()
+	}
+}
+
+func (p *pool) close() {
+	close(p.tasks)
+	p.workers.Wait()
+}
+
+func noOp(ctx context.Context) error { return ctx.Err() }
+
+func flood(p *pool, n int) time.Duration {
+	done := make(chan struct{})
+	began := time.Now()
+	for i := 1; i < n; i++ {
+		p.tasks <- task{server, noOp}
+	}
+	p.tasks <- task{server, func(context.Context) error { close(done); return nil }}
+	<-done
+	return time.Since(began)
+}
+
+func floodFigure(figure string, workers int, timeout time.Duration) {
+	if !wants(figure) {
+		return
+	}
+	n := scaled(100000)
+	p := newPool(workers, timeout)
+	flood(p, n/2+1)
+	for i := 0; i < 5; i++ {
+		show(figure, float64(flood(p, n))/float64(n), "ns")
+	}
+	p.close()
+}
+
+// Clocks of Linux.
+const (
+	clockProcess = 2
+	clockThread  = 3
+)
+
+func processorTime(clock uintptr) time.Duration {
+	var now syscall.Timespec
+	syscall.RawSyscall(syscall.SYS_CLOCK_GETTIME, clock, uintptr(unsafe.Pointer(&now)), 0)
+	return time.Duration(now.Nano())
+}
+
+const (
+	burstSize  = 3
+	burstEvery = 100 * time.Microsecond
+)
+
+// paced calls burst 10,000 times a second; the nanoseconds of processor for one operation. With a spinning submitter:
+// of all other threads, and of this one inside burst. With a sleeping one: of the whole process.
+func paced(spin bool, burst func()) float64 {
+	bursts := scaled(5000)
+	runtime.GC()
+	if spin { // its thread runs nothing else, so that the thread's clock is its own
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+	}
+	var used time.Duration
+	next := time.Now()
+	all, own := processorTime(clockProcess), processorTime(clockThread)
+	for i := 0; i < bursts; i++ {
+		next = next.Add(burstEvery)
+		if spin {
+			began := time.Now()
+			for began.Before(next) {
+				began = time.Now()
+			}
+			burst()
+			used += min(time.Since(began), burstEvery)
+		} else {
+			// time.Sleep would round up to a millisecond and turn ten bursts into one.
+			if wait := time.Until(next); wait > 0 {
+				timespec := syscall.NsecToTimespec(int64(wait))
+				syscall.Nanosleep(&timespec, nil)
+			}
+			burst()
+		}
+	}
+	own = processorTime(clockThread) - own
+	all = processorTime(clockProcess) - all
+	if spin {
+		all -= own
+	}
+	return float64(used+all) / float64(bursts*burstSize)
+}
+
+// Garbage of the submitter is the cost of the submitter, so nothing is subtracted but the pacing.
+func pacedFigure(figure string, burst func()) {
+	nothing := paced(true, func() {})
+	show(figure, paced(true, burst)-nothing, "ns")
+	show(figure+"_sleeping", paced(false, burst), "ns")
+}
+
+func pools() {
+	floodFigure("pool_2", 2, 30*time.Second)
+	floodFigure("pool_8", 8, 30*time.Second)
+	floodFigure("pool_100", 100, 30*time.Second)
+	floodFigure("pool_plain_2", 2, 0)
+	floodFigure("pool_plain_8", 8, 0)
+	if wants("pool_allocs") {
+		var before, after runtime.MemStats
+		n := 100000
+		p := newPool(8, 30*time.Second)
+		flood(p, n)
+		runtime.ReadMemStats(&before)
+		flood(p, n)
+		runtime.ReadMemStats(&after)
+		show("pool_allocs", float64(after.Mallocs-before.Mallocs)/float64(n), "")
+		p.close()
+	}
+	if wants("thread_each") {
+		run("thread_each", 200000, func(n int) time.Duration {
+			done := make(chan struct{})
+			began := time.Now()
+			for i := 0; i < n; i++ {
+				go func() { done <- struct{}{} }()
+				<-done
+			}
+			return time.Since(began)
+		})
+	}
+	if wants("detached") {
+		p := newPool(2, 0)
+		flood(p, 10000)
+		pacedFigure("detached", func() {
+			for i := 0; i < burstSize; i++ {
+				p.tasks <- task{server, noOp}
+			}
+		})
+		p.close()
+		pacedFigure("detached_goroutine", func() {
+			for i := 0; i < burstSize; i++ {
+				go noOp(server)
+			}
+		})
+		show("detached_nothing_sleeping", paced(false, func() {}), "ns")
+	}
+}
+
+// Waiting: from cancel() until a goroutine parked on Done() runs.
+func waiting() {
+	if !wants("wait_wake") {
+		return
+	}
+	n := scaled(1000)
+	var took []float64
+	woken := make(chan time.Time)
+	for i := 0; i < n; i++ {
+		ctx, cancel := context.WithCancel(server)
+		go func() {
+			<-ctx.Done()
+			woken <- time.Now()
+		}()
+		time.Sleep(50 * time.Microsecond)
+		for until := time.Now().Add(20 * time.Microsecond); time.Now().Before(until); {
+		}
+		began := time.Now()
+		cancel()
+		took = append(took, float64((<-woken).Sub(began)))
+	}
+	show("wait_wake", median(took), "ns")
+}
+
+func main() {
+	server, serverCancel = context.WithCancel(context.Background())
+	for _, s := range []struct {
+		name string
+		run  func()
+	}{
+		{"context", contexts}, {"polling", polling}, {"values", values}, {"timers", timers},
+		{"semaphore", semaphore}, {"pool", pools}, {"waiting", waiting},
+	} {
+		if section(s.name) {
+			s.run()
+		}
+	}
+	serverCancel()
+}

@@ -1,0 +1,265 @@
+#!/bin/bash
+# The matrix: check.sh [PATTERN] runs every cell, or those whose name matches. `make check` installs the tools first.
+#
+# A cell is one way to compile and run the tests, or one tool. Not every combination is run: each compiler, standard,
+# optimisation level, sanitizer, machine and configuration appears at least once, and those that interact (the portable
+# parker with the thread sanitizer, strict C99 with musl) appear together. A cell whose tool is missing is named as skipped.
+#
+# Not here, and why:
+#   helgrind, drd   they see no order in __atomic builtins, so that each correct publication is a race to them;
+#                   the thread sanitizer knows the builtins, and runs with both parkers and both compilers.
+#   gcc -fanalyzer  takes the second of two references that are dropped for a double free.
+#   memory sanitizer  needs a libc and libcrypto built with it; memcheck finds the same here.
+set -u
+cd "$(dirname "$0")/.." || exit 2
+pattern=${1:-.}
+warn="-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wundef -Werror"
+cwarn="$warn -Wstrict-prototypes"
+dir=build/check
+passed=0 failed=0 skipped=0
+export TEST_TIMEOUT=${TEST_TIMEOUT:-120} RUN_LIMIT=300
+
+export ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=1:abort_on_error=0
+export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+export TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1
+# Without these a block counts as reachable while a dead register or stack slot still shows its address.
+export LSAN_OPTIONS=use_registers=0:use_stacks=0
+memcheck="valgrind --fair-sched=yes -q --error-exitcode=9 --leak-check=full --show-leak-kinds=all
+--errors-for-leak-kinds=all"
+
+# -- cells ---------------------------------------------------------------------------------------------------------
+
+skip() {
+    [[ $1 =~ $pattern ]] || return 0
+    skipped=$((skipped + 1))
+    echo "skip $1 ($2)"
+}
+
+# cell NAME "TOOL..." COMMAND...: one line of the report; the log is shown when it fails.
+cell() {
+    local name=$1 tools=$2 tool start log=$dir/$1.log
+    shift 2
+    [[ $name =~ $pattern ]] || return 0
+    for tool in $tools; do
+        command -v "$tool" >/dev/null || { skip "$name" "no $tool"; return; }
+    done
+    start=$(date +%s%N)
+    ("$@") </dev/null >"$log" 2>&1
+    local status=$? seconds=$((($(date +%s%N) - start) / 100000000))
+    seconds=$((seconds / 10)).$((seconds % 10))
+    if ((status == 0)); then
+        passed=$((passed + 1))
+        echo "ok $name ($seconds s)"
+    else
+        failed=$((failed + 1))
+        show "$log"
+        echo "FAIL $name ($seconds s, status $status, log $log)"
+    fi
+}
+
+# What a reader wants of a long log: the failures with what came before them, or else its end.
+show() {
+    if grep -qE '^FAIL|error:|ERROR|WARNING' "$1"; then
+        grep -E -B4 -A12 '^FAIL|error:|ERROR|WARNING' "$1" | head -n 60 | sed 's/^/    /'
+    else
+        tail -n 30 "$1" | sed 's/^/    /'
+    fi
+}
+
+# -- running all tests one way -------------------------------------------------------------------------------------
+
+# together COMMAND ITEM...: COMMAND for each item, two at a time.
+together() {
+    local command=$1 item
+    shift
+    for item; do
+        while (($(jobs -rp | wc -l) >= 2)); do wait -n; done
+        $command "$item" &
+    done
+    wait
+}
+
+# suite NAME COMPILER FLAG...: compile each test and run it.  $tests: which ones, if not all; $link: more objects.
+suite() {
+    local out=$dir/$1 list=${tests:-$(echo tests/test_*.c)} test status=0
+    local compiler=("${@:2}")
+    rm -rf "$out"
+    mkdir -p "$out"
+    together compile_test $list
+    for test in $list; do # alone: some measure how soon a thread notices
+        run_test "$test"
+        cat "$out/$(basename "$test" .c).log"
+        tail -n 1 "$out/$(basename "$test" .c).log" | grep -q '^[1-9][0-9]* passed, 0 failed$' || status=1
+    done
+    return $status
+}
+
+compile_test() { timeout 300 "${compiler[@]}" -pthread -I. -Itests "$1" -o "$out/$(basename "$1" .c)" ${link:-}; }
+run_test() { tests/run.sh "$out/$(basename "$1" .c)" >"$out/$(basename "$1" .c).log" 2>&1; }
+
+quick() { TEST_QUICK=1 suite "$@"; }
+
+# apart NAME COMPILER SUFFIX IMPLEMENTER FLAG...: the same with the implementation in an object of its own, made by
+# another compiler or with other flags. The tests are C and ask for the implementation themselves, so they are given
+# a ctxcancel.h that takes this back; those that need it in their own file stay out.
+apart() {
+    local name=$1 tester=$2 suffix=$3 tests
+    shift 3
+    local link=$dir/$name.o
+    "$@" -pthread -I. -c $dir/impl.$suffix -o "$link" || return 1
+    mkdir -p $dir/apart
+    printf '#undef CTXCANCEL_IMPLEMENTATION\n#include "../../../ctxcancel.h"\n' >$dir/apart/ctxcancel.h
+    tests=$(grep -LE 'fault\.h|ctx__|CTXCANCEL_(STATIC|MALLOC|ASSERT)' tests/test_*.c)
+    quick "$name" "$tester" -std=gnu11 -O2 -g -I$dir/apart
+}
+
+# -- the header alone ----------------------------------------------------------------------------------------------
+
+mkdir -p $dir
+printf '#define CTXCANCEL_IMPLEMENTATION\n#include "ctxcancel.h"\n' | tee $dir/impl.c >$dir/impl.cpp
+printf '#include "ctxcancel.h"\n' | tee $dir/decl.c >$dir/decl.cpp
+
+# headers COMPILER SUFFIX STANDARD...: declarations and implementation are free of warnings.
+headers() {
+    local compiler=$1 suffix=$2 std part flags=$warn
+    shift 2
+    [ "$suffix" = c ] && flags=$cwarn
+    for std in "$@"; do
+        for part in decl impl; do
+            echo "$compiler -std=$std $part"
+            $compiler -std="$std" $flags -O1 -pthread -I. -c $dir/$part.$suffix -o /dev/null || return 1
+        done
+    done
+}
+
+configurations() { # COMPILER
+    local flags
+    for flags in -DCTXCANCEL_NO_FUTEX -DCTXCANCEL_NO_SITES -DCTXCANCEL_STATIC -DNDEBUG \
+        -DCTXCANCEL_NO_STB_DS_IMPLEMENTATION "-DCTXCANCEL_STATIC -DCTXCANCEL_NO_FUTEX -DNDEBUG" "-O3" "-Os"; do
+        echo "$1 $flags"
+        $1 -std=c99 $cwarn -O2 $flags -pthread -I. -c $dir/impl.c -o /dev/null || return 1
+    done
+}
+
+# -- tools ---------------------------------------------------------------------------------------------------------
+
+# A copy named .c, since the analyzer passes over functions of included files.
+tidy() {
+    cp ctxcancel.h $dir/ctxcancel.c
+    timeout 500 clang-tidy --quiet $dir/ctxcancel.c -- -std=c11 -DCTXCANCEL_IMPLEMENTATION -pthread &&
+        timeout 300 clang-tidy --quiet $dir/decl.c --header-filter='ctxcancel\.h$' -- -std=c11 -I. -pthread
+}
+
+check_cpp() {
+    timeout 300 cppcheck --quiet --std=c11 --enable=warning,performance,portability --inline-suppr --error-exitcode=1 \
+        --suppressions-list=tests/cppcheck.txt -DCTXCANCEL_IMPLEMENTATION -D__linux__ -D__GNUC__=12 -I. $dir/impl.c
+}
+
+# The checks must see a leak if there is one: each has to fail on this program, and only because of the leak.
+# A forgotten context still stands in the tree, so only memcheck counts it, as memory that is reachable at the end.
+cat >$dir/leak.c <<'END'
+#define CTXCANCEL_IMPLEMENTATION
+#include "ctxcancel.h"
+static __attribute__((noinline)) void leak(void) {
+#ifdef LEAK_A_CONTEXT
+    ctx_t *volatile lost = ctx_with_cancel(ctx_background());
+#else
+    void *volatile lost = CTXCANCEL_MALLOC(100);
+#endif
+    lost = NULL;
+    (void)lost;
+}
+static __attribute__((noinline)) int scrub(void) {
+    volatile char over[4096];
+    for (size_t i = 0; i < sizeof over; i++) over[i] = 0;
+    return over[17];
+}
+int main(int argc, char **argv) {
+    (void)argv;
+    if (argc > 1) leak();
+    int rc = scrub();
+    ctx_runtime_stop();
+    return rc;
+}
+END
+
+seeded_leak() { # NAME WRAP COMPILER FLAG...
+    local prog=$dir/leak-$1 wrap=$2
+    shift 2
+    "$@" -g -std=c11 -pthread -I. $dir/leak.c -o "$prog" || return 1
+    echo "without the leak:"
+    timeout 60 $wrap "$prog" || return 1
+    echo "with it:"
+    if timeout 60 $wrap "$prog" leak; then echo "ERROR: the leak was not seen"; return 1; fi
+    return 0
+}
+
+# Where a foreign libc or machine looks for stb_ds.h.
+mkdir -p $dir/include
+for place in /usr/include/stb /usr/local/include/stb; do
+    [ -e $place/stb_ds.h ] && ln -sfn $place $dir/include/stb
+done
+
+qemu() { # MACHINE COMPILER FLAG...
+    RUN_WRAP="qemu-$1" quick "qemu-$1" "${@:2}" -static -isystem $dir/include
+}
+
+# musl's FD_SET converts the sign of a descriptor in the line that uses it.
+musl() { quick musl-c99 musl-gcc -std=c99 -O2 -g $cwarn -Wno-sign-conversion -static -isystem $dir/include; }
+under_memcheck() { RUN_WRAP=$memcheck RUN_LIMIT=500 quick memcheck gcc -std=c11 -O1 -g; }
+
+# -- the matrix ----------------------------------------------------------------------------------------------------
+
+cell headers-gcc gcc headers gcc c c99 c11 c17 gnu2x
+cell headers-clang clang headers clang c c99 c11 c17 gnu2x
+cell headers-g++ g++ headers g++ cpp c++11 c++14 c++20 gnu++17
+cell headers-clang++ clang++ headers clang++ cpp c++11 c++14 c++20 gnu++17
+cell configurations-gcc gcc configurations gcc
+cell configurations-clang clang configurations clang
+cell build-all-languages "gcc g++ pkg-config" tests/test_build.sh
+cell build-all-languages-clang "clang clang++" env CC=clang CXX=clang++ tests/test_build.sh
+
+cell clang-tidy clang-tidy tidy
+cell cppcheck cppcheck check_cpp
+cell seeded-leak-gcc-address gcc seeded_leak gcc-asan "" gcc -fsanitize=address -fno-omit-frame-pointer
+cell seeded-leak-clang-address clang seeded_leak clang-asan "" clang -fsanitize=address -fno-omit-frame-pointer
+cell seeded-leak-clang-leak clang seeded_leak clang-lsan "" clang -fsanitize=leak
+cell seeded-leak-memcheck "gcc valgrind" seeded_leak memcheck "$memcheck" gcc
+cell forgotten-context-memcheck "gcc valgrind" seeded_leak memcheck "$memcheck" gcc -DLEAK_A_CONTEXT
+
+cell gcc-c99-O0 gcc quick gcc-c99-O0 gcc -std=c99 -O0 -g $cwarn
+cell gcc-c17-O3-lto gcc suite gcc-c17-O3-lto gcc -std=c17 -O3 -flto=auto $cwarn
+cell clang-c11-O2 clang quick clang-c11-O2 clang -std=c11 -O2 -g $cwarn
+cell clang-c99-O3-lto "clang ld.lld" quick clang-c99-O3-lto clang -std=c99 -O3 -flto -fuse-ld=lld $cwarn
+cell g++-c++11 g++ apart g++-c++11 gcc cpp g++ -std=c++11 -O2 -g $warn
+cell clang++-c++20 clang++ apart clang++-c++20 clang cpp clang++ -std=c++20 -O2 -g $warn
+cell static gcc quick static gcc -std=c11 -O2 -DCTXCANCEL_STATIC $cwarn
+cell no-sites gcc apart no-sites gcc c gcc -std=c11 -O2 -DCTXCANCEL_NO_SITES $cwarn
+
+sanitize="-O1 -g -fno-omit-frame-pointer"
+cell gcc-address-undefined gcc quick gcc-address-undefined gcc -std=c11 $sanitize -fsanitize=address,undefined
+cell clang-address-undefined-nofutex clang quick clang-address-undefined-nofutex \
+    clang -std=c11 $sanitize -fsanitize=address,undefined -DCTXCANCEL_NO_FUTEX
+cell gcc-thread gcc quick gcc-thread gcc -std=c11 $sanitize -fsanitize=thread
+cell clang-thread clang quick clang-thread clang -std=c11 $sanitize -fsanitize=thread
+cell clang-thread-nofutex clang quick clang-thread-nofutex \
+    clang -std=c11 $sanitize -fsanitize=thread -DCTXCANCEL_NO_FUTEX
+cell clang-leak clang quick clang-leak clang -std=c11 $sanitize -fsanitize=leak
+cell memcheck "gcc valgrind" under_memcheck
+skip helgrind "knows no atomic builtins: see the top of tests/check.sh"
+skip drd "knows no atomic builtins: see the top of tests/check.sh"
+
+cell musl-c99 musl-gcc musl
+# Debian's gcc-12-multilib leaves out the link to asm/ that gcc-multilib has.
+asm="-isystem /usr/include/x86_64-linux-gnu"
+if echo '#include <errno.h>' | gcc -m32 $asm -x c -c - -o $dir/m32.o 2>/dev/null; then
+    cell i386 gcc quick i386 gcc -m32 -std=c11 -O2 $cwarn $asm
+else
+    skip i386 "gcc has no -m32 here"
+fi
+cell arm-32 "arm-linux-gnueabihf-gcc qemu-arm" qemu arm arm-linux-gnueabihf-gcc -std=c11 -O2 $cwarn
+cell arm-64 "aarch64-linux-gnu-gcc qemu-aarch64" qemu aarch64 aarch64-linux-gnu-gcc -std=c11 -O2 $cwarn
+
+((skipped)) && echo "$skipped skipped"
+echo "$passed passed, $failed failed"
+((passed > 0 && failed == 0))

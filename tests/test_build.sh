@@ -1,0 +1,320 @@
+#!/bin/sh
+# Every way in which ctxcancel.h may stand in a program: which files include what, with which macros, in which language.
+. tests/shell.sh
+
+warn="-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wundef -Werror"
+inc="-I. -I$tmp"
+
+cc() { $CC -std=c11 $warn -Wstrict-prototypes $inc -pthread "$@"; }
+cxx() { $CXX -std=c++11 $warn $inc -pthread "$@"; }
+file() { cat >"$tmp/$1"; }
+
+# -- the pieces that programs are put together from ----------------------------------------------------------------
+
+file impl.c <<'END'
+#define CTXCANCEL_IMPLEMENTATION
+#include "ctxcancel.h"
+END
+
+file decl.c <<'END'
+#include "ctxcancel.h"
+int work(ctx_t *ctx);
+int work(ctx_t *ctx) { return ctx_err(ctx); }
+END
+
+file main.c <<'END'
+#include "ctxcancel.h"
+int main(void) {
+    ctx_t *ctx = ctx_with_cancel(ctx_background());
+    bool first = ctx_cancel(ctx);
+    bool ok = first && ctx_err(ctx) == CTX_CANCELED;
+    ctx_end(ctx);
+    ctx_runtime_stop();
+    return ok ? 0 : 1;
+}
+END
+
+# The program's own use of stb_ds, arrays and both kinds of map.
+file stb_user.c <<'END'
+#include <stdlib.h>
+#include <stb/stb_ds.h>
+int stb_user(void);
+int stb_user(void) {
+    int *numbers = NULL;
+    arrput(numbers, 7);
+    int n = numbers[0];
+    arrfree(numbers);
+    return n;
+}
+END
+{ echo '#define STB_DS_IMPLEMENTATION'; cat "$tmp/stb_user.c"; } >"$tmp/stb_owner.c"
+
+file stb_main.c <<'END'
+#include "ctxcancel.h"
+int stb_user(void);
+int main(void) {
+    ctx_t *ctx = ctx_with_cancel(ctx_background());
+    int n = stb_user();
+    ctx_end(ctx);
+    return n == 7 ? 0 : 1;
+}
+END
+
+# Two files that each have a runtime of their own.
+file static_a.c <<'END'
+#define CTXCANCEL_STATIC
+#define CTXCANCEL_IMPLEMENTATION
+#include "ctxcancel.h"
+int other(void);
+int main(void) {
+    ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_MS(1));
+    int rc = ctx_wait(ctx, CTX_S(10));
+    ctx_end(ctx);
+    ctx_runtime_stop();
+    return rc == CTX_DEADLINE_EXCEEDED && other() == CTX_DEADLINE_EXCEEDED ? 0 : 1;
+}
+END
+
+file static_b.c <<'END'
+#define CTXCANCEL_STATIC
+#define CTXCANCEL_IMPLEMENTATION
+#include "ctxcancel.h"
+int other(void);
+int other(void) {
+    ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_MS(1));
+    int rc = ctx_wait(ctx, CTX_S(10));
+    ctx_end(ctx);
+    ctx_runtime_stop();
+    return rc;
+}
+END
+
+# Two files that share a value by a header.
+file request.h <<'END'
+#include "ctxcancel.h"
+typedef struct { int user; } request_t;
+CTX_VALUE(request_t, request);
+int user_of(const ctx_t *ctx);
+END
+
+file value_a.c <<'END'
+#include "request.h"
+int main(void) {
+    request_t request = {42};
+    ctx_t *ctx = ctx_with_request(ctx_background(), &request);
+    bool ok = user_of(ctx) == 42 && user_of(ctx_background()) == -1;
+    ctx_end(ctx);
+    return ok ? 0 : 1;
+}
+END
+
+file value_b.c <<'END'
+#include "request.h"
+int user_of(const ctx_t *ctx) { return request_from(ctx) ? request_from(ctx)->user : -1; }
+END
+
+# Finds any attempt to include stb_ds.h.
+mkdir -p "$tmp/poison/stb"
+echo '#error "stb_ds.h was included"' | tee "$tmp/poison/stb_ds.h" >"$tmp/poison/stb/stb_ds.h"
+
+# -- stb_ds --------------------------------------------------------------------------------------------------------
+
+declarations_need_no_stb_ds() {
+    for std in c99 c11 gnu17; do
+        $CC -std=$std -isystem "$tmp/poison" -I. -c "$tmp/decl.c" -o "$tmp/decl.o"
+    done
+    $CC -I. -M "$tmp/decl.c" >"$tmp/includes"
+    refuse grep stb_ds "$tmp/includes"
+    # The poison works: the implementation does trip on it.
+    refuse $CC -isystem "$tmp/poison" -I. -c "$tmp/impl.c" -o "$tmp/impl.o"
+}
+
+program_that_instantiates_stb_ds_elsewhere_links() {
+    cc -DCTXCANCEL_NO_STB_DS_IMPLEMENTATION "$tmp/impl.c" "$tmp/stb_main.c" "$tmp/stb_owner.c" -o "$tmp/prog"
+    "$tmp/prog"
+}
+
+program_may_use_our_stb_ds() {
+    cc "$tmp/impl.c" "$tmp/stb_main.c" "$tmp/stb_user.c" -o "$tmp/prog"
+    "$tmp/prog"
+}
+
+file_that_implements_stb_ds_above_us_builds() {
+    cat "$tmp/stb_owner.c" - "$tmp/impl.c" >"$tmp/both.c" </dev/null
+    cc -D_DEFAULT_SOURCE "$tmp/both.c" "$tmp/stb_main.c" -o "$tmp/prog"
+    "$tmp/prog"
+}
+
+file_that_only_declares_stb_ds_above_us_builds() {
+    cat "$tmp/stb_user.c" "$tmp/impl.c" >"$tmp/both.c"
+    cc -D_DEFAULT_SOURCE "$tmp/both.c" "$tmp/stb_main.c" -o "$tmp/prog"
+    "$tmp/prog"
+}
+
+file_that_implements_stb_ds_below_us_builds() {
+    cat "$tmp/impl.c" "$tmp/stb_owner.c" >"$tmp/both.c"
+    cc -DCTXCANCEL_NO_STB_DS_IMPLEMENTATION "$tmp/both.c" "$tmp/stb_main.c" -o "$tmp/prog"
+    "$tmp/prog"
+}
+
+# -- several files in one program ----------------------------------------------------------------------------------
+
+one_implementation_serves_many_files() {
+    cc "$tmp/impl.c" "$tmp/main.c" "$tmp/decl.c" -o "$tmp/prog"
+    "$tmp/prog"
+}
+
+file_may_include_declarations_and_then_the_implementation() {
+    cat "$tmp/decl.c" "$tmp/impl.c" >"$tmp/late.c"
+    cc -D_GNU_SOURCE "$tmp/late.c" "$tmp/main.c" -o "$tmp/prog"
+    "$tmp/prog"
+}
+
+two_static_copies_live_in_one_program() {
+    cc "$tmp/static_a.c" "$tmp/static_b.c" -o "$tmp/prog"
+    timeout 20 "$tmp/prog"
+}
+
+static_copy_lives_beside_the_shared_one() {
+    cc "$tmp/impl.c" "$tmp/main.c" "$tmp/static_b.c" -o "$tmp/prog"
+    "$tmp/prog"
+}
+
+value_in_a_shared_header_is_one_key() {
+    cc "$tmp/impl.c" "$tmp/value_a.c" "$tmp/value_b.c" -o "$tmp/prog"
+    "$tmp/prog"
+}
+
+# -- C++ -----------------------------------------------------------------------------------------------------------
+
+c_and_cpp_files_link_and_share_a_key() {
+    cp "$tmp/value_b.c" "$tmp/value_b.cpp"
+    sed -i 's/#include "request.h"/extern "C" {\n#include "request.h"\n}/' "$tmp/value_b.cpp"
+    cc -c "$tmp/impl.c" -o "$tmp/impl.o"
+    cc -c "$tmp/value_a.c" -o "$tmp/value_a.o"
+    cxx "$tmp/impl.o" "$tmp/value_a.o" "$tmp/value_b.cpp" -o "$tmp/prog"
+    "$tmp/prog"
+}
+
+implementation_compiled_as_cpp_serves_c() {
+    cp "$tmp/impl.c" "$tmp/impl.cpp"
+    cxx -c "$tmp/impl.cpp" -o "$tmp/impl_cpp.o"
+    cc -c "$tmp/main.c" -o "$tmp/main.o"
+    cxx "$tmp/impl_cpp.o" "$tmp/main.o" -o "$tmp/prog"
+    "$tmp/prog"
+}
+
+# -- macros --------------------------------------------------------------------------------------------------------
+
+# POSIX functions are hidden when a strict program included a system header before us: that must build all the same,
+# or say which flag to add.
+late_include_in_strict_c_works_or_says_what_to_do() {
+    { echo '#include <stdio.h>'; cat "$tmp/impl.c"; } >"$tmp/strict.c"
+    if ! $CC -std=c99 -I. -pthread -c "$tmp/strict.c" -o "$tmp/strict.o" 2>"$tmp/err"; then
+        grep 'error:' "$tmp/err" | head -n 1 | grep '_DEFAULT_SOURCE'
+        $CC -std=c99 -D_DEFAULT_SOURCE -I. -pthread -c "$tmp/strict.c" -o "$tmp/strict.o"
+    fi
+}
+
+declarations_compile_after_any_header_in_strict_c() {
+    { echo '#include <stdio.h>'; cat "$tmp/decl.c"; } >"$tmp/strict.c"
+    $CC -std=c99 -I. -c "$tmp/strict.c" -o "$tmp/strict.o"
+}
+
+linkage_can_be_chosen() {
+    file shown.h <<'END'
+#define CTXCANCEL_API __attribute__((visibility("default")))
+#include "ctxcancel.h"
+END
+    cc -fvisibility=hidden -fPIC -shared -DCTXCANCEL_IMPLEMENTATION -x c "$tmp/shown.h" -o "$tmp/libshown.so"
+    nm -D --defined-only "$tmp/libshown.so" >"$tmp/symbols"
+    grep ' ctx_cancel$' "$tmp/symbols"
+    refuse grep stbds "$tmp/symbols"
+    cc "$tmp/main.c" -L"$tmp" -lshown -Wl,-rpath,"$tmp" -o "$tmp/prog"
+    "$tmp/prog"
+}
+
+allocator_can_be_chosen() {
+    file own.c <<'END'
+#include <stdlib.h>
+static long own_live, own_made;
+static void *own_malloc(size_t n) { __atomic_add_fetch(&own_live, 1, 5); __atomic_add_fetch(&own_made, 1, 5); return malloc(n); }
+__attribute__((unused)) static void *own_realloc(void *p, size_t n) { if (!p) return own_malloc(n); return realloc(p, n); }
+static void own_free(void *p) { if (p) __atomic_sub_fetch(&own_live, 1, 5); free(p); }
+#define CTXCANCEL_MALLOC own_malloc
+#define CTXCANCEL_REALLOC own_realloc
+#define CTXCANCEL_FREE own_free
+#define CTXCANCEL_IMPLEMENTATION
+#include "ctxcancel.h"
+static int nothing(ctx_t *ctx, void *arg) { (void)arg; return ctx_err(ctx); }
+int main(void) {
+    ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_S(100));
+    ctx_pool_t *pool = ctx_pool_new(ctx, NULL);
+    int rc = pool ? ctx_pool_submit(pool, ctx, "nothing", nothing, NULL) : -1;
+    ctx_pool_drain(pool, CTX_S(10), NULL);
+    ctx_pool_free(pool);
+    ctx_end(ctx);
+    ctx_runtime_stop();
+    return rc == 0 && own_made > 0 && own_live == 0 ? 0 : 1;
+}
+END
+    cc -D_GNU_SOURCE "$tmp/own.c" -o "$tmp/prog"
+    timeout 20 "$tmp/prog"
+}
+
+every_configuration_compiles() {
+    for flags in -DCTXCANCEL_NO_FUTEX -DCTXCANCEL_NO_SITES -DNDEBUG "-DCTXCANCEL_ASSERT(x)=((void)(x))" \
+        "-DCTXCANCEL_STATIC -DCTXCANCEL_NO_FUTEX"; do
+        cc $flags -O2 -c "$tmp/impl.c" -o "$tmp/impl.o"
+    done
+}
+
+sites_can_be_left_out() {
+    cc -DCTXCANCEL_NO_SITES -c "$tmp/main.c" -o "$tmp/main.o"
+    refuse grep -a 'main\.c:[0-9]' "$tmp/main.o"
+    cc -c "$tmp/main.c" -o "$tmp/main.o"
+    grep -a 'main\.c:[0-9]' "$tmp/main.o"
+}
+
+# The first C block of README.md is a whole program.
+readme_program_works() {
+    sed -n '/^```c$/,/^```$/p' README.md | sed '1d; /^```$/,$d' >"$tmp/readme.c"
+    $CC -I. "$tmp/readme.c" -pthread -o "$tmp/prog"
+    timeout 20 "$tmp/prog" >"$tmp/printed"
+    [ "$(tail -n 1 "$tmp/printed")" = "deadline exceeded" ]
+}
+
+# -- installing ----------------------------------------------------------------------------------------------------
+
+install_puts_the_header_where_it_is_told() {
+    make --no-print-directory install PREFIX="$tmp/usr"
+    cmp ctxcancel.h "$tmp/usr/include/ctxcancel.h"
+    make --no-print-directory install PREFIX=/opt/ctx DESTDIR="$tmp/stage"
+    cmp ctxcancel.h "$tmp/stage/opt/ctx/include/ctxcancel.h"
+    grep -q '^prefix=/opt/ctx$' "$tmp/stage/opt/ctx/share/pkgconfig/ctxcancel.pc"
+}
+
+pkg_config_finds_the_installed_header() {
+    make --no-print-directory install PREFIX="$tmp/usr"
+    flags=$(PKG_CONFIG_PATH="$tmp/usr/share/pkgconfig" pkg-config --cflags --libs ctxcancel)
+    (cd "$tmp" && $CC -std=c11 impl.c main.c $flags -o prog)
+    "$tmp/prog"
+}
+
+for test in declarations_need_no_stb_ds program_that_instantiates_stb_ds_elsewhere_links program_may_use_our_stb_ds \
+    file_that_implements_stb_ds_above_us_builds file_that_only_declares_stb_ds_above_us_builds \
+    file_that_implements_stb_ds_below_us_builds one_implementation_serves_many_files \
+    file_may_include_declarations_and_then_the_implementation two_static_copies_live_in_one_program \
+    static_copy_lives_beside_the_shared_one value_in_a_shared_header_is_one_key \
+    late_include_in_strict_c_works_or_says_what_to_do declarations_compile_after_any_header_in_strict_c \
+    linkage_can_be_chosen allocator_can_be_chosen every_configuration_compiles sites_can_be_left_out \
+    readme_program_works \
+    install_puts_the_header_where_it_is_told; do
+    expect $test
+done
+for test in c_and_cpp_files_link_and_share_a_key implementation_compiled_as_cpp_serves_c; do
+    if has "$CXX"; then expect $test; else skip $test "no $CXX"; fi
+done
+if has pkg-config; then expect pkg_config_finds_the_installed_header
+else skip pkg_config_finds_the_installed_header "no pkg-config"; fi
+finish

@@ -1,0 +1,1997 @@
+/* Section 9: bounded work: what is accepted runs once or is dropped once, whatever happens to the pool. */
+#define FAULT_THREADS
+#include "fault.h"
+
+#define CTXCANCEL_IMPLEMENTATION
+#include "ctxcancel.h"
+#include "test.h"
+#include "gates.h"
+
+/* -- what the tests share --------------------------------------------------------------------------------------- */
+
+static ctx_pool_desc_t describe(int workers, size_t queue) {
+    ctx_pool_desc_t desc;
+    memset(&desc, 0, sizeof desc);
+    desc.workers = workers;
+    desc.queue = queue;
+    return desc;
+}
+
+static ctx_pool_t *pool_below(ctx_t *lifetime, const ctx_pool_desc_t *desc) {
+    ctx_pool_t *pool = ctx_pool_new(lifetime, desc);
+    if (!pool) {
+        fprintf(stderr, "no pool for the test: %s\n", strerror(errno));
+        abort();
+    }
+    return pool;
+}
+
+static ctx_pool_t *pool_of(int workers, size_t queue) {
+    ctx_pool_desc_t desc = describe(workers, queue);
+    return pool_below(ctx_background(), &desc);
+}
+
+/* What went to on_drop. */
+enum { DROPS = 64 };
+typedef struct {
+    pthread_mutex_t mu;
+    int n; /* [mu] */
+    struct {
+        const char *op;
+        void *arg;
+        int reason;
+    } at[DROPS];
+} drops_t;
+
+static void drops_init(drops_t *drops) {
+    memset(drops, 0, sizeof *drops);
+    pthread_mutex_init(&drops->mu, NULL);
+}
+
+static void note_drop(const char *op, void *arg, int reason, void *user) {
+    drops_t *drops = (drops_t *)user;
+    pthread_mutex_lock(&drops->mu);
+    if (drops->n < DROPS) {
+        drops->at[drops->n].op = op;
+        drops->at[drops->n].arg = arg;
+        drops->at[drops->n].reason = reason;
+    }
+    drops->n++;
+    pthread_mutex_unlock(&drops->mu);
+}
+
+static int drops_count(drops_t *drops) {
+    pthread_mutex_lock(&drops->mu);
+    int n = drops->n;
+    pthread_mutex_unlock(&drops->mu);
+    return n;
+}
+
+static uint64_t total(const ctx_drain_t *report) {
+    return report->completed + report->failed + report->cancelled + report->dropped + report->stuck;
+}
+
+static bool says_running(const ctx_drain_t *report, const char *op) {
+    for (uint64_t i = 0; i < report->stuck && i < CTX_DRAIN_OPS; i++)
+        if (report->running[i] && strcmp(report->running[i], op) == 0) return true;
+    return false;
+}
+
+static int passes_gate(ctx_t *ctx, void *arg) {
+    (void)ctx;
+    gate_pass((gate_t *)arg);
+    return 0;
+}
+
+static int waits_for_cancel(ctx_t *ctx, void *arg) {
+    if (arg) add((int *)arg, 1);
+    return ctx_wait(ctx, CTX_FOREVER);
+}
+
+static int counts(ctx_t *ctx, void *arg) {
+    (void)ctx;
+    add((int *)arg, 1);
+    return 0;
+}
+
+static int fails(ctx_t *ctx, void *arg) {
+    (void)ctx;
+    (void)arg;
+    return -5;
+}
+
+/* Make all of the pool's workers stop at a gate, with nothing queued. */
+static void occupy(ctx_pool_t *pool, gate_t *gate, int workers) {
+    for (int i = 0; i < workers; i++) {
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "occupied", passes_gate, gate), 0);
+        gate_await(gate, i + 1);
+    }
+}
+
+/* The threads there are with no pool at work. Those of stuck tasks end by themselves, after their pool is gone. */
+static int quiet_threads(void) {
+    ctx_t *ctx = ctx_with_timeout(ctx_background(), 1); /* the timer thread stays once it has started */
+    ctx_wait(ctx, CTX_FOREVER);
+    ctx_end(ctx);
+    return threads_settled();
+}
+
+static bool all_free(ctx_sem_t *sem, int64_t n) {
+    if (!ctx_sem_try_acquire(sem, n)) return false;
+    ctx_sem_release(sem, n);
+    return true;
+}
+
+/* A submit in a thread of its own, for those that block. */
+typedef struct {
+    ctx_pool_t *pool;
+    ctx_t *parent;
+    bool wait;
+    ctx_task_fn fn;
+    void *arg;
+    int tid, done, rc;
+} submitter_t;
+
+static void *submits(void *arg) {
+    submitter_t *s = (submitter_t *)arg;
+    store(&s->tid, thread_id());
+    s->rc = s->wait ? ctx_pool_submit_wait(s->pool, s->parent, "blocked", s->fn, s->arg)
+                    : ctx_pool_submit(s->pool, s->parent, "blocked", s->fn, s->arg);
+    store(&s->done, 1);
+    return NULL;
+}
+
+static pthread_t submit_apart(submitter_t *s, ctx_pool_t *pool, ctx_t *parent, bool wait, ctx_task_fn fn, void *arg) {
+    memset(s, 0, sizeof *s);
+    s->pool = pool;
+    s->parent = parent;
+    s->wait = wait;
+    s->fn = fn;
+    s->arg = arg;
+    return thread_start(submits, s);
+}
+
+/* A drain in a thread of its own. */
+typedef struct {
+    ctx_pool_t *pool;
+    ctx_dur_t budget;
+    ctx_drain_t report;
+    int tid, done, rc;
+} drainer_t;
+
+static void *drains(void *arg) {
+    drainer_t *d = (drainer_t *)arg;
+    store(&d->tid, thread_id());
+    d->rc = ctx_pool_drain(d->pool, d->budget, &d->report);
+    store(&d->done, 1);
+    return NULL;
+}
+
+static pthread_t drain_apart(drainer_t *d, ctx_pool_t *pool, ctx_dur_t budget) {
+    memset(d, 0, sizeof *d);
+    d->pool = pool;
+    d->budget = budget;
+    return thread_start(drains, d);
+}
+
+/* -- running ---------------------------------------------------------------------------------------------------- */
+
+TEST(no_thread_starts_before_the_first_submit) {
+    int before = threads_settled();
+    if (before < 0) SKIP("nothing lists the threads here");
+    ctx_pool_t *pool = pool_of(8, 16);
+    EXPECT_EQ(thread_count(), before);
+    int ran = 0;
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "first", counts, &ran), 0);
+    EXPECT(thread_count() < before + 8); /* as work comes, not all at once */
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(ran, 1);
+    ctx_pool_free(pool);
+    UNTIL(thread_count() <= before + 1);
+}
+
+TEST(as_many_tasks_run_at_once_as_there_are_workers) {
+    enum { WORKERS = 6 };
+    ctx_pool_t *pool = pool_of(WORKERS, 16);
+    gate_t gate;
+    gate_init(&gate);
+    for (int i = 0; i < WORKERS + 2; i++)
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "gate", passes_gate, &gate), 0);
+    gate_await(&gate, WORKERS); /* all six are inside: a pool with fewer hangs here */
+    EXPECT_EQ(gate_came(&gate), WORKERS);
+    gate_open(&gate);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(gate_came(&gate), WORKERS + 2);
+    ctx_pool_free(pool);
+    gate_destroy(&gate);
+}
+
+TEST(a_pool_with_defaults_runs_work) {
+    ctx_pool_t *pool = ctx_pool_new(ctx_background(), NULL);
+    CHECK(pool != NULL);
+    int ran = 0;
+    for (int i = 0; i < 1024; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(ran, 1024);
+    ctx_pool_free(pool);
+}
+
+typedef struct {
+    int next;
+    int out_of_order;
+} order_t;
+
+typedef struct {
+    order_t *order;
+    int place;
+} placed_t;
+
+static int checks_its_place(ctx_t *ctx, void *arg) {
+    placed_t *placed = (placed_t *)arg;
+    (void)ctx;
+    if (placed->order->next++ != placed->place) placed->order->out_of_order++;
+    return 0;
+}
+
+TEST(one_worker_runs_tasks_in_the_order_of_submission) {
+    enum { N = 2000 };
+    static placed_t placed[N];
+    order_t order = {0, 0};
+    ctx_pool_t *pool = pool_of(1, 64);
+    void *args[10];
+    for (int i = 0; i < N; i++) {
+        placed[i].order = &order;
+        placed[i].place = i;
+    }
+    for (int i = 0; i < N;) {
+        if (i % 20 == 0) { /* batches keep it too */
+            size_t taken = 0;
+            for (int k = 0; k < 10; k++) args[k] = &placed[i + k];
+            ctx_pool_submit_batch(pool, ctx_background(), "place", checks_its_place, args, 10, &taken);
+            i += (int)taken;
+            if (taken == 10) continue;
+        }
+        EXPECT_EQ(ctx_pool_submit_wait(pool, ctx_background(), "place", checks_its_place, &placed[i++]), 0);
+    }
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(order.next, N);
+    EXPECT_EQ(order.out_of_order, 0);
+    ctx_pool_free(pool);
+}
+
+typedef struct {
+    ctx_pool_t *pool;
+    int *ran;
+    int depth;
+} branch_t;
+
+static branch_t branches[1 << 12];
+static int branches_made;
+
+static int branches_out(ctx_t *ctx, void *arg) {
+    branch_t *branch = (branch_t *)arg;
+    add(branch->ran, 1);
+    if (branch->depth == 0) return 0;
+    for (int i = 0; i < 2; i++) {
+        branch_t *next = &branches[add(&branches_made, 1)];
+        *next = *branch;
+        next->depth--;
+        EXPECT_EQ(ctx_pool_submit(branch->pool, ctx, "branch", branches_out, next), 0);
+    }
+    return 0;
+}
+
+TEST(tasks_may_submit_tasks) {
+    int ran = 0;
+    ctx_pool_t *pool = pool_of(4, 4096);
+    branches_made = 0;
+    branches[0].pool = pool;
+    branches[0].ran = &ran;
+    branches[0].depth = 10;
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "branch", branches_out, &branches[0]), 0);
+    UNTIL(load(&ran) == 2047);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    ctx_pool_free(pool);
+}
+
+TEST(idle_workers_sleep) {
+    for (int coalesced = 0; coalesced < 2; coalesced++) {
+        ctx_pool_desc_t desc = describe(4, 64);
+        desc.coalesce = coalesced ? CTX_MS(1) : 0;
+        ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+        int ran = 0;
+        for (int i = 0; i < 32; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+        UNTIL(load(&ran) == 32);
+        test_sleep_ms(50);
+        clock_t from = clock();
+        test_sleep_ms(400);
+        double used = (double)(clock() - from) / CLOCKS_PER_SEC;
+        EXPECT(used < 0.2);
+        EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+        ctx_pool_free(pool);
+    }
+}
+
+/* -- the task's context ----------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int user;
+    char path[40];
+} request_t;
+
+static const ctx_key_t request_key = CTX_KEY(request_t);
+
+typedef struct {
+    gate_t *gate;
+    int err_before, err_after, user;
+    int done; /* [atomic] */
+    ctx_time_t deadline;
+    ctx_dur_t remaining;
+    ctx_t *kept;
+} seen_t;
+
+static int looks_around(ctx_t *ctx, void *arg) {
+    seen_t *seen = (seen_t *)arg;
+    const request_t *request = (const request_t *)ctx_value(ctx, &request_key);
+    seen->err_before = ctx_err(ctx);
+    seen->deadline = ctx_deadline(ctx);
+    seen->remaining = ctx_remaining(ctx);
+    seen->user = request ? request->user : -1;
+    if (seen->gate) gate_pass(seen->gate);
+    seen->err_after = ctx_err(ctx);
+    store(&seen->done, 1);
+    return 0;
+}
+
+static ctx_t *with_request(ctx_t *parent, int user) {
+    request_t request;
+    memset(&request, 0, sizeof request);
+    request.user = user;
+    return ctx_with_value(parent, &request_key, &request);
+}
+
+TEST(values_travel_and_the_parents_cancel_does_not) {
+    gate_t gate;
+    gate_init(&gate);
+    ctx_pool_t *pool = pool_of(1, 8);
+    ctx_t *root = ctx_with_timeout(ctx_background(), CTX_S(3600));
+    ctx_t *parent = with_request(root, 42);
+    seen_t running, queued, late;
+    memset(&running, 0, sizeof running);
+    memset(&queued, 0, sizeof queued);
+    memset(&late, 0, sizeof late);
+    running.gate = &gate;
+    EXPECT_EQ(ctx_pool_submit(pool, parent, "running", looks_around, &running), 0);
+    gate_await(&gate, 1);
+    EXPECT_EQ(ctx_pool_submit(pool, parent, "queued", looks_around, &queued), 0);
+    ctx_cancel(root);
+    EXPECT_EQ(ctx_pool_submit(pool, parent, "late", looks_around, &late), 0); /* for a request that is over */
+    ctx_end(parent);
+    ctx_end(root);
+    gate_open(&gate);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    const seen_t *all[] = {&running, &queued, &late};
+    for (int i = 0; i < 3; i++) {
+        EXPECT_EQ(all[i]->err_before, 0);
+        EXPECT_EQ(all[i]->err_after, 0);
+        EXPECT_EQ(all[i]->user, 42);
+        EXPECT_EQ(all[i]->deadline, CTX_NO_DEADLINE);
+    }
+    ctx_pool_free(pool);
+    gate_destroy(&gate);
+}
+
+TEST(each_task_sees_the_values_of_its_own_parent) {
+    enum { N = 500 };
+    static seen_t seen[N];
+    ctx_pool_t *pool = pool_of(1, 1024);
+    for (int i = 0; i < N; i++) {
+        memset(&seen[i], 0, sizeof seen[i]);
+        ctx_t *parent = i % 3 == 0 ? ctx_with_cancel(ctx_background()) : with_request(ctx_background(), i);
+        EXPECT_EQ(ctx_pool_submit(pool, parent, "look", looks_around, &seen[i]), 0);
+        ctx_end(parent);
+    }
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    for (int i = 0; i < N; i++) EXPECT_EQ(seen[i].user, i % 3 == 0 ? -1 : i);
+    ctx_pool_free(pool);
+}
+
+TEST(a_task_timeout_cancels_the_task) {
+    ctx_pool_desc_t desc = describe(2, 8);
+    desc.task_timeout = CTX_MS(5);
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    for (int i = 0; i < 4; i++)
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "waits", waits_for_cancel, NULL), 0);
+    ctx_drain_t report;
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
+    EXPECT_EQ(report.cancelled, 4);
+    EXPECT_EQ(total(&report), 4);
+    ctx_pool_free(pool);
+}
+
+TEST(a_task_timeout_counts_from_the_start_of_the_task) {
+    ctx_clock_fake(CTX_S(1));
+    gate_t gate;
+    gate_init(&gate);
+    ctx_pool_desc_t desc = describe(1, 8);
+    desc.task_timeout = CTX_S(30);
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    seen_t first, queued;
+    memset(&first, 0, sizeof first);
+    memset(&queued, 0, sizeof queued);
+    first.gate = &gate;
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "first", looks_around, &first), 0);
+    gate_await(&gate, 1);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "queued", looks_around, &queued), 0);
+    ctx_clock_advance(CTX_S(3600)); /* an hour in the queue */
+    gate_open(&gate);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(first.err_before, 0);
+    EXPECT_EQ(first.remaining, CTX_S(30));
+    EXPECT_EQ(first.err_after, CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(queued.err_before, 0);
+    EXPECT_EQ(queued.remaining, CTX_S(30));
+    EXPECT_EQ(queued.deadline, CTX_S(3631));
+    ctx_pool_free(pool);
+    gate_destroy(&gate);
+    ctx_clock_real();
+}
+
+static int keeps_its_context(ctx_t *ctx, void *arg) {
+    seen_t *seen = (seen_t *)arg;
+    seen->kept = ctx_retain(ctx);
+    return 0;
+}
+
+static int notes_its_context(ctx_t *ctx, void *arg) {
+    const ctx_t *kept = *(ctx_t **)arg;
+    EXPECT(kept && kept != ctx);
+    EXPECT_EQ(ctx_err(ctx), 0);
+    return 0;
+}
+
+TEST(a_context_that_a_task_retained_stays_its_own) {
+    ctx_t *lifetime = ctx_with_cancel(ctx_background());
+    ctx_pool_desc_t desc = describe(1, 1024);
+    ctx_pool_t *pool = pool_below(lifetime, &desc);
+    seen_t seen;
+    memset(&seen, 0, sizeof seen);
+    ctx_t *parent = with_request(ctx_background(), 7);
+    ctx_t *other = with_request(ctx_background(), 8);
+    EXPECT_EQ(ctx_pool_submit(pool, parent, "keeps", keeps_its_context, &seen), 0);
+    for (int i = 0; i < 500; i++)
+        EXPECT_EQ(ctx_pool_submit(pool, other, "other", notes_its_context, &seen.kept), 0);
+    ctx_end(parent);
+    ctx_end(other);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    const request_t *request = (const request_t *)ctx_value(seen.kept, &request_key);
+    EXPECT(request && request->user == 7);
+    ctx_pool_free(pool);
+    ctx_end(lifetime);
+    EXPECT(ctx_err(seen.kept) != 0);
+    request = (const request_t *)ctx_value(seen.kept, &request_key);
+    EXPECT(request && request->user == 7);
+    ctx_release(seen.kept);
+}
+
+typedef struct {
+    ctx_after_t reg;
+    ctx_t *child;
+    int fired;
+} leftover_t;
+
+static void fires(void *arg) { add((int *)arg, 1); }
+
+static int leaves_things_behind(ctx_t *ctx, void *arg) {
+    leftover_t *left = (leftover_t *)arg;
+    ctx_after(&left->reg, ctx, fires, &left->fired);
+    left->child = ctx_with_cancel(ctx);
+    return 0;
+}
+
+TEST(callbacks_and_children_that_a_task_left_behind_are_not_lost) {
+    enum { N = 50 };
+    static leftover_t left[N];
+    memset(left, 0, sizeof left);
+    ctx_t *lifetime = ctx_with_cancel(ctx_background());
+    ctx_pool_desc_t desc = describe(2, 1024);
+    ctx_pool_t *pool = pool_below(lifetime, &desc);
+    ctx_t *parent = with_request(ctx_background(), 9);
+    for (int i = 0; i < N; i++)
+        EXPECT_EQ(ctx_pool_submit(pool, parent, "leaves", leaves_things_behind, &left[i]), 0);
+    ctx_end(parent);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    ctx_pool_free(pool);
+    ctx_end(lifetime);
+    for (int i = 0; i < N; i++) {
+        EXPECT(ctx_err(left[i].child) != 0);
+        const request_t *request = (const request_t *)ctx_value(left[i].child, &request_key);
+        EXPECT(request && request->user == 9);
+        ctx_end(left[i].child);
+        bool taken_back = ctx_after_stop(&left[i].reg);
+        EXPECT_EQ(load(&left[i].fired), taken_back ? 0 : 1);
+    }
+}
+
+TEST(steady_state_allocates_nothing) {
+    for (int timed = 0; timed < 2; timed++) {
+        ctx_pool_desc_t desc = describe(2, 64);
+        desc.task_timeout = timed ? CTX_S(3600) : 0;
+        ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+        ctx_t *parent = with_request(ctx_background(), 1);
+        gate_t gate;
+        gate_init(&gate);
+        occupy(pool, &gate, 2); /* both workers have come up, and have a context */
+        gate_open(&gate);
+        int ran = 0, n = test_scale(50000);
+        for (int i = 0; i < 1000; i++) EXPECT_EQ(ctx_pool_submit_wait(pool, parent, "warm", counts, &ran), 0);
+        UNTIL(load(&ran) == 1000);
+        fault_after(INT32_MAX);
+        for (int i = 0; i < n; i++) EXPECT_EQ(ctx_pool_submit_wait(pool, parent, "steady", counts, &ran), 0);
+        UNTIL(load(&ran) == 1000 + n);
+        EXPECT_EQ(fault_calls(), 0);
+        fault_off();
+        EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+        ctx_pool_free(pool);
+        ctx_end(parent);
+        gate_destroy(&gate);
+    }
+}
+
+/* -- a full queue ----------------------------------------------------------------------------------------------- */
+
+TEST(reject_answers_queue_full_at_once) {
+    const size_t sizes[] = {1, 2, 3, 5, 8};
+    for (size_t s = 0; s < sizeof sizes / sizeof sizes[0]; s++) {
+        gate_t gate;
+        gate_init(&gate);
+        drops_t drops;
+        drops_init(&drops);
+        ctx_pool_desc_t desc = describe(1, sizes[s]);
+        desc.on_drop = note_drop;
+        desc.user = &drops;
+        ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+        occupy(pool, &gate, 1);
+        int ran = 0;
+        for (size_t i = 0; i < sizes[s]; i++)
+            EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "fits", counts, &ran), 0);
+        ctx_time_t from = ctx_now();
+        for (int i = 0; i < 100; i++)
+            EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "too many", counts, &ran), CTX_QUEUE_FULL);
+        EXPECT(ctx_now() - from < CTX_S(20));
+        EXPECT_EQ(load(&ran), 0);
+        gate_open(&gate);
+        ctx_drain_t report;
+        EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
+        EXPECT_EQ(ran, sizes[s]);
+        EXPECT_EQ(report.completed, sizes[s] + 1);
+        EXPECT_EQ(total(&report), sizes[s] + 1); /* what was rejected was never accepted */
+        EXPECT_EQ(drops_count(&drops), 0);
+        ctx_pool_free(pool);
+        gate_destroy(&gate);
+    }
+}
+
+TEST(block_waits_for_room) {
+    gate_t gate;
+    gate_init(&gate);
+    ctx_pool_desc_t desc = describe(1, 1);
+    desc.when_full = CTX_BLOCK;
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    occupy(pool, &gate, 1);
+    int ran = 0;
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "fits", counts, &ran), 0);
+    submitter_t s[4];
+    pthread_t threads[4];
+    for (int i = 0; i < 4; i++) {
+        threads[i] = submit_apart(&s[i], pool, ctx_background(), false, counts, &ran);
+        until_asleep(&s[i].tid);
+    }
+    for (int i = 0; i < 4; i++) EXPECT_EQ(load(&s[i].done), 0);
+    gate_open(&gate);
+    for (int i = 0; i < 4; i++) {
+        thread_join(threads[i]);
+        EXPECT_EQ(s[i].rc, 0);
+    }
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(ran, 5);
+    ctx_pool_free(pool);
+    gate_destroy(&gate);
+}
+
+/* Both ways to block, and each of the things that end it. */
+TEST(a_blocked_submit_ends_with_its_parent) {
+    for (int wait = 0; wait < 2; wait++) {
+        gate_t gate;
+        gate_init(&gate);
+        ctx_pool_desc_t desc = describe(1, 1);
+        desc.when_full = wait ? CTX_REJECT : CTX_BLOCK;
+        ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+        occupy(pool, &gate, 1);
+        int ran = 0, never = 0;
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "fits", counts, &ran), 0);
+        ctx_t *parent = ctx_with_cancel(ctx_background());
+        submitter_t s;
+        pthread_t thread = submit_apart(&s, pool, parent, wait != 0, counts, &never);
+        until_asleep(&s.tid);
+        ctx_cancel(parent);
+        thread_join(thread);
+        EXPECT_EQ(s.rc, CTX_CANCELED);
+        ctx_end(parent);
+        ctx_time_t from = ctx_now();
+        parent = ctx_with_timeout(ctx_background(), CTX_MS(5));
+        thread = submit_apart(&s, pool, parent, wait != 0, counts, &never);
+        thread_join(thread);
+        EXPECT_EQ(s.rc, CTX_DEADLINE_EXCEEDED);
+        EXPECT(ctx_now() - from >= CTX_MS(5));
+        ctx_end(parent);
+        gate_open(&gate);
+        ctx_drain_t report;
+        EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
+        EXPECT_EQ(ran, 1);
+        EXPECT_EQ(never, 0);
+        EXPECT_EQ(report.completed, 2);
+        EXPECT_EQ(total(&report), 2);
+        ctx_pool_free(pool);
+        gate_destroy(&gate);
+    }
+}
+
+TEST(a_blocked_submit_ends_with_the_pool) {
+    for (int wait = 0; wait < 2; wait++) {
+        for (int by_lifetime = 0; by_lifetime < 2; by_lifetime++) {
+            gate_t gate;
+            gate_init(&gate);
+            ctx_t *lifetime = ctx_with_cancel(ctx_background());
+            ctx_pool_desc_t desc = describe(1, 1);
+            desc.when_full = wait ? CTX_REJECT : CTX_BLOCK;
+            desc.notice = CTX_MS(1);
+            ctx_pool_t *pool = pool_below(lifetime, &desc);
+            occupy(pool, &gate, 1);
+            int ran = 0, never = 0;
+            EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "fits", counts, &ran), 0);
+            submitter_t s;
+            pthread_t thread = submit_apart(&s, pool, ctx_background(), wait != 0, counts, &never);
+            until_asleep(&s.tid);
+            EXPECT_EQ(load(&s.done), 0);
+            if (by_lifetime) ctx_cancel(lifetime);
+            else ctx_pool_drain(pool, 0, NULL);
+            thread_join(thread);
+            EXPECT_EQ(s.rc, by_lifetime ? CTX_CANCELED : CTX_CLOSED);
+            gate_open(&gate);
+            ctx_pool_drain(pool, CTX_FOREVER, NULL);
+            EXPECT_EQ(never, 0);
+            ctx_pool_free(pool);
+            ctx_end(lifetime);
+            gate_destroy(&gate);
+        }
+    }
+}
+
+TEST(submit_wait_takes_room_that_is_there) {
+    ctx_pool_t *pool = pool_of(1, 4);
+    int ran = 0;
+    for (int i = 0; i < 200; i++) EXPECT_EQ(ctx_pool_submit_wait(pool, ctx_background(), "count", counts, &ran), 0);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(ran, 200);
+    ctx_pool_free(pool);
+}
+
+typedef struct {
+    pthread_t thread;
+    int user, err, runs, rc;
+    ctx_time_t deadline;
+} in_caller_t;
+
+static int notes_its_thread(ctx_t *ctx, void *arg) {
+    in_caller_t *c = (in_caller_t *)arg;
+    const request_t *request = (const request_t *)ctx_value(ctx, &request_key);
+    c->thread = pthread_self();
+    c->user = request ? request->user : -1;
+    c->err = ctx_err(ctx);
+    c->deadline = ctx_deadline(ctx);
+    c->runs++;
+    return c->rc;
+}
+
+TEST(caller_runs_runs_in_the_submitting_thread) {
+    gate_t gate;
+    gate_init(&gate);
+    drops_t drops;
+    drops_init(&drops);
+    ctx_pool_desc_t desc = describe(1, 1);
+    desc.when_full = CTX_CALLER_RUNS;
+    desc.task_timeout = CTX_S(3600);
+    desc.on_drop = note_drop;
+    desc.user = &drops;
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    occupy(pool, &gate, 1);
+    int ran = 0;
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "fits", counts, &ran), 0);
+    ctx_t *parent = with_request(ctx_background(), 5);
+    ctx_cancel(parent);
+    in_caller_t c;
+    memset(&c, 0, sizeof c);
+    for (int i = 0; i < 3; i++) {
+        c.rc = i == 1 ? -5 : 0; /* an error of the task is not one of the submit */
+        EXPECT_EQ(ctx_pool_submit(pool, parent, "here", notes_its_thread, &c), 0);
+        EXPECT_EQ(c.runs, i + 1); /* before submit returned */
+        EXPECT(pthread_equal(c.thread, pthread_self()));
+        EXPECT_EQ(c.user, 5);
+        EXPECT_EQ(c.err, 0); /* detached all the same */
+        EXPECT(c.deadline != CTX_NO_DEADLINE);
+    }
+    ctx_end(parent);
+    EXPECT_EQ(load(&ran), 0);
+    gate_open(&gate);
+    ctx_drain_t report;
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
+    EXPECT_EQ(report.completed, 4);
+    EXPECT_EQ(report.failed, 1);
+    EXPECT_EQ(total(&report), 5);
+    EXPECT_EQ(drops_count(&drops), 0);
+    ctx_pool_free(pool);
+    gate_destroy(&gate);
+}
+
+TEST(drop_oldest_makes_room_with_the_oldest) {
+    gate_t gate;
+    gate_init(&gate);
+    drops_t drops;
+    drops_init(&drops);
+    ctx_pool_desc_t desc = describe(1, 3);
+    desc.when_full = CTX_DROP_OLDEST;
+    desc.on_drop = note_drop;
+    desc.user = &drops;
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    occupy(pool, &gate, 1);
+    int ran[8];
+    memset(ran, 0, sizeof ran);
+    for (int i = 0; i < 8; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "piece", counts, &ran[i]), 0);
+    EXPECT_EQ(drops_count(&drops), 5); /* by now, not at the end */
+    for (int i = 0; i < 5; i++) {
+        EXPECT(drops.at[i].arg == &ran[i]);
+        EXPECT_EQ(drops.at[i].reason, CTX_QUEUE_FULL);
+        EXPECT(strcmp(drops.at[i].op, "piece") == 0);
+    }
+    gate_open(&gate);
+    ctx_drain_t report;
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
+    for (int i = 0; i < 8; i++) EXPECT_EQ(ran[i], i < 5 ? 0 : 1);
+    EXPECT_EQ(report.completed, 4);
+    EXPECT_EQ(report.dropped, 5);
+    EXPECT_EQ(total(&report), 9);
+    ctx_pool_free(pool);
+    EXPECT_EQ(drops_count(&drops), 5);
+    gate_destroy(&gate);
+}
+
+/* -- batches ---------------------------------------------------------------------------------------------------- */
+
+TEST(a_batch_that_does_not_fit_is_taken_in_part) {
+    gate_t gate;
+    gate_init(&gate);
+    ctx_pool_t *pool = pool_of(1, 4);
+    occupy(pool, &gate, 1);
+    int ran[10];
+    void *args[10];
+    memset(ran, 0, sizeof ran);
+    for (int i = 0; i < 10; i++) args[i] = &ran[i];
+    size_t taken = 99;
+    EXPECT_EQ(ctx_pool_submit_batch(pool, ctx_background(), "batch", counts, args, 10, &taken), CTX_QUEUE_FULL);
+    EXPECT_EQ(taken, 4);
+    taken = 99;
+    EXPECT_EQ(ctx_pool_submit_batch(pool, ctx_background(), "batch", counts, args + 4, 6, &taken), CTX_QUEUE_FULL);
+    EXPECT_EQ(taken, 0);
+    EXPECT_EQ(ctx_pool_submit_batch(pool, ctx_background(), "batch", counts, args + 4, 6, NULL), CTX_QUEUE_FULL);
+    gate_open(&gate);
+    ctx_drain_t report;
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
+    for (int i = 0; i < 10; i++) EXPECT_EQ(ran[i], i < 4 ? 1 : 0); /* the first four, in order */
+    EXPECT_EQ(total(&report), 5);
+    taken = 99;
+    EXPECT_EQ(ctx_pool_submit_batch(pool, ctx_background(), "batch", counts, args, 10, &taken), CTX_CLOSED);
+    EXPECT_EQ(taken, 0);
+    ctx_pool_free(pool);
+    gate_destroy(&gate);
+}
+
+TEST(a_batch_that_fits_is_taken_whole) {
+    ctx_pool_t *pool = pool_of(4, 512);
+    int ran = 0;
+    void *args[500];
+    for (int i = 0; i < 500; i++) args[i] = &ran;
+    size_t taken = 0;
+    EXPECT_EQ(ctx_pool_submit_batch(pool, ctx_background(), "batch", counts, args, 500, &taken), 0);
+    EXPECT_EQ(taken, 500);
+    taken = 99;
+    EXPECT_EQ(ctx_pool_submit_batch(pool, ctx_background(), "batch", counts, args, 0, &taken), 0);
+    EXPECT_EQ(taken, 0);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(ran, 500);
+    ctx_pool_free(pool);
+}
+
+TEST(a_batch_wakes_as_many_workers_as_it_needs) {
+    gate_t gate;
+    gate_init(&gate);
+    ctx_pool_t *pool = pool_of(4, 16);
+    void *args[4];
+    for (int i = 0; i < 4; i++) args[i] = &gate;
+    EXPECT_EQ(ctx_pool_submit_batch(pool, ctx_background(), "batch", passes_gate, args, 4, NULL), 0);
+    gate_await(&gate, 4); /* at the same time */
+    gate_open(&gate);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    ctx_pool_free(pool);
+    gate_destroy(&gate);
+}
+
+TEST(each_policy_holds_for_each_task_of_a_batch) {
+    const ctx_when_full_t policies[] = {CTX_BLOCK, CTX_CALLER_RUNS, CTX_DROP_OLDEST};
+    for (int p = 0; p < 3; p++) {
+        gate_t gate;
+        gate_init(&gate);
+        drops_t drops;
+        drops_init(&drops);
+        ctx_pool_desc_t desc = describe(1, 4);
+        desc.when_full = policies[p];
+        desc.on_drop = note_drop;
+        desc.user = &drops;
+        ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+        if (policies[p] != CTX_BLOCK) occupy(pool, &gate, 1);
+        int ran[20];
+        void *args[20];
+        memset(ran, 0, sizeof ran);
+        for (int i = 0; i < 20; i++) args[i] = &ran[i];
+        size_t taken = 0;
+        EXPECT_EQ(ctx_pool_submit_batch(pool, ctx_background(), "batch", counts, args, 20, &taken), 0);
+        EXPECT_EQ(taken, 20);
+        gate_open(&gate);
+        EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+        EXPECT_EQ(drops_count(&drops), policies[p] == CTX_DROP_OLDEST ? 16 : 0);
+        for (int i = 0; i < 20; i++) EXPECT_EQ(ran[i], policies[p] == CTX_DROP_OLDEST && i < 16 ? 0 : 1);
+        ctx_pool_free(pool);
+        gate_destroy(&gate);
+    }
+}
+
+TEST(a_blocked_batch_says_how_far_it_came) {
+    gate_t gate;
+    gate_init(&gate);
+    ctx_pool_desc_t desc = describe(1, 4);
+    desc.when_full = CTX_BLOCK;
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    occupy(pool, &gate, 1);
+    int ran[10];
+    void *args[10];
+    memset(ran, 0, sizeof ran);
+    for (int i = 0; i < 10; i++) args[i] = &ran[i];
+    ctx_t *parent = ctx_with_timeout(ctx_background(), CTX_MS(10));
+    size_t taken = 99;
+    EXPECT_EQ(ctx_pool_submit_batch(pool, parent, "batch", counts, args, 10, &taken), CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(taken, 4);
+    ctx_end(parent);
+    gate_open(&gate);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    for (int i = 0; i < 10; i++) EXPECT_EQ(ran[i], i < 4 ? 1 : 0);
+    ctx_pool_free(pool);
+    gate_destroy(&gate);
+}
+
+/* -- the shared limit ------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int inside, most, ran;
+} bottleneck_t;
+
+static int squeezes_through(ctx_t *ctx, void *arg) {
+    bottleneck_t *b = (bottleneck_t *)arg;
+    (void)ctx;
+    int inside = add(&b->inside, 1);
+    int most = load(&b->most);
+    while (inside > most && !__atomic_compare_exchange_n(&b->most, &most, inside, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {}
+    spin(300);
+    if (inside % 2) sched_yield();
+    add(&b->inside, -1);
+    add(&b->ran, 1);
+    return 0;
+}
+
+TEST(a_limit_shared_by_two_pools_is_never_exceeded) {
+    ctx_sem_t limit;
+    ctx_sem_init(&limit, 3);
+    bottleneck_t b;
+    memset(&b, 0, sizeof b);
+    ctx_pool_desc_t desc = describe(4, 64);
+    desc.limit = &limit;
+    ctx_pool_t *one = pool_below(ctx_background(), &desc), *two = pool_below(ctx_background(), &desc);
+    int n = test_scale(10000);
+    for (int i = 0; i < n; i++) {
+        EXPECT_EQ(ctx_pool_submit_wait(one, ctx_background(), "one", squeezes_through, &b), 0);
+        EXPECT_EQ(ctx_pool_submit_wait(two, ctx_background(), "two", squeezes_through, &b), 0);
+    }
+    EXPECT_EQ(ctx_pool_drain(one, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(ctx_pool_drain(two, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(b.ran, 2 * n);
+    EXPECT(b.most <= 3);
+    EXPECT(b.most >= 2);
+    EXPECT(all_free(&limit, 3)); /* a pool with nothing to run holds none */
+    ctx_pool_free(one);
+    ctx_pool_free(two);
+    EXPECT(all_free(&limit, 3));
+    ctx_sem_destroy(&limit);
+}
+
+TEST(all_of_the_limit_is_used) {
+    ctx_sem_t limit;
+    ctx_sem_init(&limit, 3);
+    gate_t gate;
+    gate_init(&gate);
+    ctx_pool_desc_t desc = describe(4, 64);
+    desc.limit = &limit;
+    ctx_pool_t *one = pool_below(ctx_background(), &desc), *two = pool_below(ctx_background(), &desc);
+    for (int i = 0; i < 2; i++) {
+        EXPECT_EQ(ctx_pool_submit(one, ctx_background(), "one", passes_gate, &gate), 0);
+        EXPECT_EQ(ctx_pool_submit(two, ctx_background(), "two", passes_gate, &gate), 0);
+    }
+    gate_await(&gate, 3);
+    EXPECT(!ctx_sem_try_acquire(&limit, 1));
+    EXPECT_EQ(gate_came(&gate), 3);
+    gate_open(&gate);
+    EXPECT_EQ(ctx_pool_drain(one, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(ctx_pool_drain(two, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(gate_came(&gate), 4);
+    ctx_pool_free(one);
+    ctx_pool_free(two);
+    gate_destroy(&gate);
+    ctx_sem_destroy(&limit);
+}
+
+typedef struct {
+    ctx_pool_t *pool;
+    int *calm_ran;
+    int turns, refused;
+} surge_t;
+
+static int surges_on(ctx_t *ctx, void *arg) {
+    surge_t *surge = (surge_t *)arg;
+    add(&surge->turns, 1);
+    if (load(surge->calm_ran) >= 20) return 0;
+    if (ctx_pool_submit(surge->pool, ctx, "surge", surges_on, surge) != 0) add(&surge->refused, 1);
+    return 0;
+}
+
+/* One pool keeps its queue full until the other has got its tasks through the same bottleneck. */
+TEST(a_surge_in_one_pool_does_not_starve_the_other) {
+    ctx_sem_t limit;
+    ctx_sem_init(&limit, 1);
+    ctx_pool_desc_t desc = describe(4, 256);
+    desc.limit = &limit;
+    ctx_pool_t *surging = pool_below(ctx_background(), &desc), *calm = pool_below(ctx_background(), &desc);
+    int ran = 0;
+    surge_t surge;
+    memset(&surge, 0, sizeof surge);
+    surge.pool = surging;
+    surge.calm_ran = &ran;
+    for (int i = 0; i < 200; i++)
+        EXPECT_EQ(ctx_pool_submit(surging, ctx_background(), "surge", surges_on, &surge), 0);
+    for (int i = 0; i < 20; i++) {
+        EXPECT_EQ(ctx_pool_submit(calm, ctx_background(), "calm", counts, &ran), 0);
+        UNTIL(load(&ran) > i);
+    }
+    EXPECT_EQ(ctx_pool_drain(surging, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(ctx_pool_drain(calm, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(surge.refused, 0);
+    ctx_pool_free(surging);
+    ctx_pool_free(calm);
+    EXPECT(all_free(&limit, 1));
+    ctx_sem_destroy(&limit);
+}
+
+TEST(tasks_that_wait_for_the_limit_are_dropped_when_the_budget_ends) {
+    ctx_sem_t limit;
+    ctx_sem_init(&limit, 2);
+    EXPECT(ctx_sem_try_acquire(&limit, 2)); /* somebody else has them */
+    drops_t drops;
+    drops_init(&drops);
+    ctx_pool_desc_t desc = describe(3, 16);
+    desc.limit = &limit;
+    desc.on_drop = note_drop;
+    desc.user = &drops;
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    int ran = 0;
+    for (int i = 0; i < 8; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "held up", counts, &ran), 0);
+    ctx_drain_t report;
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_MS(20), &report), CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(report.dropped, 8);
+    EXPECT_EQ(total(&report), 8);
+    EXPECT_EQ(ran, 0);
+    EXPECT_EQ(drops_count(&drops), 8);
+    for (int i = 0; i < 8; i++) EXPECT_EQ(drops.at[i].reason, CTX_DEADLINE_EXCEEDED);
+    ctx_pool_free(pool);
+    ctx_sem_release(&limit, 2);
+    EXPECT(all_free(&limit, 2));
+    ctx_sem_destroy(&limit);
+}
+
+/* -- drain ------------------------------------------------------------------------------------------------------ */
+
+TEST(a_drain_within_its_budget_returns_0_and_leaves_the_pool_closed) {
+    gate_t gate;
+    gate_init(&gate);
+    ctx_pool_t *pool = pool_of(2, 64);
+    occupy(pool, &gate, 2);
+    int ran = 0;
+    for (int i = 0; i < 10; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+    for (int i = 0; i < 3; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "fail", fails, NULL), 0);
+    drainer_t d;
+    pthread_t thread = drain_apart(&d, pool, CTX_S(3600));
+    until_asleep(&d.tid);
+    EXPECT_EQ(load(&d.done), 0);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "late", counts, &ran), CTX_CLOSED);
+    EXPECT_EQ(ctx_pool_submit_wait(pool, ctx_background(), "late", counts, &ran), CTX_CLOSED);
+    gate_open(&gate);
+    thread_join(thread);
+    EXPECT_EQ(d.rc, 0);
+    EXPECT_EQ(ran, 10);
+    EXPECT_EQ(d.report.completed, 12);
+    EXPECT_EQ(d.report.failed, 3);
+    EXPECT_EQ(total(&d.report), 15);
+    EXPECT(d.report.wait_time > 0);
+    EXPECT_EQ(d.report.notice_time, 0);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "late", counts, &ran), CTX_CLOSED);
+    EXPECT_EQ(ctx_pool_submit_wait(pool, ctx_background(), "late", counts, &ran), CTX_CLOSED);
+    ctx_pool_free(pool);
+    EXPECT_EQ(ran, 10);
+    gate_destroy(&gate);
+}
+
+TEST(an_empty_pool_drains_at_once) {
+    const ctx_dur_t budgets[] = {0, -1, INT64_MIN, CTX_MS(1), CTX_FOREVER};
+    for (size_t i = 0; i < sizeof budgets / sizeof budgets[0]; i++) {
+        ctx_pool_t *pool = pool_of(2, 4);
+        ctx_drain_t report;
+        memset(&report, 0xff, sizeof report);
+        EXPECT_EQ(ctx_pool_drain(pool, budgets[i], &report), 0);
+        EXPECT_EQ(total(&report), 0);
+        EXPECT_EQ(report.completed + report.stuck, 0);
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "late", fails, NULL), CTX_CLOSED);
+        ctx_pool_free(pool);
+    }
+}
+
+TEST(over_budget_the_queue_is_dropped_and_running_tasks_are_cancelled) {
+    drops_t drops;
+    drops_init(&drops);
+    ctx_pool_desc_t desc = describe(2, 16);
+    desc.on_drop = note_drop;
+    desc.user = &drops;
+    desc.notice = CTX_S(60);
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    int started = 0, ran = 0;
+    for (int i = 0; i < 2; i++)
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "waits", waits_for_cancel, &started), 0);
+    UNTIL(load(&started) == 2);
+    for (int i = 0; i < 5; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "queued", counts, &ran), 0);
+    ctx_time_t from = ctx_now();
+    ctx_drain_t report;
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_MS(20), &report), CTX_DEADLINE_EXCEEDED);
+    EXPECT(ctx_now() - from >= CTX_MS(20));
+    EXPECT(ctx_now() - from < CTX_S(30)); /* not the whole of the notice: they stopped */
+    EXPECT_EQ(report.cancelled, 2);
+    EXPECT_EQ(report.dropped, 5);
+    EXPECT_EQ(report.stuck, 0);
+    EXPECT_EQ(total(&report), 7);
+    EXPECT(report.wait_time >= CTX_MS(20));
+    EXPECT(report.notice_time >= 0);
+    EXPECT_EQ(ran, 0);
+    EXPECT_EQ(drops_count(&drops), 5);
+    for (int i = 0; i < 5; i++) {
+        EXPECT_EQ(drops.at[i].reason, CTX_DEADLINE_EXCEEDED);
+        EXPECT(strcmp(drops.at[i].op, "queued") == 0);
+        EXPECT(drops.at[i].arg == &ran);
+    }
+    ctx_pool_free(pool);
+    EXPECT_EQ(drops_count(&drops), 5);
+}
+
+static int fails_once_cancelled(ctx_t *ctx, void *arg) {
+    if (arg) add((int *)arg, 1);
+    ctx_wait(ctx, CTX_FOREVER);
+    return -5;
+}
+
+static int succeeds_once_cancelled(ctx_t *ctx, void *arg) {
+    if (arg) add((int *)arg, 1);
+    ctx_wait(ctx, CTX_FOREVER);
+    return 0;
+}
+
+TEST(the_report_tells_completed_failed_and_cancelled_apart) {
+    ctx_pool_desc_t desc = describe(5, 16);
+    desc.notice = CTX_S(60);
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    int started = 0, ran = 0;
+    ctx_pool_submit(pool, ctx_background(), "ok", counts, &ran);
+    ctx_pool_submit(pool, ctx_background(), "bad", fails, NULL);
+    ctx_pool_submit(pool, ctx_background(), "bad", fails, NULL);
+    ctx_pool_submit(pool, ctx_background(), "cancelled", waits_for_cancel, &started);
+    ctx_pool_submit(pool, ctx_background(), "cancelled", fails_once_cancelled, &started);
+    ctx_pool_submit(pool, ctx_background(), "done after all", succeeds_once_cancelled, &started);
+    UNTIL(load(&started) == 3 && load(&ran) == 1);
+    ctx_drain_t report;
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_MS(30), &report), CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(total(&report), 6);
+    EXPECT_EQ(report.completed, 2);
+    EXPECT_EQ(report.cancelled, 2);
+    EXPECT_EQ(report.failed, 2);
+    ctx_pool_free(pool);
+}
+
+TEST(a_stuck_task_is_named_and_not_waited_for) {
+    gate_t gate;
+    gate_init(&gate);
+    drops_t drops;
+    drops_init(&drops);
+    ctx_pool_desc_t desc = describe(2, 16);
+    desc.notice = CTX_MS(10);
+    desc.on_drop = note_drop;
+    desc.user = &drops;
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    int started = 0, ran = 0;
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "resize image", passes_gate, &gate), 0);
+    gate_await(&gate, 1);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "polite", waits_for_cancel, &started), 0);
+    UNTIL(load(&started) == 1);
+    for (int i = 0; i < 3; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "queued", counts, &ran), 0);
+    ctx_time_t from = ctx_now();
+    ctx_drain_t report;
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_MS(10), &report), CTX_DEADLINE_EXCEEDED);
+    ctx_dur_t took = ctx_now() - from;
+    EXPECT(took >= CTX_MS(20)); /* it had all of its budget and notice, ... */
+    EXPECT(took < CTX_S(20));   /* ... and no more */
+    EXPECT_EQ(report.stuck, 1);
+    EXPECT_EQ(report.cancelled, 1);
+    EXPECT_EQ(report.dropped, 3);
+    EXPECT_EQ(total(&report), 5);
+    EXPECT(says_running(&report, "resize image"));
+    EXPECT(!says_running(&report, "polite"));
+    EXPECT(report.notice_time >= CTX_MS(10));
+    gate_open(&gate);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), CTX_DEADLINE_EXCEEDED); /* it did not finish inside a budget */
+    EXPECT_EQ(report.stuck, 0); /* but is not stuck any more */
+    EXPECT_EQ(report.dropped, 3);
+    EXPECT_EQ(report.completed, 1);
+    EXPECT_EQ(total(&report), 5);
+    EXPECT_EQ(drops_count(&drops), 3);
+    ctx_pool_free(pool);
+    gate_destroy(&gate);
+}
+
+TEST(the_first_sixteen_of_many_stuck_tasks_are_named) {
+    enum { STUCK = CTX_DRAIN_OPS + 4 };
+    gate_t gate;
+    gate_init(&gate);
+    ctx_pool_desc_t desc = describe(STUCK, 4);
+    desc.notice = -1;
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    for (int i = 0; i < STUCK; i++) {
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "stuck here", passes_gate, &gate), 0);
+        gate_await(&gate, i + 1);
+    }
+    ctx_drain_t report;
+    EXPECT_EQ(ctx_pool_drain(pool, 0, &report), CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(report.stuck, STUCK);
+    EXPECT_EQ(total(&report), STUCK);
+    for (int i = 0; i < CTX_DRAIN_OPS; i++) EXPECT(report.running[i] && strcmp(report.running[i], "stuck here") == 0);
+    gate_open(&gate);
+    ctx_pool_free(pool);
+    gate_destroy(&gate);
+}
+
+TEST(the_report_may_be_null) {
+    gate_t gate;
+    gate_init(&gate);
+    ctx_pool_desc_t desc = describe(1, 4);
+    desc.notice = -1;
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    occupy(pool, &gate, 1);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_MS(1), NULL), CTX_DEADLINE_EXCEEDED);
+    gate_open(&gate);
+    ctx_pool_drain(pool, CTX_FOREVER, NULL);
+    ctx_pool_free(pool);
+    gate_destroy(&gate);
+}
+
+TEST(a_drain_may_be_repeated) {
+    ctx_pool_t *pool = pool_of(2, 64);
+    int ran = 0;
+    for (int i = 0; i < 30; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+    ctx_drain_t report;
+    for (int i = 0; i < 3; i++) {
+        memset(&report, 0xff, sizeof report);
+        EXPECT_EQ(ctx_pool_drain(pool, i == 1 ? 0 : CTX_FOREVER, &report), 0);
+        EXPECT_EQ(report.completed, 30);
+        EXPECT_EQ(total(&report), 30);
+    }
+    ctx_pool_free(pool);
+}
+
+TEST(a_second_drain_with_less_budget_cuts_the_first_short) {
+    drops_t drops;
+    drops_init(&drops);
+    ctx_pool_desc_t desc = describe(1, 16);
+    desc.on_drop = note_drop;
+    desc.user = &drops;
+    desc.notice = CTX_S(60);
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    int started = 0;
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "waits", waits_for_cancel, &started), 0);
+    UNTIL(load(&started) == 1);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "queued", waits_for_cancel, NULL), 0);
+    drainer_t d;
+    pthread_t thread = drain_apart(&d, pool, CTX_S(3600));
+    until_asleep(&d.tid);
+    ctx_drain_t report;
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_MS(5), &report), CTX_DEADLINE_EXCEEDED);
+    thread_join(thread); /* nothing is left to wait an hour for */
+    EXPECT_EQ(d.rc, CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(total(&report), 2);
+    EXPECT_EQ(total(&d.report), 2);
+    EXPECT_EQ(report.cancelled, 1);
+    EXPECT_EQ(drops_count(&drops), 1);
+    ctx_pool_free(pool);
+}
+
+TEST(several_threads_may_drain_at_once) {
+    enum { N = 6 };
+    for (int round = 0; round < test_scale(100); round++) {
+        gate_t gate;
+        gate_init(&gate);
+        ctx_pool_t *pool = pool_of(2, 64);
+        occupy(pool, &gate, 2);
+        int ran = 0;
+        for (int i = 0; i < 10; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+        drainer_t d[N];
+        pthread_t threads[N];
+        for (int i = 0; i < N; i++) threads[i] = drain_apart(&d[i], pool, i % 2 ? CTX_FOREVER : CTX_S(3600));
+        gate_open(&gate);
+        for (int i = 0; i < N; i++) {
+            thread_join(threads[i]);
+            EXPECT_EQ(d[i].rc, 0);
+            EXPECT_EQ(d[i].report.completed, 12);
+            EXPECT_EQ(total(&d[i].report), 12);
+        }
+        EXPECT_EQ(ran, 10);
+        ctx_pool_free(pool);
+        gate_destroy(&gate);
+    }
+}
+
+TEST(a_drain_keeps_its_budget_by_the_fake_clock) {
+    ctx_clock_fake(CTX_S(1));
+    ctx_pool_desc_t desc = describe(1, 4);
+    desc.notice = CTX_S(60);
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    int started = 0;
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "waits", waits_for_cancel, &started), 0);
+    UNTIL(load(&started) == 1);
+    drainer_t d;
+    pthread_t thread = drain_apart(&d, pool, CTX_S(3600));
+    until_asleep(&d.tid);
+    ctx_clock_advance(CTX_S(3600) - 1);
+    until_asleep(&d.tid);
+    EXPECT_EQ(load(&d.done), 0);
+    ctx_clock_advance(1);
+    thread_join(thread); /* cancelled, it stops: none of the notice passes */
+    EXPECT_EQ(d.rc, CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(d.report.cancelled, 1);
+    EXPECT_EQ(total(&d.report), 1);
+    EXPECT_EQ(d.report.wait_time, CTX_S(3600));
+    EXPECT_EQ(d.report.notice_time, 0);
+    ctx_pool_free(pool);
+    ctx_clock_real();
+}
+
+TEST(a_drain_keeps_its_notice_by_the_fake_clock) {
+    ctx_clock_fake(CTX_S(1));
+    gate_t gate;
+    gate_init(&gate);
+    ctx_pool_desc_t desc = describe(1, 4);
+    desc.notice = CTX_S(60);
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    occupy(pool, &gate, 1);
+    drainer_t d;
+    pthread_t thread = drain_apart(&d, pool, CTX_S(3600));
+    until_asleep(&d.tid);
+    ctx_clock_advance(CTX_S(3600));
+    until_asleep(&d.tid);
+    EXPECT_EQ(load(&d.done), 0);
+    while (!load(&d.done)) {
+        ctx_clock_advance(CTX_S(1));
+        test_sleep_ms(1);
+    }
+    thread_join(thread);
+    EXPECT_EQ(d.rc, CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(d.report.stuck, 1);
+    EXPECT(d.report.notice_time >= CTX_S(60));
+    gate_open(&gate);
+    ctx_pool_free(pool);
+    gate_destroy(&gate);
+    ctx_clock_real();
+}
+
+typedef struct {
+    ctx_pool_t *pool;
+    ctx_drain_t report;
+    int rc, done, err_before, err_after;
+    ctx_dur_t took;
+    gate_t *gate;
+} inner_t;
+
+static int drains_its_own_pool(ctx_t *ctx, void *arg) {
+    inner_t *inner = (inner_t *)arg;
+    ctx_time_t from = ctx_now();
+    inner->rc = ctx_pool_drain(inner->pool, CTX_FOREVER, &inner->report);
+    inner->took = ctx_now() - from;
+    inner->err_after = ctx_err(ctx);
+    store(&inner->done, 1);
+    return 0;
+}
+
+/* It cannot wait for itself: it waits for all the others, and reports itself as running. */
+TEST(a_task_may_drain_its_own_pool) {
+    for (int workers = 1; workers <= 3; workers++) {
+        ctx_pool_t *pool = pool_of(workers, 16);
+        int ran = 0;
+        inner_t inner;
+        memset(&inner, 0, sizeof inner);
+        inner.pool = pool;
+        for (int i = 0; i < 5; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "drains", drains_its_own_pool, &inner), 0);
+        UNTIL(load(&inner.done));
+        EXPECT_EQ(inner.rc, 0);
+        EXPECT_EQ(inner.report.completed, 5);
+        EXPECT_EQ(inner.report.stuck, 1);
+        EXPECT_EQ(total(&inner.report), 6);
+        EXPECT(says_running(&inner.report, "drains"));
+        EXPECT_EQ(inner.err_after, 0);
+        EXPECT(inner.took < CTX_S(20));
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "late", counts, &ran), CTX_CLOSED);
+        ctx_drain_t report;
+        EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
+        EXPECT_EQ(report.completed, 6);
+        EXPECT_EQ(report.stuck, 0);
+        ctx_pool_free(pool);
+        EXPECT_EQ(ran, 5);
+    }
+}
+
+/* -- free ------------------------------------------------------------------------------------------------------- */
+
+TEST(freeing_an_undrained_pool_drops_its_queue_and_leaves_stuck_tasks_alone) {
+    int threads = quiet_threads();
+    gate_t gate;
+    gate_init(&gate);
+    drops_t drops;
+    drops_init(&drops);
+    ctx_sem_t *limit = (ctx_sem_t *)malloc(sizeof *limit);
+    CHECK(limit != NULL);
+    ctx_sem_init(limit, 2);
+    ctx_t *lifetime = ctx_with_cancel(ctx_background());
+    ctx_pool_desc_t desc = describe(2, 16);
+    desc.on_drop = note_drop;
+    desc.user = &drops;
+    desc.limit = limit;
+    desc.task_timeout = CTX_S(3600);
+    desc.notice = CTX_S(3600); /* free gives none */
+    ctx_pool_t *pool = pool_below(lifetime, &desc);
+    seen_t seen[2];
+    memset(seen, 0, sizeof seen);
+    ctx_t *parent = with_request(ctx_background(), 3);
+    for (int i = 0; i < 2; i++) {
+        seen[i].gate = &gate;
+        EXPECT_EQ(ctx_pool_submit(pool, parent, "stuck", looks_around, &seen[i]), 0);
+        gate_await(&gate, i + 1);
+    }
+    ctx_end(parent);
+    int ran = 0;
+    for (int i = 0; i < 6; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "queued", counts, &ran), 0);
+    ctx_time_t from = ctx_now();
+    ctx_pool_free(pool);
+    EXPECT(ctx_now() - from < CTX_S(20));
+    EXPECT_EQ(drops_count(&drops), 6);
+    EXPECT(all_free(limit, 2)); /* the stuck ones have given theirs back */
+    ctx_sem_destroy(limit);
+    free(limit); /* and nobody comes back to it */
+    ctx_end(lifetime);
+    gate_open(&gate);
+    UNTIL(load(&seen[0].done) && load(&seen[1].done));
+    UNTIL(thread_count() <= threads);
+    for (int i = 0; i < 2; i++) {
+        EXPECT_EQ(seen[i].user, 3);
+        EXPECT_EQ(seen[i].err_before, 0);
+        EXPECT_EQ(seen[i].err_after, CTX_CANCELED);
+    }
+    EXPECT_EQ(ran, 0);
+    EXPECT_EQ(drops_count(&drops), 6);
+    gate_destroy(&gate);
+}
+
+TEST(freeing_a_drained_pool_with_a_stuck_task_returns_at_once_too) {
+    int threads = quiet_threads();
+    gate_t gate;
+    gate_init(&gate);
+    ctx_sem_t *limit = (ctx_sem_t *)malloc(sizeof *limit);
+    CHECK(limit != NULL);
+    ctx_sem_init(limit, 1);
+    ctx_pool_desc_t desc = describe(1, 16);
+    desc.limit = limit;
+    desc.notice = CTX_MS(1);
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    occupy(pool, &gate, 1);
+    ctx_drain_t report;
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_MS(1), &report), CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(report.stuck, 1);
+    ctx_pool_free(pool);
+    EXPECT(all_free(limit, 1));
+    ctx_sem_destroy(limit);
+    free(limit);
+    gate_open(&gate);
+    UNTIL(thread_count() <= threads);
+    gate_destroy(&gate);
+}
+
+TEST(free_cancels_what_runs) {
+    int threads = quiet_threads(), started = 0;
+    ctx_pool_t *pool = pool_of(3, 16);
+    for (int i = 0; i < 3; i++)
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "waits", waits_for_cancel, &started), 0);
+    UNTIL(load(&started) == 3);
+    ctx_pool_free(pool);
+    UNTIL(thread_count() <= threads); /* all have stopped */
+}
+
+TEST(a_pool_never_used_can_be_freed) {
+    ctx_pool_free(pool_of(4, 16));
+    ctx_pool_free(NULL);
+}
+
+static int frees_its_own_pool(ctx_t *ctx, void *arg) {
+    inner_t *inner = (inner_t *)arg;
+    gate_pass(inner->gate);
+    inner->err_before = ctx_err(ctx);
+    ctx_pool_free(inner->pool);
+    inner->err_after = ctx_err(ctx); /* its context lives until it returns */
+    const request_t *request = (const request_t *)ctx_value(ctx, &request_key);
+    inner->rc = request ? request->user : -1;
+    store(&inner->done, 1);
+    return 0;
+}
+
+TEST(a_task_may_free_its_own_pool) {
+    for (int limited = 0; limited < 2; limited++) {
+        int threads = quiet_threads();
+        gate_t gate;
+        gate_init(&gate);
+        drops_t drops;
+        drops_init(&drops);
+        ctx_sem_t limit;
+        ctx_sem_init(&limit, 1);
+        ctx_pool_desc_t desc = describe(limited ? 1 : 2, 16);
+        desc.on_drop = note_drop;
+        desc.user = &drops;
+        desc.limit = limited ? &limit : NULL;
+        ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+        inner_t inner;
+        memset(&inner, 0, sizeof inner);
+        inner.pool = pool;
+        inner.gate = &gate;
+        ctx_t *parent = with_request(ctx_background(), 11);
+        EXPECT_EQ(ctx_pool_submit(pool, parent, "frees", frees_its_own_pool, &inner), 0);
+        gate_await(&gate, 1);
+        ctx_end(parent);
+        int ran = 0, accepted = 0;
+        for (int i = 0; i < 10; i++)
+            if (ctx_pool_submit(pool, ctx_background(), "queued", counts, &ran) == 0) accepted++;
+        gate_open(&gate);
+        UNTIL(load(&inner.done));
+        UNTIL(thread_count() <= threads);
+        EXPECT_EQ(inner.err_before, 0);
+        EXPECT_EQ(inner.err_after, CTX_CANCELED);
+        EXPECT_EQ(inner.rc, 11);
+        UNTIL(load(&ran) + drops_count(&drops) == accepted);
+        EXPECT_EQ(load(&ran) + drops_count(&drops), accepted);
+        EXPECT(all_free(&limit, 1));
+        gate_destroy(&gate);
+    }
+}
+
+/* -- the lifetime ----------------------------------------------------------------------------------------------- */
+
+TEST(the_end_of_the_lifetime_cancels_drops_and_refuses) {
+    drops_t drops;
+    drops_init(&drops);
+    ctx_t *lifetime = ctx_with_cancel(ctx_background());
+    ctx_pool_desc_t desc = describe(2, 16);
+    desc.on_drop = note_drop;
+    desc.user = &drops;
+    ctx_pool_t *pool = pool_below(lifetime, &desc);
+    int started = 0, ran = 0;
+    for (int i = 0; i < 2; i++)
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "waits", waits_for_cancel, &started), 0);
+    UNTIL(load(&started) == 2);
+    for (int i = 0; i < 5; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "queued", counts, &ran), 0);
+    ctx_cancel(lifetime);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "late", counts, &ran), CTX_CANCELED);
+    EXPECT_EQ(ctx_pool_submit_wait(pool, ctx_background(), "late", counts, &ran), CTX_CANCELED);
+    void *args[2] = {&ran, &ran};
+    size_t taken = 99;
+    EXPECT_EQ(ctx_pool_submit_batch(pool, ctx_background(), "late", counts, args, 2, &taken), CTX_CANCELED);
+    EXPECT_EQ(taken, 0);
+    UNTIL(drops_count(&drops) == 5); /* no drain or free is needed for it */
+    for (int i = 0; i < 5; i++) {
+        EXPECT_EQ(drops.at[i].reason, CTX_CANCELED);
+        EXPECT(strcmp(drops.at[i].op, "queued") == 0);
+    }
+    ctx_drain_t report;
+    ctx_pool_drain(pool, CTX_FOREVER, &report);
+    EXPECT_EQ(report.cancelled, 2);
+    EXPECT_EQ(report.dropped, 5);
+    EXPECT_EQ(total(&report), 7);
+    EXPECT_EQ(ran, 0);
+    ctx_pool_free(pool);
+    ctx_end(lifetime);
+    EXPECT_EQ(drops_count(&drops), 5);
+}
+
+TEST(the_end_of_the_lifetime_drops_the_queue_behind_a_stuck_task) {
+    gate_t gate;
+    gate_init(&gate);
+    drops_t drops;
+    drops_init(&drops);
+    ctx_t *lifetime = ctx_with_cancel(ctx_background());
+    ctx_pool_desc_t desc = describe(1, 16);
+    desc.on_drop = note_drop;
+    desc.user = &drops;
+    ctx_pool_t *pool = pool_below(lifetime, &desc);
+    occupy(pool, &gate, 1);
+    int ran = 0;
+    for (int i = 0; i < 5; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "queued", counts, &ran), 0);
+    ctx_cancel(lifetime);
+    UNTIL(drops_count(&drops) == 5);
+    gate_open(&gate);
+    ctx_pool_drain(pool, CTX_FOREVER, NULL);
+    ctx_pool_free(pool);
+    ctx_end(lifetime);
+    EXPECT_EQ(ran, 0);
+    EXPECT_EQ(drops_count(&drops), 5);
+    gate_destroy(&gate);
+}
+
+TEST(a_lifetime_that_expires_ends_the_pool) {
+    ctx_t *lifetime = ctx_with_timeout(ctx_background(), CTX_MS(10));
+    ctx_pool_desc_t desc = describe(1, 4);
+    ctx_pool_t *pool = pool_below(lifetime, &desc);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "waits", waits_for_cancel, NULL), 0);
+    ctx_wait(lifetime, CTX_FOREVER);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "late", fails, NULL), CTX_DEADLINE_EXCEEDED);
+    ctx_drain_t report;
+    ctx_pool_drain(pool, CTX_FOREVER, &report);
+    EXPECT_EQ(total(&report), 1);
+    EXPECT_EQ(report.completed, 0);
+    ctx_pool_free(pool);
+    ctx_end(lifetime);
+}
+
+TEST(a_pool_below_a_done_lifetime_refuses_work) {
+    ctx_t *done = ctx_with_cancel(ctx_background());
+    ctx_t *failed = ctx_with_cancel(NULL);
+    ctx_cancel(done);
+    ctx_pool_desc_t desc = describe(1, 4);
+    ctx_pool_t *pool = pool_below(done, &desc);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "late", fails, NULL), CTX_CANCELED);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    ctx_pool_free(pool);
+    errno = 0;
+    EXPECT(ctx_pool_new(failed, &desc) == NULL); /* a lifetime that never began is a bad argument */
+    EXPECT_EQ(errno, EINVAL);
+    ctx_end(done);
+    ctx_end(failed);
+}
+
+TEST(the_caller_may_end_the_lifetime_before_the_pool_is_freed) {
+    ctx_t *lifetime = ctx_with_cancel(ctx_background());
+    ctx_pool_desc_t desc = describe(2, 16);
+    ctx_pool_t *pool = pool_below(lifetime, &desc);
+    int started = 0;
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "waits", waits_for_cancel, &started), 0);
+    UNTIL(load(&started) == 1);
+    ctx_end(lifetime);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "late", fails, NULL), CTX_CANCELED);
+    ctx_pool_drain(pool, CTX_FOREVER, NULL);
+    ctx_pool_free(pool);
+}
+
+/* -- coalescing ------------------------------------------------------------------------------------------------- */
+
+TEST(gathered_tasks_run_in_time) {
+    ctx_pool_desc_t desc = describe(1, 1024);
+    desc.coalesce = CTX_MS(5);
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    int ran = 0, n = 0;
+    for (int burst = 0; burst < 20; burst++) {
+        for (int i = 0; i < 3; i++, n++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+        test_sleep_ms(burst % 4);
+    }
+    UNTIL(load(&ran) == n); /* with no further submit to wake anybody */
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    ctx_pool_free(pool);
+}
+
+TEST(after_a_quiet_while_the_next_submit_wakes) {
+    ctx_pool_desc_t desc = describe(2, 1024);
+    desc.coalesce = CTX_MS(2);
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    int ran = 0;
+    for (int i = 0; i < 5; i++) {
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+        UNTIL(load(&ran) == i + 1);
+        test_sleep_ms(i * 40);
+    }
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    ctx_pool_free(pool);
+}
+
+static int notes_its_tid(ctx_t *ctx, void *arg) {
+    (void)ctx;
+    store((int *)arg, thread_id());
+    return 0;
+}
+
+/* A worker that was busy just now naps, and submitters leave it alone; a drain does not. */
+TEST(tasks_gather_while_a_worker_naps_and_a_drain_does_not_wait_for_it) {
+    ctx_pool_desc_t desc = describe(1, 64);
+    desc.coalesce = CTX_S(3600);
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    int tid = 0, ran = 0;
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "first", notes_its_tid, &tid), 0);
+    until_asleep(&tid);
+    for (int i = 0; i < 3; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+    until_asleep(&tid);
+    EXPECT_EQ(load(&ran), 0);
+    ctx_drain_t report;
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_S(100), &report), 0);
+    EXPECT_EQ(load(&ran), 3);
+    EXPECT_EQ(report.completed, 4);
+    EXPECT_EQ(total(&report), 4);
+    ctx_pool_free(pool);
+}
+
+TEST(a_queue_over_half_full_wakes_early_and_a_drain_does_not_wait) {
+    enum { QUEUE = 8, N = 8 };
+    ctx_pool_desc_t desc = describe(1, QUEUE);
+    desc.coalesce = CTX_S(3600);
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    int ran = 0;
+    for (int i = 0; i < N; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+    UNTIL(load(&ran) >= N - QUEUE / 2); /* half a queue may lie there for the hour, more may not */
+    for (int i = 0; i < 20 * N; i++)
+        EXPECT_EQ(ctx_pool_submit_wait(pool, ctx_background(), "count", counts, &ran), 0);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(ran, 21 * N);
+    ctx_pool_free(pool);
+}
+
+TEST(the_end_of_the_lifetime_wakes_a_gathering_pool) {
+    drops_t drops;
+    drops_init(&drops);
+    ctx_t *lifetime = ctx_with_cancel(ctx_background());
+    ctx_pool_desc_t desc = describe(1, 64);
+    desc.coalesce = CTX_S(3600);
+    desc.on_drop = note_drop;
+    desc.user = &drops;
+    ctx_pool_t *pool = pool_below(lifetime, &desc);
+    int ran = 0;
+    for (int i = 0; i < 5; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+    ctx_cancel(lifetime);
+    UNTIL(load(&ran) + drops_count(&drops) == 5);
+    ctx_pool_free(pool);
+    ctx_end(lifetime);
+}
+
+/* -- bad arguments and short supplies --------------------------------------------------------------------------- */
+
+TEST(a_queue_for_a_burst_holds_what_comes_too_fast) {
+    EXPECT_EQ(ctx_pool_queue_for_burst(1000, 200, 2), 1600);
+    EXPECT_EQ(ctx_pool_queue_for_burst(1000.5, 1000, 1), 1); /* rounded up */
+    EXPECT_EQ(ctx_pool_queue_for_burst(3, 1, 1.25), 3);
+    EXPECT_EQ(ctx_pool_queue_for_burst(100, 100, 10), 1);
+    EXPECT_EQ(ctx_pool_queue_for_burst(100, 300, 10), 1);
+    EXPECT_EQ(ctx_pool_queue_for_burst(0, 0, 0), 1);
+    EXPECT_EQ(ctx_pool_queue_for_burst(1000, 0, -1), 1);
+    EXPECT(ctx_pool_queue_for_burst(1e300, 0, 1e300) >= 1);
+    volatile double zero = 0;
+    EXPECT_EQ(ctx_pool_queue_for_burst(zero / zero, 0, 1), 1);
+}
+
+TEST(bad_arguments_are_invalid) {
+    ctx_pool_desc_t desc = describe(1, 4);
+    errno = 0;
+    EXPECT(ctx_pool_new(NULL, &desc) == NULL);
+    EXPECT_EQ(errno, EINVAL);
+    desc.workers = -1;
+    errno = 0;
+    EXPECT(ctx_pool_new(ctx_background(), &desc) == NULL);
+    EXPECT_EQ(errno, EINVAL);
+    ctx_pool_t *pool = pool_of(1, 4);
+    int ran = 0;
+    void *args[1] = {&ran};
+    size_t taken = 99;
+    EXPECT_EQ(ctx_pool_submit(NULL, ctx_background(), "op", counts, &ran), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_submit(pool, NULL, "op", counts, &ran), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "op", NULL, &ran), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_submit_wait(NULL, ctx_background(), "op", counts, &ran), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_submit_wait(pool, NULL, "op", counts, &ran), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_submit_wait(pool, ctx_background(), "op", NULL, &ran), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_submit_batch(pool, NULL, "op", counts, args, 1, &taken), CTX_INVALID);
+    EXPECT_EQ(taken, 0);
+    EXPECT_EQ(ctx_pool_submit_batch(pool, ctx_background(), "op", NULL, args, 1, NULL), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_submit_batch(pool, ctx_background(), "op", counts, NULL, 1, NULL), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_drain(NULL, 0, NULL), CTX_INVALID);
+    ctx_drain_t report;
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
+    EXPECT_EQ(total(&report), 0);
+    EXPECT_EQ(ran, 0);
+    ctx_pool_free(pool);
+}
+
+TEST(a_pool_that_cannot_be_had_is_null_and_leaks_nothing) {
+    ctx_runtime_stop();
+    long live = fault_live();
+    ctx_t *lifetime = ctx_with_cancel(ctx_background());
+    ctx_pool_desc_t desc = describe(2, 16);
+    desc.task_timeout = CTX_S(1);
+    for (long n = 0;; n++) {
+        errno = 0;
+        fault_after(n);
+        ctx_pool_t *pool = ctx_pool_new(lifetime, &desc);
+        int err = errno;
+        bool failed = fault_off();
+        if (!failed) CHECK(pool != NULL);
+        if (!pool) EXPECT_EQ(err, ENOMEM);
+        ctx_pool_free(pool);
+        if (!failed) break;
+    }
+    ctx_end(lifetime);
+    ctx_runtime_stop();
+    EXPECT_EQ(fault_live(), live);
+}
+
+/* Memory fails at each allocation in turn while tasks are submitted and run: each that was accepted still runs or is
+   dropped, once. */
+TEST(without_memory_each_accepted_task_still_runs_or_is_dropped) {
+    for (int all = 0; all < 2; all++) {
+        for (long n = 0; n < 6; n++) {
+            drops_t drops;
+            drops_init(&drops);
+            ctx_pool_desc_t desc = describe(2, 16);
+            desc.task_timeout = CTX_S(3600);
+            desc.on_drop = note_drop;
+            desc.user = &drops;
+            ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+            int ran = 0, accepted = 0;
+            if (all) fault_all_after(n);
+            else fault_after(n);
+            for (int i = 0; i < 10; i++)
+                if (ctx_pool_submit(pool, ctx_background(), "count", counts, &ran) == 0) accepted++;
+            ctx_drain_t report;
+            EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
+            fault_off();
+            EXPECT_EQ(total(&report), accepted);
+            EXPECT_EQ(report.dropped, drops_count(&drops));
+            EXPECT_EQ(load(&ran) + drops_count(&drops), accepted);
+            for (int i = 0; i < drops_count(&drops); i++) EXPECT_EQ(drops.at[i].reason, CTX_NO_MEMORY);
+            ctx_pool_free(pool);
+        }
+    }
+}
+
+TEST(without_threads_each_accepted_task_still_runs_or_is_dropped) {
+    for (int all = 0; all < 2; all++) {
+        for (long n = 0; n < 5; n++) {
+            ctx_runtime_stop(); /* so that the timer thread is wanted again as well */
+            drops_t drops;
+            drops_init(&drops);
+            ctx_pool_desc_t desc = describe(3, 16);
+            desc.task_timeout = CTX_S(3600);
+            desc.on_drop = note_drop;
+            desc.user = &drops;
+            desc.notice = CTX_MS(10);
+            ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+            int ran = 0, accepted = 0;
+            if (all) fault_threads_all_after(n);
+            else fault_threads_after(n);
+            for (int i = 0; i < 10; i++) {
+                int rc = ctx_pool_submit(pool, ctx_background(), "count", counts, &ran);
+                EXPECT(rc <= 0);
+                if (rc == 0) accepted++;
+            }
+            ctx_drain_t report;
+            ctx_pool_drain(pool, CTX_S(2), &report);
+            fault_threads_off();
+            EXPECT_EQ(report.stuck, 0);
+            EXPECT_EQ(total(&report), accepted);
+            EXPECT_EQ(report.dropped, drops_count(&drops));
+            ctx_pool_free(pool);
+            EXPECT_EQ(load(&ran) + drops_count(&drops), accepted);
+        }
+    }
+}
+
+TEST(a_pool_recovers_when_threads_can_be_had_again) {
+    ctx_pool_t *pool = pool_of(2, 16);
+    int ran = 0, accepted = 0;
+    fault_threads_all_after(0);
+    for (int i = 0; i < 3; i++)
+        if (ctx_pool_submit(pool, ctx_background(), "early", counts, &ran) == 0) accepted++;
+    fault_threads_off();
+    for (int i = 0; i < 3; i++) {
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "later", counts, &ran), 0);
+        accepted++;
+    }
+    UNTIL(load(&ran) == accepted);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    ctx_pool_free(pool);
+}
+
+TEST(with_fewer_threads_than_workers_all_work_is_done) {
+    ctx_pool_t *pool = pool_of(4, 64);
+    int ran = 0;
+    fault_threads_all_after(1);
+    for (int i = 0; i < 50; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    EXPECT(fault_threads_off());
+    EXPECT_EQ(ran, 50);
+    ctx_pool_free(pool);
+}
+
+/* -- all at once ------------------------------------------------------------------------------------------------ */
+
+enum { POOL_TASKS = 5000, SUBMITTERS = 2, ENDERS = 2, BATCH = 16 };
+
+typedef struct million million_t;
+
+typedef struct {
+    million_t *million;
+    unsigned char fate; /* [atomic] how often it ran or was dropped; or was refused, by its submitter */
+} slot_t;
+
+struct million {
+    ctx_pool_t *pool;
+    ctx_t *lifetime;
+    slot_t *slots;
+    int n, kind;
+    int next_half;     /* [atomic] */
+    int accepted;      /* [atomic] */
+    int runs, drops;   /* [atomic] */
+};
+
+static void meet_fate(void *arg) { __atomic_add_fetch(&((slot_t *)arg)->fate, 1, __ATOMIC_ACQ_REL); }
+
+static int runs_one_of_a_million(ctx_t *ctx, void *arg) {
+    slot_t *slot = (slot_t *)arg;
+    size_t place = (size_t)slot & 0xfff;
+    meet_fate(slot);
+    if (place % 512 == 0) return ctx_sleep(ctx, CTX_US(50));
+    if (place % 64 == 0) sched_yield();
+    return place % 32 == 0 ? -5 : 0;
+}
+
+static void drops_one_of_a_million(const char *op, void *arg, int reason, void *user) {
+    (void)op;
+    (void)user;
+    EXPECT(reason < 0);
+    meet_fate(arg);
+}
+
+static void *submits_half_of_them(void *arg) {
+    million_t *m = (million_t *)arg;
+    int half = add(&m->next_half, 1) - 1;
+    int from = m->n * half / SUBMITTERS, until = m->n * (half + 1) / SUBMITTERS;
+    for (int i = from; i < until;) {
+        if (i % 3 == 0 && until - i >= BATCH) {
+            void *args[BATCH];
+            for (int k = 0; k < BATCH; k++) args[k] = &m->slots[i + k];
+            size_t taken = 0;
+            int rc = ctx_pool_submit_batch(m->pool, ctx_background(), "batch", runs_one_of_a_million, args, BATCH, &taken);
+            EXPECT((rc == 0) == (taken == BATCH));
+            add(&m->accepted, (int)taken);
+            for (int k = (int)taken; k < BATCH; k++) meet_fate(&m->slots[i + k]);
+            i += BATCH;
+            continue;
+        }
+        int rc = i % 3 == 1
+                     ? ctx_pool_submit_wait(m->pool, ctx_background(), "wait", runs_one_of_a_million, &m->slots[i])
+                     : ctx_pool_submit(m->pool, ctx_background(), "one", runs_one_of_a_million, &m->slots[i]);
+        if (rc == 0) add(&m->accepted, 1);
+        else meet_fate(&m->slots[i]);
+        i++;
+    }
+    return NULL;
+}
+
+static void *ends_the_pool(void *arg) {
+    million_t *m = (million_t *)arg;
+    for (int turns = 0; load(&m->accepted) < m->n / 4 && turns < 20000; turns++) sched_yield();
+    switch (m->kind) {
+    case 0: ctx_pool_drain(m->pool, CTX_FOREVER, NULL); break;
+    case 1: ctx_pool_drain(m->pool, CTX_US(200), NULL); break;
+    case 2: ctx_cancel(m->lifetime); break;
+    default: break; /* freed as it is */
+    }
+    return NULL;
+}
+
+static void one_pool_of_the_million(int number, slot_t *slots, int n, ctx_sem_t *limit) {
+    static const ctx_when_full_t policies[] = {CTX_REJECT, CTX_BLOCK, CTX_CALLER_RUNS, CTX_DROP_OLDEST};
+    million_t m;
+    memset(&m, 0, sizeof m);
+    m.lifetime = ctx_with_cancel(ctx_background());
+    m.slots = slots;
+    m.n = n;
+    m.kind = number / 4 % 4;
+    ctx_pool_desc_t desc = describe(1 + number % 4, 16u << number % 5);
+    desc.when_full = policies[number % 4];
+    desc.on_drop = drops_one_of_a_million;
+    desc.limit = number % 3 == 0 ? limit : NULL;
+    desc.task_timeout = number % 2 ? CTX_S(1) : 0;
+    desc.coalesce = number % 5 == 0 ? CTX_US(100) : 0;
+    desc.notice = CTX_MS(number % 7);
+    m.pool = pool_below(m.lifetime, &desc);
+    pthread_t submitters[SUBMITTERS], enders[ENDERS];
+    for (int i = 0; i < SUBMITTERS; i++) submitters[i] = thread_start(submits_half_of_them, &m);
+    for (int i = 0; i < ENDERS; i++) enders[i] = thread_start(ends_the_pool, &m);
+    for (int i = 0; i < SUBMITTERS; i++) thread_join(submitters[i]);
+    for (int i = 0; i < ENDERS; i++) thread_join(enders[i]);
+    if (m.kind < 3) {
+        ctx_drain_t report;
+        ctx_pool_drain(m.pool, CTX_FOREVER, &report);
+        EXPECT_EQ(total(&report), m.accepted);
+        EXPECT_EQ(report.stuck, 0);
+    }
+    ctx_pool_free(m.pool);
+    ctx_end(m.lifetime);
+}
+
+TEST(million_tasks_run_or_drop_exactly_once) {
+    int threads = quiet_threads();
+    int n = test_scale(1000000);
+    slot_t *slots = (slot_t *)calloc((size_t)n, sizeof *slots);
+    CHECK(slots != NULL);
+    ctx_sem_t limit;
+    ctx_sem_init(&limit, 2);
+    for (int from = 0, number = 0; from < n; from += POOL_TASKS, number++)
+        one_pool_of_the_million(number, slots + from, n - from < POOL_TASKS ? n - from : POOL_TASKS, &limit);
+    UNTIL(thread_count() <= threads); /* what was freed while it ran has ended */
+    int once = 0, lost = 0, doubled = 0;
+    for (int i = 0; i < n; i++) {
+        int fate = __atomic_load_n(&slots[i].fate, __ATOMIC_ACQUIRE);
+        if (fate == 1) once++;
+        else if (fate == 0) lost++;
+        else doubled++;
+    }
+    EXPECT_EQ(lost, 0);
+    EXPECT_EQ(doubled, 0);
+    EXPECT_EQ(once, n);
+    EXPECT(all_free(&limit, 2));
+    ctx_sem_destroy(&limit);
+    free(slots);
+}
+
+TEST(the_runtime_stops_clean) {
+    ctx_runtime_stop();
+    EXPECT_EQ(fault_live(), 0);
+}
+
+TEST_MAIN

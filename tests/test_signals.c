@@ -1,0 +1,679 @@
+/* Section 13: a context that the first of some signals cancels. */
+#include "fault.h"
+
+#define CTXCANCEL_IMPLEMENTATION
+#include "ctxcancel.h"
+#include "test.h"
+#include "gates.h"
+
+#include <sys/wait.h>
+
+/* Only a broken promise takes this long. */
+#define LONG_WAIT CTX_S(60)
+
+static void send_self(int sig) { kill(getpid(), sig); }
+
+/* What stands for a signal now. */
+static struct sigaction action_of(int sig) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    sigaction(sig, NULL, &action);
+    return action;
+}
+
+static bool is_default(int sig) { return action_of(sig).sa_handler == SIG_DFL; }
+
+static void set_action(int sig, void (*handler)(int), int flags) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = handler;
+    action.sa_flags = flags;
+    sigemptyset(&action.sa_mask);
+    sigaddset(&action.sa_mask, SIGWINCH);
+    sigaction(sig, &action, NULL);
+}
+
+static int own_handler_runs; /* [atomic] */
+static void own_handler(int sig) {
+    (void)sig;
+    add(&own_handler_runs, 1);
+}
+
+/* Run `act` in a child of fork() and return its wait status. The runtime's threads are stopped first, so that the
+   child is a copy of a process with one thread. */
+static int status_of(int (*act)(void)) {
+    ctx_runtime_stop();
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        signal(SIGALRM, SIG_DFL);
+        alarm(100);
+        _exit(act());
+    }
+    int status = -1;
+    if (pid < 0 || waitpid(pid, &status, 0) != pid) return -1;
+    return status;
+}
+
+/* One number for how a process ended: its status, or minus the signal that ended it. */
+static int end_of(int status) {
+    if (WIFSIGNALED(status)) return -WTERMSIG(status);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 1000;
+}
+
+/* -- the first signal ------------------------------------------------------------------------------------------- */
+
+TEST(the_first_signal_cancels_and_the_cause_names_it) {
+    const struct {
+        int sig;
+        const char *name;
+    } all[] = {{SIGTERM, "SIGTERM"}, {SIGINT, "SIGINT"},   {SIGHUP, "SIGHUP"},
+               {SIGUSR1, "SIGUSR1"}, {SIGUSR2, "SIGUSR2"}, {SIGQUIT, "SIGQUIT"}};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
+        ctx_t *ctx = ctx_notify_signals(ctx_background(), &all[i].sig, 1);
+        EXPECT_EQ(ctx_err(ctx), 0);
+        EXPECT_EQ(ctx_cause(ctx).code, 0);
+        send_self(all[i].sig);
+        EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
+        EXPECT_EQ(ctx_cause(ctx).code, all[i].sig);
+        EXPECT(ctx_cause(ctx).what && strcmp(ctx_cause(ctx).what, all[i].name) == 0);
+        ctx_end(ctx);
+        EXPECT(is_default(all[i].sig));
+    }
+}
+
+TEST(any_of_several_signals_cancels) {
+    const int set[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1};
+    for (size_t i = 0; i < sizeof set / sizeof set[0]; i++) {
+        ctx_t *ctx = ctx_notify_signals(ctx_background(), set, sizeof set / sizeof set[0]);
+        EXPECT_EQ(ctx_err(ctx), 0);
+        send_self(set[i]);
+        EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
+        EXPECT_EQ(ctx_cause(ctx).code, set[i]);
+        ctx_end(ctx);
+        for (size_t k = 0; k < sizeof set / sizeof set[0]; k++) EXPECT(is_default(set[k]));
+    }
+}
+
+TEST(the_first_of_two_signals_is_the_cause) {
+    const int set[] = {SIGUSR1, SIGUSR2};
+    for (int first = 0; first < 2; first++) {
+        ctx_t *ctx = ctx_notify_signals(ctx_background(), set, 2);
+        send_self(set[first]);
+        EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
+        EXPECT_EQ(ctx_cause(ctx).code, set[first]);
+        ctx_end(ctx);
+    }
+}
+
+TEST(children_are_cancelled_with_the_cause) {
+    const int sig = SIGTERM;
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+    ctx_t *child = ctx_with_timeout(ctx, CTX_S(3600));
+    ctx_t *merged = ctx_merge(child, ctx_background());
+    send_self(sig);
+    EXPECT_EQ(ctx_wait(merged, LONG_WAIT), CTX_CANCELED);
+    EXPECT_EQ(ctx_wait(child, LONG_WAIT), CTX_CANCELED);
+    EXPECT_EQ(ctx_cause(child).code, SIGTERM);
+    EXPECT_EQ(ctx_cause(merged).code, SIGTERM);
+    ctx_end(merged);
+    ctx_end(child);
+    ctx_end(ctx);
+}
+
+TEST(values_and_deadline_of_the_parent_are_there) {
+    static const ctx_key_t key = CTX_KEY(int);
+    const int sig = SIGTERM, value = 17;
+    ctx_t *with_value = ctx_with_value(ctx_background(), &key, &value);
+    ctx_t *parent = ctx_with_deadline(with_value, ctx_now() + CTX_S(3600));
+    ctx_t *ctx = ctx_notify_signals(parent, &sig, 1);
+    EXPECT_EQ(ctx_deadline(ctx), ctx_deadline(parent));
+    EXPECT(ctx_value(ctx, &key) && *(const int *)ctx_value(ctx, &key) == 17);
+    ctx_end(ctx);
+    ctx_end(parent);
+    ctx_end(with_value);
+}
+
+TEST(no_signal_is_lost_round_after_round) {
+    const int set[] = {SIGUSR1, SIGUSR2};
+    int fds = -1;
+    int rounds = test_scale(500) < 20 ? 20 : test_scale(500);
+    for (int i = 0; i < rounds; i++) {
+        ctx_t *ctx = ctx_notify_signals(ctx_background(), set, 2);
+        send_self(set[i % 2]); /* the moment that the call has returned */
+        CHECK_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
+        EXPECT_EQ(ctx_cause(ctx).code, set[i % 2]);
+        ctx_end(ctx);
+        if (i == 3) fds = fd_count();
+    }
+    EXPECT_EQ(fd_count(), fds);
+}
+
+static void *raises_in_its_own_thread(void *arg) {
+    pthread_kill(pthread_self(), *(const int *)arg);
+    return NULL;
+}
+
+static void *sends_to_the_process(void *arg) {
+    send_self(*(const int *)arg);
+    return NULL;
+}
+
+TEST(it_does_not_matter_which_thread_the_signal_goes_to) {
+    void *(*const ways[])(void *) = {raises_in_its_own_thread, sends_to_the_process};
+    for (int i = 0; i < 10; i++) {
+        int sig = i % 3 ? SIGUSR1 : SIGTERM;
+        ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+        pthread_t thread = thread_start(ways[i % 2], &sig);
+        EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
+        EXPECT_EQ(ctx_cause(ctx).code, sig);
+        thread_join(thread);
+        ctx_end(ctx);
+    }
+}
+
+TEST(errno_survives_the_signal) {
+    const int sig = SIGUSR1;
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+    errno = 12345;
+    raise(sig); /* handled here, before raise() returns */
+    EXPECT_EQ(errno, 12345);
+    EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
+    ctx_end(ctx);
+}
+
+typedef struct {
+    pthread_mutex_t mutex;
+    pthread_t thread;
+    int runs;
+} guarded_t;
+
+static void takes_the_mutex(void *arg) {
+    guarded_t *guarded = (guarded_t *)arg;
+    pthread_mutex_lock(&guarded->mutex);
+    guarded->thread = pthread_self();
+    free(malloc(100));
+    pthread_mutex_unlock(&guarded->mutex);
+    add(&guarded->runs, 1);
+}
+
+/* A callback in the handler itself would lock a mutex which its own thread holds. */
+TEST(callbacks_run_on_a_thread_and_not_in_the_handler) {
+    const int sig = SIGTERM;
+    guarded_t guarded;
+    pthread_mutex_init(&guarded.mutex, NULL);
+    guarded.runs = 0;
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+    ctx_after_t reg;
+    EXPECT(ctx_after(&reg, ctx, takes_the_mutex, &guarded));
+    pthread_mutex_lock(&guarded.mutex);
+    raise(sig);
+    EXPECT_EQ(load(&guarded.runs), 0);
+    pthread_mutex_unlock(&guarded.mutex);
+    UNTIL(load(&guarded.runs) == 1);
+    EXPECT(!pthread_equal(guarded.thread, pthread_self()));
+    EXPECT_EQ(ctx_err(ctx), CTX_CANCELED);
+    EXPECT(!ctx_after_stop(&reg));
+    ctx_end(ctx);
+    pthread_mutex_destroy(&guarded.mutex);
+}
+
+TEST(a_callback_may_end_the_context) {
+    const int sig = SIGTERM;
+    guarded_t guarded;
+    pthread_mutex_init(&guarded.mutex, NULL);
+    guarded.runs = 0;
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+    ctx_after_t ends, notes;
+    EXPECT(ctx_after(&ends, ctx, (void (*)(void *))ctx_end, ctx_retain(ctx)));
+    EXPECT(ctx_after(&notes, ctx, takes_the_mutex, &guarded));
+    send_self(sig);
+    UNTIL(load(&guarded.runs) == 1);
+    ctx_after_stop(&ends);
+    ctx_after_stop(&notes);
+    EXPECT_EQ(ctx_cause(ctx).code, SIGTERM);
+    ctx_end(ctx);
+    EXPECT(is_default(sig));
+    pthread_mutex_destroy(&guarded.mutex);
+}
+
+/* -- the second signal ------------------------------------------------------------------------------------------ */
+
+static int signalled_twice(void) {
+    const int set[] = {SIGTERM, SIGINT};
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), set, 2);
+    send_self(SIGTERM);
+    if (ctx_wait(ctx, LONG_WAIT) != CTX_CANCELED) return 1;
+    send_self(SIGTERM); /* the end */
+    return 2;
+}
+
+static int signalled_once(void) {
+    const int set[] = {SIGTERM, SIGINT};
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), set, 2);
+    send_self(SIGTERM);
+    if (ctx_wait(ctx, LONG_WAIT) != CTX_CANCELED) return 1;
+    ctx_end(ctx);
+    return 0;
+}
+
+static int signalled_after_the_end(void) {
+    const int sig = SIGTERM;
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+    ctx_end(ctx);
+    send_self(sig); /* as if nothing had ever been asked for */
+    return 2;
+}
+
+static int signalled_twice_over_a_handler(void) {
+    const int sig = SIGTERM;
+    set_action(sig, own_handler, 0);
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+    send_self(sig);
+    if (ctx_wait(ctx, LONG_WAIT) != CTX_CANCELED) return 1;
+    send_self(sig); /* the default action, whatever stood before */
+    return 2;
+}
+
+static int signalled_twice_by_two_contexts(void) {
+    const int sig = SIGINT;
+    ctx_t *a = ctx_notify_signals(ctx_background(), &sig, 1);
+    ctx_t *b = ctx_notify_signals(ctx_background(), &sig, 1);
+    send_self(sig);
+    if (ctx_wait(a, LONG_WAIT) != CTX_CANCELED || ctx_wait(b, LONG_WAIT) != CTX_CANCELED) return 1;
+    ctx_end(a);
+    send_self(sig); /* the other one is live, but has had its signal */
+    return 2;
+}
+
+static int asked_again_after_the_first(void) {
+    const int sig = SIGINT;
+    ctx_t *first = ctx_notify_signals(ctx_background(), &sig, 1);
+    send_self(sig);
+    if (ctx_wait(first, LONG_WAIT) != CTX_CANCELED) return 1;
+    ctx_t *second = ctx_notify_signals(ctx_background(), &sig, 1);
+    send_self(sig);
+    if (ctx_wait(second, LONG_WAIT) != CTX_CANCELED) return 3;
+    ctx_end(first);
+    ctx_end(second);
+    return is_default(sig) ? 0 : 4;
+}
+
+TEST(a_second_signal_ends_the_process) {
+#ifdef TEST_THREAD_SANITIZER
+    SKIP("no new thread may start in a fork of a threaded process here");
+#endif
+    EXPECT_EQ(end_of(status_of(signalled_once)), 0);
+    EXPECT_EQ(end_of(status_of(signalled_twice)), -SIGTERM);
+    EXPECT_EQ(end_of(status_of(signalled_twice_by_two_contexts)), -SIGINT);
+    EXPECT_EQ(end_of(status_of(signalled_twice_over_a_handler)), -SIGTERM);
+}
+
+TEST(after_the_end_a_signal_does_what_it_always_did) {
+#ifdef TEST_THREAD_SANITIZER
+    SKIP("no new thread may start in a fork of a threaded process here");
+#endif
+    EXPECT_EQ(end_of(status_of(signalled_after_the_end)), -SIGTERM);
+}
+
+TEST(a_context_made_after_the_first_signal_gets_the_next) {
+#ifdef TEST_THREAD_SANITIZER
+    SKIP("no new thread may start in a fork of a threaded process here");
+#endif
+    EXPECT_EQ(end_of(status_of(asked_again_after_the_first)), 0);
+}
+
+/* -- several contexts ------------------------------------------------------------------------------------------- */
+
+TEST(every_context_that_asked_for_the_signal_is_cancelled) {
+    const int term[] = {SIGTERM}, both[] = {SIGUSR1, SIGTERM}, usr[] = {SIGUSR1};
+    ctx_t *a = ctx_notify_signals(ctx_background(), term, 1);
+    ctx_t *b = ctx_notify_signals(ctx_background(), both, 2);
+    ctx_t *c = ctx_notify_signals(ctx_background(), usr, 1);
+    ctx_t *below = ctx_notify_signals(a, term, 1);
+    send_self(SIGTERM);
+    EXPECT_EQ(ctx_wait(a, LONG_WAIT), CTX_CANCELED);
+    EXPECT_EQ(ctx_wait(b, LONG_WAIT), CTX_CANCELED);
+    EXPECT_EQ(ctx_wait(below, LONG_WAIT), CTX_CANCELED);
+    EXPECT_EQ(ctx_cause(b).code, SIGTERM);
+    EXPECT_EQ(ctx_wait(c, CTX_MS(20)), CTX_BUSY);
+    send_self(SIGUSR1);
+    EXPECT_EQ(ctx_wait(c, LONG_WAIT), CTX_CANCELED);
+    EXPECT_EQ(ctx_cause(c).code, SIGUSR1);
+    EXPECT_EQ(ctx_cause(b).code, SIGTERM);
+    ctx_end(a);
+    ctx_end(b);
+    ctx_end(c);
+    ctx_end(below);
+    EXPECT(is_default(SIGTERM));
+    EXPECT(is_default(SIGUSR1));
+}
+
+TEST(the_action_comes_back_with_the_last_context_only) {
+    const int sig = SIGUSR1;
+    ctx_t *ctx[3];
+    for (int end_first = 0; end_first < 3; end_first++) {
+        for (int i = 0; i < 3; i++) ctx[i] = ctx_notify_signals(ctx_background(), &sig, 1);
+        for (int k = 0; k < 2; k++) ctx_end(ctx[(end_first + k) % 3]);
+        EXPECT(!is_default(sig));
+        ctx_t *last = ctx[(end_first + 2) % 3];
+        send_self(sig);
+        EXPECT_EQ(ctx_wait(last, LONG_WAIT), CTX_CANCELED);
+        ctx_end(last);
+        EXPECT(is_default(sig));
+    }
+}
+
+TEST(a_set_that_names_a_signal_twice_is_fine) {
+    const int set[] = {SIGUSR1, SIGUSR1, SIGUSR1};
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), set, 3);
+    send_self(SIGUSR1);
+    EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
+    ctx_end(ctx);
+    EXPECT(is_default(SIGUSR1));
+    ctx = ctx_notify_signals(ctx_background(), set, 3);
+    ctx_end(ctx);
+    EXPECT(is_default(SIGUSR1));
+}
+
+/* -- what stood before ------------------------------------------------------------------------------------------ */
+
+/* Ended before any signal (0), after one (1), or with its parent cancelled (2). */
+static void notify_and_end(int sig, int how) {
+    ctx_t *parent = ctx_with_cancel(ctx_background());
+    ctx_t *ctx = ctx_notify_signals(parent, &sig, 1);
+    EXPECT_EQ(ctx_err(ctx), 0);
+    if (how == 1) {
+        send_self(sig);
+        EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
+        EXPECT_EQ(ctx_cause(ctx).code, sig);
+    }
+    if (how == 2) ctx_cancel(parent);
+    ctx_end(ctx);
+    ctx_end(parent);
+}
+
+TEST(earlier_handlers_come_back_as_they_were) {
+    for (int how = 0; how < 3; how++) {
+        set_action(SIGUSR1, own_handler, SA_RESTART | SA_NODEFER);
+        store(&own_handler_runs, 0);
+        notify_and_end(SIGUSR1, how);
+        EXPECT_EQ(load(&own_handler_runs), 0); /* not called while it was replaced */
+        struct sigaction action = action_of(SIGUSR1);
+        EXPECT(action.sa_handler == own_handler);
+        EXPECT((action.sa_flags & (SA_RESTART | SA_NODEFER)) == (SA_RESTART | SA_NODEFER));
+        EXPECT(sigismember(&action.sa_mask, SIGWINCH) == 1);
+        raise(SIGUSR1);
+        EXPECT_EQ(load(&own_handler_runs), 1);
+        signal(SIGUSR1, SIG_DFL);
+    }
+}
+
+TEST(an_ignored_signal_is_noticed_and_ignored_again_afterwards) {
+    for (int how = 0; how < 3; how++) {
+        signal(SIGUSR2, SIG_IGN);
+        notify_and_end(SIGUSR2, how);
+        EXPECT(action_of(SIGUSR2).sa_handler == SIG_IGN);
+        raise(SIGUSR2);
+        signal(SIGUSR2, SIG_DFL);
+    }
+}
+
+TEST(the_default_action_comes_back) {
+    for (int how = 0; how < 3; how++) {
+        notify_and_end(SIGTERM, how);
+        EXPECT(is_default(SIGTERM));
+    }
+}
+
+TEST(signals_that_were_not_asked_for_are_left_alone) {
+    const int sig = SIGUSR1;
+    set_action(SIGUSR2, own_handler, 0);
+    store(&own_handler_runs, 0);
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+    raise(SIGUSR2);
+    EXPECT_EQ(load(&own_handler_runs), 1);
+    EXPECT_EQ(ctx_wait(ctx, CTX_MS(20)), CTX_BUSY);
+    ctx_end(ctx);
+    EXPECT(action_of(SIGUSR2).sa_handler == own_handler);
+    signal(SIGUSR2, SIG_DFL);
+}
+
+TEST(a_cancelled_parent_cancels_with_its_own_cause) {
+    const int sig = SIGUSR1;
+    ctx_t *parent = ctx_with_cancel(ctx_background());
+    ctx_t *ctx = ctx_notify_signals(parent, &sig, 1);
+    ctx_cancel_cause(parent, -1234, "over");
+    EXPECT_EQ(ctx_err(ctx), CTX_CANCELED);
+    EXPECT_EQ(ctx_cause(ctx).code, -1234);
+    ctx_t *late = ctx_notify_signals(parent, &sig, 1); /* born done */
+    EXPECT_EQ(ctx_err(late), CTX_CANCELED);
+    EXPECT_EQ(ctx_cause(late).code, -1234);
+    ctx_end(ctx);
+    ctx_end(late);
+    ctx_end(parent);
+    EXPECT(is_default(sig));
+}
+
+TEST(a_retained_context_gives_its_signal_back_when_it_is_ended) {
+    const int sig = SIGUSR1;
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+    ctx_t *kept = ctx_retain(ctx);
+    ctx_end(ctx);
+    EXPECT_EQ(ctx_err(kept), CTX_CANCELED);
+    EXPECT(is_default(sig));
+    ctx_release(kept);
+}
+
+TEST(a_context_released_without_an_end_is_not_touched_by_a_later_signal) {
+    set_action(SIGUSR1, own_handler, 0);
+    const int sig = SIGUSR1;
+    ctx_release(ctx_notify_signals(ctx_background(), &sig, 1)); /* its last reference */
+    raise(SIGUSR1);
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+    raise(SIGUSR1);
+    EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
+    ctx_end(ctx);
+    EXPECT(action_of(SIGUSR1).sa_handler == own_handler);
+    signal(SIGUSR1, SIG_DFL);
+}
+
+/* -- ending while signals come ---------------------------------------------------------------------------------- */
+
+typedef struct {
+    int stop;
+    pthread_t target;
+} storm_t;
+
+/* The first signal restores the default action, so that only one which is ignored by default may come at any moment. */
+#define storm_signal SIGURG
+
+static void *storms(void *arg) {
+    storm_t *storm = (storm_t *)arg;
+    while (!load(&storm->stop)) {
+        pthread_kill(storm->target, storm_signal);
+        spin(1000);
+    }
+    return NULL;
+}
+
+TEST(contexts_may_be_made_and_ended_while_signals_rain) {
+    const int sig = storm_signal;
+    storm_t storm;
+    storm.stop = 0;
+    storm.target = pthread_self();
+    pthread_t thread = thread_start(storms, &storm);
+    int rounds = test_scale(2000);
+    for (int i = 0; i < rounds; i++) {
+        ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+        if (i % 2) EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
+        if (i % 2) EXPECT_EQ(ctx_cause(ctx).code, sig);
+        ctx_end(ctx);
+    }
+    store(&storm.stop, 1);
+    thread_join(thread);
+    EXPECT(is_default(sig));
+}
+
+/* -- fork ------------------------------------------------------------------------------------------------------- */
+
+/* A child of fork() inherits the handler. Its signals are none of its parent's business. */
+TEST(a_signal_to_a_forked_child_does_not_cancel_the_parents_context) {
+    const int sig = SIGUSR1;
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        signal(SIGALRM, SIG_DFL);
+        alarm(60);
+        send_self(sig);
+        test_sleep_ms(20);
+        _exit(0);
+    }
+    int status = 0;
+    EXPECT_EQ(waitpid(pid, &status, 0), pid);
+    EXPECT_EQ(ctx_wait(ctx, CTX_MS(50)), CTX_BUSY);
+    send_self(sig);
+    EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
+    ctx_end(ctx);
+}
+
+TEST(a_forked_child_may_ask_for_signals_afresh) {
+#ifdef TEST_THREAD_SANITIZER
+    SKIP("no new thread may start in a fork of a threaded process here");
+#endif
+    const int sig = SIGUSR1;
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        signal(SIGALRM, SIG_DFL);
+        alarm(100);
+        ctx_end(ctx);
+        ctx_t *own = ctx_notify_signals(ctx_background(), &sig, 1);
+        send_self(sig);
+        if (ctx_wait(own, LONG_WAIT) != CTX_CANCELED) _exit(1);
+        if (ctx_cause(own).code != sig) _exit(2);
+        ctx_end(own);
+        _exit(is_default(sig) ? 0 : 3);
+    }
+    int status = -1;
+    EXPECT_EQ(waitpid(pid, &status, 0), pid);
+    EXPECT_EQ(end_of(status), 0);
+    EXPECT_EQ(ctx_err(ctx), 0);
+    send_self(sig);
+    EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
+    ctx_end(ctx);
+}
+
+/* -- bad arguments and short supplies --------------------------------------------------------------------------- */
+
+TEST(what_cannot_be_caught_is_invalid) {
+    const int bad[] = {SIGKILL, SIGSTOP, 0, -1, 9999, INT32_MAX, INT32_MIN};
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        ctx_t *ctx = ctx_notify_signals(ctx_background(), &bad[i], 1);
+        EXPECT_EQ(ctx_err(ctx), CTX_INVALID);
+        ctx_end(ctx);
+        const int mixed[] = {SIGUSR1, bad[i], SIGUSR2};
+        ctx = ctx_notify_signals(ctx_background(), mixed, 3);
+        EXPECT_EQ(ctx_err(ctx), CTX_INVALID);
+        EXPECT(is_default(SIGUSR1)); /* nothing was left half done */
+        EXPECT(is_default(SIGUSR2));
+        ctx_end(ctx);
+        EXPECT(is_default(SIGUSR1));
+        EXPECT(is_default(SIGUSR2));
+    }
+}
+
+TEST(no_signals_at_all_are_invalid) {
+    const int sig = SIGTERM;
+    ctx_t *none = ctx_notify_signals(ctx_background(), &sig, 0);
+    ctx_t *null = ctx_notify_signals(ctx_background(), NULL, 0);
+    ctx_t *null_set = ctx_notify_signals(ctx_background(), NULL, 1);
+    ctx_t *orphan = ctx_notify_signals(NULL, &sig, 1);
+    EXPECT_EQ(ctx_err(none), CTX_INVALID);
+    EXPECT_EQ(ctx_err(null), CTX_INVALID);
+    EXPECT_EQ(ctx_err(null_set), CTX_INVALID);
+    EXPECT_EQ(ctx_err(orphan), CTX_INVALID);
+    EXPECT(is_default(SIGTERM));
+    ctx_end(none);
+    ctx_end(null);
+    ctx_end(null_set);
+    ctx_end(orphan);
+}
+
+TEST(without_memory_it_is_a_failed_context_and_no_handler_stays) {
+    const int set[] = {SIGUSR1, SIGUSR2};
+    ctx_runtime_stop();
+    for (long n = 0;; n++) {
+        fault_after(n);
+        ctx_t *ctx = ctx_notify_signals(ctx_background(), set, 2);
+        bool failed = fault_off();
+        int err = ctx_err(ctx);
+        EXPECT(failed ? err == 0 || err == CTX_NO_MEMORY : err == 0);
+        if (err) EXPECT(is_default(SIGUSR1) && is_default(SIGUSR2));
+        ctx_end(ctx);
+        EXPECT(is_default(SIGUSR1) && is_default(SIGUSR2));
+        ctx_runtime_stop();
+        if (!failed) break;
+    }
+    EXPECT_EQ(fault_live(), 0);
+}
+
+TEST(the_runtime_stops_while_a_signal_comes_in) {
+    const int sig = SIGUSR1;
+    for (int i = 0; i < 50; i++) {
+        ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+        send_self(sig);
+        spin((unsigned)i * 200);
+        ctx_runtime_stop();
+        ctx_end(ctx);
+        EXPECT(is_default(sig));
+    }
+}
+
+typedef struct {
+    gate_t gate;
+    int done;
+} ender_t;
+
+static void asks_for_a_signal(void *arg) {
+    ender_t *ender = (ender_t *)arg;
+    const int sig = SIGUSR2;
+    gate_pass(&ender->gate);
+    test_sleep_ms(20); /* the other thread is inside ctx_runtime_stop() by now, most likely */
+    ctx_end(ctx_notify_signals(ctx_background(), &sig, 1));
+    store(&ender->done, 1);
+}
+
+TEST(the_runtime_stops_while_a_callback_uses_the_library) {
+    ender_t ender;
+    gate_init(&ender.gate);
+    ender.done = 0;
+    gate_open(&ender.gate);
+    ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_MS(1));
+    ctx_after_t reg;
+    ctx_after(&reg, ctx, asks_for_a_signal, &ender);
+    gate_await(&ender.gate, 1);
+    ctx_runtime_stop();
+    UNTIL(load(&ender.done));
+    ctx_after_stop(&reg);
+    ctx_end(ctx);
+    EXPECT(is_default(SIGUSR2));
+    gate_destroy(&ender.gate);
+    ctx_runtime_stop();
+}
+
+TEST(the_runtime_stops_clean_and_starts_again) {
+    const int sig = SIGUSR1;
+    for (int i = 0; i < 5; i++) {
+        ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+        send_self(sig);
+        EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
+        ctx_end(ctx);
+        ctx_runtime_stop();
+        EXPECT_EQ(fault_live(), 0);
+    }
+}
+
+TEST_MAIN
