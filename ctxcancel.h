@@ -33,6 +33,8 @@
        async-signal-safe; nothing else is.
      - A bad argument is CTX_INVALID. A program error (ending twice, releasing permits that nobody holds) trips
        CTXCANCEL_ASSERT.
+     - After fork() the child has all contexts, and their deadlines fire there too. Pools made before are closed in it;
+       callbacks and waits of threads that did not come along are forgotten.
      - Descriptions (`ctx_desc_t` and the like) are structs where zero means the default: name what you need,
        `&(ctx_desc_t){ .name = "fetch", .timeout = CTX_MS(50) }`.
 
@@ -445,7 +447,7 @@ typedef struct {
     size_t queue;              /* tasks that may wait (default: 1024) */
     ctx_sem_t *limit;          /* run only while holding one permit of this; may be shared between pools, and must
                                   outlive them (default: none, the workers are the limit) */
-    ctx_dur_t task_timeout;    /* the deadline of each task, counted from its start (default: none) */
+    ctx_dur_t task_timeout;    /* the deadline of each task, counted from its start; not negative (default: none) */
     ctx_when_full_t when_full; /* (default: CTX_REJECT) */
     void (*on_drop)(const char *op, void *arg, int reason, void *user); /* takes each accepted task that will not run;
                                   reason: CTX_QUEUE_FULL (pushed out), CTX_DEADLINE_EXCEEDED (the drain's budget),
@@ -478,7 +480,8 @@ CTXCANCEL_API ctx_pool_t *ctx_pool_new(ctx_t *lifetime, const ctx_pool_desc_t *d
 /* Accept `fn(ctx, arg)` to run detached: its context has the values of `parent` but not its cancellation, ends with the
    pool, and has the pool's task timeout. `op` names the operation in reports; a static string. Nothing is allocated.
    0: accepted, and it will run or go to on_drop exactly once. CTX_QUEUE_FULL: not accepted, at once. CTX_CLOSED: the
-   pool is draining. The err of the lifetime once that is done. Blocks only if `.when_full` says so. */
+   pool is draining. CTX_NO_MEMORY: the pool has no thread and none can be made. The err of the lifetime once that is
+   done. `parent` is not touched once the task may run. Blocks only if `.when_full` says so. */
 CTXCANCEL_API int ctx_pool_submit(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn, void *arg);
 
 /* The same, but waits for room until `parent` is done, then returns its err. */
@@ -715,7 +718,8 @@ static void ctx__futex_wait(uint32_t *word, uint32_t expected, ctx_time_t until)
 /* Wake up to `n` threads that sleep on `word`. */
 static void ctx__futex_wake(uint32_t *word, int n);
 
-#if defined(__linux__) && !defined(CTXCANCEL_NO_FUTEX)
+/* The thread sanitizer holds signals back while a thread is in a system call that it does not know, such as futex. */
+#if defined(__linux__) && !defined(CTXCANCEL_NO_FUTEX) && (!CTX__TSAN || defined(CTX__TSAN_FUTEX))
 
 #define CTX__FUTEX_WAKE_PRIVATE (1 | 128)
 #define CTX__FUTEX_WAIT_BITSET_PRIVATE (9 | 128) /* absolute, monotonic */
@@ -1180,7 +1184,7 @@ static inline ctx_t *ctx__node_alloc(void) {
 
 static inline void ctx__node_dealloc(ctx_t *node) {
     ctx__thread_t *me = ctx__me();
-    if ((node->flags & CTX__F_BIG) || me->cached >= (unsigned)CTX__CACHE_MAX) {
+    if ((node->flags & CTX__F_BIG) || (int)me->cached >= CTX__CACHE_MAX) {
         CTXCANCEL_FREE(node);
         return;
     }
@@ -2110,7 +2114,7 @@ static void *ctx__record_alloc(size_t size) {
 static void ctx__record_free(ctx__record_t *record) {
     ctx__thread_t *me = ctx__me();
     if (ctx__record_head(record->mask + 1) + record->bytes > CTX__RECORD_SMALL ||
-        me->cached_records >= (unsigned)CTX__CACHE_MAX) {
+        (int)me->cached_records >= CTX__CACHE_MAX) {
         CTXCANCEL_FREE(record);
         return;
     }
@@ -2979,12 +2983,13 @@ CTXCANCEL_API void ctx_sem_destroy(ctx_sem_t *sem) {
    takes a task leaves that count and, if tasks are left and nobody looks any more, rouses the next; so tasks that
    block spread over the workers.
 
-   Tasks that are over sooner than a wake-up takes would make every worker run to do the work of one. So a worker
-   whose last QUICK_STREAK tasks were quick stays counted as looking while it runs one: it promises to be back.
-   Against a promise that is broken one idle worker stands guard: it naps instead of sleeping, and steps in when the
-   ring has not moved. A pool that has been quiet for a while lets its guard sleep and revokes what was promised. With
-   `.coalesce` that nap is what gathers tasks: submitters wake nobody while a guard naps and the ring is not half
-   full; one more guard covers for the first.
+   Tasks that are over sooner than a wake-up takes would make every worker run to do the work of one. So a worker whose
+   last CTX__QUICK_STREAK tasks were quick stays counted as looking while it runs one: it promises to be back. Against a
+   promise that is broken one idle worker stands guard: it naps instead of sleeping, and steps in when the ring has not
+   moved. A pool that has been quiet for a while lets its guard sleep and revokes what was promised. Where tasks are so
+   tiny that two workers only fight over the ring, all but one lie down; a quick one that finds nothing yields its core
+   once before it pays for a sleep. With `.coalesce` the guard's nap is what gathers tasks: submitters wake nobody while
+   a guard naps and the ring is not half full; one more guard covers for the first.
 
    A worker owns a node below the pool's context and uses it for task after task, as long as nobody kept or cancelled
    it: only the values, name and deadline change. Its timer stays armed and is merely pushed later.
@@ -3701,7 +3706,7 @@ static CTX__COLD int ctx__pool_first_worker(ctx_pool_t *pool) {
     }
     rc = ctx__worker_wake(worker);
     ctx__lock(&pool->in);
-    return rc;
+    return rc == CTX_QUEUE_FULL ? CTX_NO_MEMORY : rc; /* EAGAIN of a thread that cannot be had is no full queue */
 }
 
 /* [in] Is more than half the queue taken? The head's cache line is the workers': it is looked at only when what was
