@@ -570,6 +570,10 @@ CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, si
 #ifndef STB_DS_IMPLEMENTATION
 #define STB_DS_IMPLEMENTATION
 #define CTX__STB_DS_IMPLEMENTATION
+#if !defined(STBDS_REALLOC) && !defined(INCLUDE_STB_DS_H)
+#define STBDS_REALLOC(context, ptr, size) CTXCANCEL_REALLOC(ptr, size)
+#define STBDS_FREE(context, ptr) CTXCANCEL_FREE(ptr)
+#endif
 #endif
 #endif
 #if !defined(INCLUDE_STB_DS_H) || defined(CTX__STB_DS_IMPLEMENTATION)
@@ -618,9 +622,9 @@ static size_t stbds_hash_string(char *str, size_t seed);
 extern "C" {
 #endif
 
-/* == 1. platform ==================================================
+/* == 1. platform ================================================== */
 
-   Everything that knows the operating system: the lock, the parker, threads, the clock, file descriptors to poll.
+/* Everything that knows the operating system: the lock, the parker, threads, the clock, file descriptors to poll.
 
    The one lock is a word that is taken by an exchange and given back by a plain store. It guards a few pointers at a
    time, never a system call that may block and never foreign code, so a waiter spins a little, then yields, then naps:
@@ -970,7 +974,6 @@ static unsigned ctx__cpus = 1;     /* [const] after ctx__once */
 static unsigned ctx__forks;        /* how many forks this process is away from the first */
 
 static void ctx__setup(void);              /* below all sections: it wires them together */
-static void ctx__cache_flush(void *thread); /* section 3 */
 
 static CTX__COLD void ctx__thread_enter(void) {
     pthread_once(&ctx__once, ctx__setup);
@@ -995,13 +998,13 @@ CTXCANCEL_API const char *ctx_strerror(int code) {
     case CTX_NO_MEMORY: return "out of memory";
     case CTX_INVALID: return "invalid argument";
     case CTX_BUSY: return "not done yet";
-    default: return code < 0 ? strerror(-(code + 1) + 1) : "unknown error";
+    default: return code < 0 && code >= -INT32_MAX ? strerror(-code) : "unknown error";
     }
 }
 
-/* == 2. time ======================================================
+/* == 2. time ====================================================== */
 
-   The clock is CLOCK_MONOTONIC, or while `fake` is set a number that only ctx_clock_advance() moves. Whoever sleeps
+/* The clock is CLOCK_MONOTONIC, or while `fake` is set a number that only ctx_clock_advance() moves. Whoever sleeps
    until a time does so through ctx__park() of section 5, which knows both. */
 
 static struct {
@@ -1018,9 +1021,9 @@ CTXCANCEL_API ctx_time_t ctx_now(void) {
 
 static ctx_time_t ctx__min(ctx_time_t a, ctx_time_t b) { return a < b ? a : b; }
 
-/* == 3. context ===================================================
+/* == 3. context =================================================== */
 
-   The tree. A node sits in its parent's child list from its making until it is freed, so everything alive can be
+/* The tree. A node sits in its parent's child list from its making until it is freed, so everything alive can be
    reached from the background. Two counts hold it:
      refs   what the program holds: ctx_end() and ctx_release() give back.
      pins   what keeps the memory: one for all refs together; one for having children or callbacks, taken with the first
@@ -1193,8 +1196,7 @@ static inline void ctx__node_dealloc(ctx_t *node) {
     me->cached++;
 }
 
-static void ctx__cache_flush(void *thread) {
-    ctx__thread_t *me = (ctx__thread_t *)thread;
+static void ctx__cache_flush(ctx__thread_t *me) {
     while (me->cache) {
         ctx_t *node = me->cache;
         me->cache = node->next;
@@ -1206,7 +1208,11 @@ static void ctx__cache_flush(void *thread) {
         CTXCANCEL_FREE(record);
     }
     me->cached = me->cached_records = 0;
-    me->index = 0;
+}
+
+static void ctx__thread_leave(void *thread) {
+    ctx__cache_flush((ctx__thread_t *)thread);
+    ((ctx__thread_t *)thread)->index = 0; /* another destructor may come back */
 }
 
 static ctx__list_t *ctx__list_of(ctx_t *parent, unsigned shard) {
@@ -1707,7 +1713,7 @@ typedef struct {
 } ctx__make_t;
 
 static void ctx__record_retain(ctx__record_t *record);
-static bool ctx__after(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags);
+static bool ctx__after_or_run(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags);
 
 static CTX__COLD ctx_t *ctx__make_failed(const ctx__make_t *make, int err) {
     if (make->record) ctx__record_release(make->record);
@@ -1870,7 +1876,7 @@ CTXCANCEL_API ctx_t *ctx_merge_at(ctx_t *a, ctx_t *b, const char *site) {
     make.flags = CTX__F_MERGED;
     node = ctx__make(a, &merged->node, &make);
     node->timer.deadline = ctx__min(a->timer.deadline, b->timer.deadline);
-    ctx__after(&merged->reg, b, ctx__merge_fire, node, CTX__REG_OWN);
+    ctx__after_or_run(&merged->reg, b, ctx__merge_fire, node, CTX__REG_OWN);
     return node;
 }
 
@@ -1988,7 +1994,7 @@ static bool ctx__after_add(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), 
 }
 
 /* ctx_after() without a look at the timers. */
-static bool ctx__after(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags) {
+static bool ctx__after_or_run(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags) {
     ctx__frame_t frame;
     if (ctx__after_add(reg, ctx, fn, arg, flags)) return true;
     ctx__frame_enter(&frame, reg, CTX__REG_IDLE);
@@ -2000,7 +2006,7 @@ static bool ctx__after(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void
 CTXCANCEL_API bool ctx_after(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg) {
     CTXCANCEL_ASSERT(reg != NULL && ctx != NULL && fn != NULL);
     ctx__timer_revive(ctx);
-    return ctx__after(reg, ctx, fn, arg, 0);
+    return ctx__after_or_run(reg, ctx, fn, arg, 0);
 }
 
 /* Take a linked callback out, if no canceller has claimed it. */
@@ -2066,9 +2072,9 @@ CTXCANCEL_API int ctx__leaf_settle(ctx_leaf_t *leaf, int err) {
     return before ? before : err;
 }
 
-/* == 4. values ====================================================
+/* == 4. values ==================================================== */
 
-   A context points to one record that holds every value in sight: an immutable, counted table, so a look-up costs the
+/* A context points to one record that holds every value in sight: an immutable, counted table, so a look-up costs the
    same wherever it is asked and a child inherits by pointer. Setting a value copies the record and adds to it; contexts
    are read far more often than they get values. The table is open-addressed by the key's address, at most half full,
    except for the single value of the usual case, whose table has one slot. Values follow the table, each aligned. */
@@ -2187,9 +2193,9 @@ CTXCANCEL_API const void *ctx_value(const ctx_t *ctx, const ctx_key_t *key) {
     return slot ? slot->value : NULL;
 }
 
-/* == 5. timers ====================================================
+/* == 5. timers ==================================================== */
 
-   Hierarchical timing wheels with intrusive links: adding and removing are constant time and touch no memory but the
+/* Hierarchical timing wheels with intrusive links: adding and removing are constant time and touch no memory but the
    timer's. A wheel has 8 levels of 64 slots; a slot of level n spans 64^n ticks of 2^16 ns. A timer stands at the
    level of the highest group of 6 bits in which its tick differs from the wheel's own, so within a level slots are in
    order of time and below a higher level everything is sooner. When the wheel's tick enters a slot of a higher level
@@ -2240,7 +2246,7 @@ static pthread_mutex_t ctx__life = PTHREAD_MUTEX_INITIALIZER;
 static struct {
     uint32_t kicks;    /* [atomic] the word that the thread sleeps on */
     uint32_t running;  /* [atomic, set under ctx__life] */
-    uint32_t stop;     /* [atomic] */
+    uint32_t era;      /* [atomic, set under ctx__life] a thread of an earlier one ends */
     uint32_t mu;       /* due timers; nags; the shared done descriptor */
     pthread_t thread;  /* [ctx__life] */
     ctx__timer_t *due; /* [mu] taken out of the wheels, soonest first, until fired */
@@ -2427,21 +2433,21 @@ static void ctx__runtime_kick(void) {
 
 static bool ctx__nag_all(void); /* section 7 */
 
-static void *ctx__runtime_main(void *unused) {
-    (void)unused;
+static void *ctx__runtime_main(void *arg) {
+    uint32_t era = (uint32_t)(uintptr_t)arg;
     ctx__thread_name("ctx-runtime");
     ctx__thread_sharp_timers();
-    while (!__atomic_load_n(&ctx__runtime.stop, __ATOMIC_ACQUIRE)) {
+    if (!ctx__clock_is_fake()) ctx__due_fire(NULL); /* what a fork cut short */
+    for (;;) {
         uint32_t kicks = __atomic_load_n(&ctx__runtime.kicks, __ATOMIC_ACQUIRE);
         ctx__timer_t *due = NULL;
         ctx_time_t next = CTX_NO_DEADLINE, now = ctx__clock_read();
-        if (__atomic_load_n(&ctx__runtime.stop, __ATOMIC_ACQUIRE)) break;
+        if (__atomic_load_n(&ctx__runtime.era, __ATOMIC_ACQUIRE) != era) return NULL;
         if (!ctx__clock_is_fake()) next = ctx__wheels_turn(now, &due);
         if (ctx__nag_all()) next = ctx__min(next, now + CTX_MS(1));
-        if (due || __atomic_load_n(&ctx__runtime.due, __ATOMIC_RELAXED)) ctx__due_fire(due);
+        if (due) ctx__due_fire(due);
         else if (next > now) ctx__futex_wait(&ctx__runtime.kicks, kicks, next);
     }
-    return NULL;
 }
 
 /* Make sure that the runtime thread runs. 0, or a negative error. */
@@ -2450,8 +2456,7 @@ static CTX__COLD int ctx__runtime_start(void) {
     ctx__me();
     pthread_mutex_lock(&ctx__life);
     if (!ctx__runtime.running) {
-        __atomic_store_n(&ctx__runtime.stop, 0u, __ATOMIC_RELAXED);
-        rc = ctx__thread_start(&ctx__runtime.thread, ctx__runtime_main, NULL);
+        rc = ctx__thread_start(&ctx__runtime.thread, ctx__runtime_main, (void *)(uintptr_t)ctx__runtime.era);
         if (!rc) __atomic_store_n(&ctx__runtime.running, 1u, __ATOMIC_RELEASE);
     }
     pthread_mutex_unlock(&ctx__life);
@@ -2620,9 +2625,9 @@ CTXCANCEL_API void ctx_clock_advance(ctx_dur_t dur) {
     }
 }
 
-/* == 6. polling ===================================================
+/* == 6. polling =================================================== */
 
-   A poll counts calls and looks when the count is out. A tuned one aims at a look every 1/256 of the latency wanted and
+/* A poll counts calls and looks when the count is out. A tuned one aims at a look every 1/256 of the latency wanted and
    reads the clock at every 32nd look, so that a turn of the loop which suddenly takes 1000 times longer is still
    noticed within a few times the budget; a look that is not a tuning costs one load. */
 
@@ -2674,9 +2679,9 @@ CTXCANCEL_API const volatile int *ctx_flag(const ctx_t *ctx) {
     return &ctx->head.err;
 }
 
-/* == 7. waiting ===================================================
+/* == 7. waiting =================================================== */
 
-   Who waits for a context registers a waker: a callback that unparks it. Wakers run before other callbacks and under
+/* Who waits for a context registers a waker: a callback that unparks it. Wakers run before other callbacks and under
    the rules of section 3. A waiter leaves by ctx__unwatch(), after which nobody will touch its parker for the
    context's sake: either the waker was taken out, or it has run to its last store (DONE), which follows the wake-up
    closely. */
@@ -2847,9 +2852,9 @@ CTXCANCEL_API int ctx_cond_wait(ctx_t *ctx, pthread_cond_t *cond, pthread_mutex_
     return err ? err : rc;
 }
 
-/* == 8. semaphore =================================================
+/* == 8. semaphore ================================================= */
 
-   One word holds the free permits, doubled, and a bit that says somebody waits. While the bit is clear, acquire is a
+/* One word holds the free permits, doubled, and a bit that says somebody waits. While the bit is clear, acquire is a
    compare-and-swap and release an addition. While it is set only the holder of `mu` takes permits out of the word, on
    behalf of the first waiter: that is what makes it first come, first served, and why try_acquire fails then. Waiters
    stand on their own stacks in the order of arrival. A waiter that gives up leaves under `mu`: either it has been
@@ -2968,9 +2973,9 @@ CTXCANCEL_API void ctx_sem_destroy(ctx_sem_t *sem) {
     (void)sem;
 }
 
-/* == 9. pool ======================================================
+/* == 9. pool ====================================================== */
 
-   A ring of tasks with a lock at each end, so that submitters and workers do not meet: `in` guards the tail and
+/* A ring of tasks with a lock at each end, so that submitters and workers do not meet: `in` guards the tail and
    everything about who sleeps, `out` guards the head. Each end keeps what it last saw of the other and looks again
    only when that says full or empty. Order of locks: `in` before `out`; no foreign code runs under either.
 
@@ -3303,6 +3308,7 @@ static void ctx__worker_node_end(ctx__worker_t *worker) {
 /* Stop the node's timer; a node whose timer has just fired is of no more use. */
 static void ctx__worker_untime(ctx__worker_t *worker) {
     if (!worker->timed) return;
+    CTXCANCEL_ASSERT(worker->node != NULL);
     worker->timed = false;
     if (!ctx__timer_remove(&worker->node->timer)) ctx__worker_node_end(worker);
 }
@@ -3509,7 +3515,7 @@ static bool ctx__worker_surplus(ctx__worker_t *worker) {
     return surplus;
 }
 
-/* [in] Onto the idle stack; while tasks are to gather, as a guard if there is room for one. */
+/* [in] Onto the idle stack; while tasks are to gather, as a guard if it has been busy and there is room for one. */
 static void ctx__worker_lie_down(ctx__worker_t *worker) {
     ctx_pool_t *pool = worker->pool;
     ctx__worker_unlook(worker);
@@ -3517,7 +3523,7 @@ static void ctx__worker_lie_down(ctx__worker_t *worker) {
     worker->below = pool->idle;
     pool->idle = worker;
     pool->idle_count++;
-    if (pool->desc.coalesce) {
+    if (pool->desc.coalesce && worker->ran) {
         if (!(pool->guards & CTX__GUARD_FIRST)) worker->guard = CTX__GUARD_FIRST;
         else if (!(pool->guards & CTX__GUARD_SECOND)) worker->guard = CTX__GUARD_SECOND;
         pool->guards |= worker->guard;
@@ -3685,7 +3691,7 @@ CTXCANCEL_API ctx_pool_t *ctx_pool_new(ctx_t *lifetime, const ctx_pool_desc_t *d
         CTXCANCEL_FREE(raw);
         return NULL;
     }
-    ctx__after(&pool->on_end, pool->ctx, ctx__pool_ended, pool, CTX__REG_OWN);
+    ctx__after_or_run(&pool->on_end, pool->ctx, ctx__pool_ended, pool, CTX__REG_OWN);
     return pool;
 }
 
@@ -3926,7 +3932,7 @@ static void ctx__pool_report(ctx_pool_t *pool, ctx_drain_t *report) {
 
 static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t notice, ctx_drain_t *report) {
     bool self = ctx__pool_runs_me(pool);
-    ctx_time_t start = ctx_now(), cut_at = start;
+    ctx_time_t start = ctx_now(), cut_at;
     ctx__worker_t *roused = NULL;
     ctx_drain_t r;
     int rc;
@@ -4016,9 +4022,9 @@ CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_pe
     return (double)whole < n ? whole + 1 : whole;
 }
 
-/* == 13. system ===================================================
+/* == 13. system =================================================== */
 
-   Signals. The handler notes the signal and posts a semaphore, which is all that a handler may do; one thread waits
+/* Signals. The handler notes the signal and posts a semaphore, which is all that a handler may do; one thread waits
    there and cancels every context that asked for it. SA_RESETHAND has put the default action back by then. Per signal
    there is a count of contexts that want it and the action that stood before the first of them, which comes back with
    the last. All of it under ctx__life; cancelling is done without. */
@@ -4039,7 +4045,7 @@ static struct {
     sem_t posted;
     pthread_t thread;                    /* [ctx__life] */
     bool running;                        /* [ctx__life] */
-    uint32_t stop;                       /* [atomic] */
+    uint32_t era;                        /* [atomic, set under ctx__life] as for the runtime thread */
 } ctx__signals;
 
 static const char *ctx__signal_name(int signal) {
@@ -4106,11 +4112,11 @@ static void ctx__signal_deliver(int signal) {
     }
 }
 
-static void *ctx__signal_main(void *unused) {
+static void *ctx__signal_main(void *arg) {
+    uint32_t era = (uint32_t)(uintptr_t)arg;
     int signal;
-    (void)unused;
     ctx__thread_name("ctx-signals");
-    while (!__atomic_load_n(&ctx__signals.stop, __ATOMIC_ACQUIRE)) {
+    while (__atomic_load_n(&ctx__signals.era, __ATOMIC_ACQUIRE) == era) {
         while (sem_wait(&ctx__signals.posted) < 0) {}
         for (signal = 1; signal < CTX__SIGNALS; signal++)
             if (__atomic_exchange_n(&ctx__signals.pending[signal], 0, __ATOMIC_ACQUIRE)) ctx__signal_deliver(signal);
@@ -4122,8 +4128,7 @@ static void *ctx__signal_main(void *unused) {
 static int ctx__signal_start(void) {
     int rc = 0;
     if (ctx__signals.running) return 0;
-    __atomic_store_n(&ctx__signals.stop, 0u, __ATOMIC_RELAXED);
-    rc = ctx__thread_start(&ctx__signals.thread, ctx__signal_main, NULL);
+    rc = ctx__thread_start(&ctx__signals.thread, ctx__signal_main, (void *)(uintptr_t)ctx__signals.era);
     ctx__signals.running = !rc;
     return rc;
 }
@@ -4388,25 +4393,33 @@ static void ctx__setup(void) {
     ctx__wheel_count = ctx__power(ctx__cpus * 2, CTX__WHEELS);
     ctx__futex_init();
     sem_init(&ctx__signals.posted, 0, 0);
-    pthread_key_create(&ctx__thread_key, ctx__cache_flush);
+    pthread_key_create(&ctx__thread_key, ctx__thread_leave);
     pthread_atfork(ctx__fork_prepare, ctx__fork_parent, ctx__fork_child);
 }
 
 CTXCANCEL_API void ctx_runtime_stop(void) {
+    pthread_t runtime, signals;
+    bool join_runtime, join_signals;
     unsigned i;
     ctx__me();
     pthread_mutex_lock(&ctx__life);
-    if (ctx__runtime.running) {
-        __atomic_store_n(&ctx__runtime.stop, 1u, __ATOMIC_RELEASE);
+    join_runtime = ctx__runtime.running != 0;
+    join_signals = ctx__signals.running;
+    runtime = ctx__runtime.thread;
+    signals = ctx__signals.thread;
+    __atomic_fetch_add(&ctx__runtime.era, 1u, __ATOMIC_RELEASE);
+    __atomic_fetch_add(&ctx__signals.era, 1u, __ATOMIC_RELEASE);
+    __atomic_store_n(&ctx__runtime.running, 0u, __ATOMIC_RELEASE);
+    ctx__signals.running = false;
+    pthread_mutex_unlock(&ctx__life);
+    /* Joined without the lock: a callback on one of them may be waiting for it. */
+    if (join_runtime) {
         ctx__runtime_kick();
-        pthread_join(ctx__runtime.thread, NULL);
-        __atomic_store_n(&ctx__runtime.running, 0u, __ATOMIC_RELEASE);
+        pthread_join(runtime, NULL);
     }
-    if (ctx__signals.running) {
-        __atomic_store_n(&ctx__signals.stop, 1u, __ATOMIC_RELEASE);
+    if (join_signals) {
         sem_post(&ctx__signals.posted);
-        pthread_join(ctx__signals.thread, NULL);
-        ctx__signals.running = false;
+        pthread_join(signals, NULL);
     }
     ctx__lock(&ctx__runtime.mu);
     ctx__event_close(&ctx__event_done);
@@ -4416,7 +4429,6 @@ CTXCANCEL_API void ctx_runtime_stop(void) {
         ctx__wheels[i].started = 0;
         ctx__unlock(&ctx__wheels[i].mu);
     }
-    pthread_mutex_unlock(&ctx__life);
     ctx__cache_flush(&ctx__self);
 }
 

@@ -32,10 +32,10 @@
 
 /* A countdown: each call takes one; at zero and below calls fail, once or for good. */
 typedef struct {
-    long left;    /* [atomic] calls that still succeed, when armed */
-    int mode;     /* [atomic] FAULT_NEVER, FAULT_ONCE or FAULT_ALWAYS */
+    long left;     /* [atomic] calls that still succeed, when armed */
+    int mode;      /* [atomic] FAULT_NEVER, FAULT_ONCE or FAULT_ALWAYS */
     long injected; /* [atomic] failures since it was armed */
-    long calls;   /* [atomic] calls since it was armed */
+    long calls;    /* [atomic] calls since it was armed */
 } fault_count_t;
 
 enum { FAULT_NEVER, FAULT_ONCE, FAULT_ALWAYS };

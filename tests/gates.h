@@ -22,11 +22,11 @@
 #define PATIENCE_NS (INT64_C(60) * 1000000000)
 #endif
 
-#define UNTIL(expr)                                                                  \
-    do {                                                                             \
-        int64_t until_end_ = test_now_ns() + PATIENCE_NS;                            \
-        while (!(expr) && test_now_ns() < until_end_) test_sleep_ms(1);              \
-        EXPECT(expr);                                                                \
+#define UNTIL(expr)                                                     \
+    do {                                                                \
+        int64_t until_end_ = test_now_ns() + PATIENCE_NS;               \
+        while (!(expr) && test_now_ns() < until_end_) test_sleep_ms(1); \
+        EXPECT(expr);                                                   \
     } while (0)
 
 static inline int load(const int *at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
@@ -41,7 +41,8 @@ static inline uint32_t random_next(uint64_t *state) {
 
 /* Work that the compiler cannot remove. */
 static inline void spin(unsigned turns) {
-    for (volatile unsigned i = 0; i < turns; i = i + 1) {}
+    for (volatile unsigned i = 0; i < turns; i = i + 1) {
+    }
 }
 
 /* -- gates ------------------------------------------------------------------------------------------------------ */

@@ -102,13 +102,13 @@ static inline bool test_check_eq(long long a, long long b, const char *file, int
 
 #define EXPECT(expr) ((void)test_check((expr) ? true : false, __FILE__, __LINE__, #expr))
 #define EXPECT_EQ(a, b) ((void)test_check_eq((long long)(a), (long long)(b), __FILE__, __LINE__, #a " == " #b))
-#define CHECK(expr)                                                                    \
-    do {                                                                               \
-        if (!test_check((expr) ? true : false, __FILE__, __LINE__, #expr)) return;      \
+#define CHECK(expr)                                                                \
+    do {                                                                           \
+        if (!test_check((expr) ? true : false, __FILE__, __LINE__, #expr)) return; \
     } while (0)
-#define CHECK_EQ(a, b)                                                                                        \
-    do {                                                                                                      \
-        if (!test_check_eq((long long)(a), (long long)(b), __FILE__, __LINE__, #a " == " #b)) return;          \
+#define CHECK_EQ(a, b)                                                                                \
+    do {                                                                                              \
+        if (!test_check_eq((long long)(a), (long long)(b), __FILE__, __LINE__, #a " == " #b)) return; \
     } while (0)
 #define SKIP(why)                    \
     do {                             \
@@ -126,12 +126,10 @@ static inline void test_register(test_case_t *test) {
     *at = test;
 }
 
-#define TEST(name)                                                                             \
-    static void test_body_##name(void);                                                        \
-    static test_case_t test_case_##name = {#name, test_body_##name, __LINE__, NULL};           \
-    __attribute__((constructor)) static void test_register_##name(void) {                      \
-        test_register(&test_case_##name);                                                      \
-    }                                                                                          \
+#define TEST(name)                                                                                            \
+    static void test_body_##name(void);                                                                       \
+    static test_case_t test_case_##name = {#name, test_body_##name, __LINE__, NULL};                          \
+    __attribute__((constructor)) static void test_register_##name(void) { test_register(&test_case_##name); } \
     static void test_body_##name(void)
 
 /* -- the end of a program that cannot go on -------------------------------------------------------------------- */

@@ -193,7 +193,7 @@ TEST(of_eight_cancels_at_once_one_wins_and_all_see_its_cause) {
     contest_t contest;
     memset(&contest, 0, sizeof contest);
     start_line_init(&contest.barrier, 8);
-    contest.rounds = test_scale(10000);
+    contest.rounds = test_scale(4000);
     race_run(8, cancel_at_once, &contest);
     EXPECT_EQ(settled_blocks(), 0);
 }
@@ -452,13 +452,13 @@ static void check_overlap(overlap_t what, int sides, int rounds) {
     EXPECT_EQ(settled_blocks(), 0);
 }
 
-TEST(two_overlapping_cancels_are_each_complete_when_they_return) { check_overlap(OVERLAP_CANCEL, 2, 12000); }
+TEST(two_overlapping_cancels_are_each_complete_when_they_return) { check_overlap(OVERLAP_CANCEL, 2, 10000); }
 
 TEST(four_overlapping_cancels_are_each_complete_when_they_return) { check_overlap(OVERLAP_CANCEL, 4, 4000); }
 
-TEST(a_cancel_is_complete_while_nodes_below_it_are_ended) { check_overlap(OVERLAP_END, 3, 6000); }
+TEST(a_cancel_is_complete_while_nodes_below_it_are_ended) { check_overlap(OVERLAP_END, 3, 5000); }
 
-TEST(a_cancel_is_complete_while_nodes_below_it_are_released) { check_overlap(OVERLAP_RELEASE, 3, 6000); }
+TEST(a_cancel_is_complete_while_nodes_below_it_are_released) { check_overlap(OVERLAP_RELEASE, 3, 5000); }
 
 TEST(a_child_of_a_done_context_is_born_done_with_its_cause) {
     static const ctx_key_t key = CTX_KEY(int);
@@ -616,7 +616,7 @@ TEST(the_first_to_attach_during_a_cancel_is_not_overlooked) {
     newcomer_t race;
     memset(&race, 0, sizeof race);
     start_line_init(&race.line, 2);
-    race.rounds = test_scale(300000);
+    race.rounds = test_scale(200000);
     pthread_t thread = thread_start(cancel_above, &race);
     uint64_t seed = 13;
     int overlooked = 0;
@@ -1170,7 +1170,7 @@ TEST(the_last_of_several_threads_to_drop_a_reference_frees_it) {
     refs_t refs;
     memset(&refs, 0, sizeof refs);
     start_line_init(&refs.barrier, 4);
-    refs.rounds = test_scale(10000);
+    refs.rounds = test_scale(6000);
     race_run(4, drop_a_reference, &refs);
     EXPECT_EQ(settled_blocks(), 0);
 }
@@ -2524,7 +2524,7 @@ TEST(many_threads_on_one_parent_lose_no_child) {
     for (int sides = 2; sides <= 8; sides++) {
         memset(&fair, 0, sizeof fair);
         fair.sides = sides;
-        fair.per_side = test_scale(400000) / sides;
+        fair.per_side = test_scale(200000) / sides;
         start_line_init(&fair.barrier, sides + 1);
         fair.parent = ctx_with_cancel(ctx_background());
         pthread_t canceller = thread_start(cancel_the_fair, &fair);
@@ -2602,7 +2602,7 @@ TEST(err_may_be_read_in_a_signal_handler) {
     sigaction(SIGUSR1, &action, &old);
     int over = 0;
     pthread_t worker = thread_start(work_under_signals, &over);
-    for (int i = 1, n = test_scale(5000); i <= n; i++) {
+    for (int i = 1, n = test_scale(2000); i <= n; i++) {
         pthread_kill(worker, SIGUSR1);
         race_await(&signals_seen, i);
     }

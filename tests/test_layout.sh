@@ -37,9 +37,10 @@ banners_have_one_form() {
 
 every_section_explains_itself() {
     implementation | awk '
-        /^\/\* == / { banner = $0; words = 0; open = !/\*\/$/; if (!open) { print "no paragraph: " $0; bad = 1 } next }
-        open { words += NF }
-        open && /\*\/$/ { open = 0; if (words < 20) { print "hardly a paragraph: " banner; bad = 1 } }
+        /^\/\* == / { if (banner) { print "no paragraph: " banner; bad = 1 } banner = $0; words = 0; next }
+        banner && !words && /^$/ { next }
+        banner && !words && !/^\/\* / { print "no paragraph: " banner; bad = 1; banner = ""; next }
+        banner { words += NF; if (/\*\/$/) { if (words < 20) { print "hardly a paragraph: " banner; bad = 1 } banner = "" } }
         END { exit bad }'
 }
 
@@ -70,9 +71,9 @@ macros_of() {
 macros_start_with_ctx() {
     macros_of "$tmp/decl.c" >"$tmp/decl.macros"
     [ "$(wc -l <"$tmp/decl.macros")" -gt 10 ]
-    refuse grep -vE '^(CTX_|CTXCANCEL_|ctx_)' "$tmp/decl.macros"
+    refuse grep -vE '^(CTX_|CTXCANCEL_|ctx_|STBDS_(REALLOC|FREE)$)' "$tmp/decl.macros"
     macros_of "$tmp/impl.c" >"$tmp/impl.macros"
-    refuse grep -vE '^(CTX_|CTXCANCEL_|ctx_)' "$tmp/impl.macros"
+    refuse grep -vE '^(CTX_|CTXCANCEL_|ctx_|STBDS_(REALLOC|FREE)$)' "$tmp/impl.macros"
 }
 
 functions_start_with_ctx() {

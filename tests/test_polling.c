@@ -76,8 +76,10 @@ TEST(once_done_every_call_says_so) {
     ctx_poll_t every = ctx_poll_every(ctx, 1000);
     ctx_poll_t within = ctx_poll_within(ctx, CTX_MS(1));
     int64_t give_up = test_now_ns() + PATIENCE_NS;
-    while (ctx_poll(&every) == 0 && test_now_ns() < give_up) {}
-    while (ctx_poll(&within) == 0 && test_now_ns() < give_up) {}
+    while (ctx_poll(&every) == 0 && test_now_ns() < give_up) {
+    }
+    while (ctx_poll(&within) == 0 && test_now_ns() < give_up) {
+    }
     for (int n = 0; n < 5000; n++) {
         CHECK_EQ(ctx_poll(&every), CTX_CANCELED);
         CHECK_EQ(ctx_poll(&within), CTX_CANCELED);
@@ -140,7 +142,8 @@ static int turns(ctx_poll_t *poll, ctx_dur_t step, int n) {
 static ctx_dur_t work_until_noticed(ctx_t *ctx, ctx_poll_t *poll, ctx_dur_t step) {
     ctx_cancel(ctx);
     int64_t from = work_time;
-    for (int i = 0; i < 10000000 && turn(poll, step) == 0; i++) {}
+    for (int i = 0; i < 10000000 && turn(poll, step) == 0; i++) {
+    }
     return work_time - from;
 }
 
@@ -256,7 +259,8 @@ TEST(a_real_loop_stops_at_its_deadline_and_never_before) {
 
 static void *polls_until_done(void *arg) {
     ctx_poll_t poll = ctx_poll_every((const ctx_t *)arg, 1000);
-    while (ctx_poll(&poll) == 0) {}
+    while (ctx_poll(&poll) == 0) {
+    }
     return NULL;
 }
 
@@ -434,8 +438,6 @@ TEST(a_handler_may_look_while_its_thread_is_inside_the_library) {
     ctx_end(handler_ctx);
 }
 
-TEST(the_runtime_stops_clean) {
-    ctx_runtime_stop();
-}
+TEST(the_runtime_stops_clean) { ctx_runtime_stop(); }
 
 TEST_MAIN

@@ -474,6 +474,30 @@ TEST(cancelled_waiter_loses_no_permit_that_is_granted_at_that_moment) {
     ctx_sem_destroy(&race.sem);
 }
 
+/* The head is granted, and cancelled before it can run: whichever it makes of that, the one behind it gets its turn. */
+TEST(a_grant_that_a_cancel_overtakes_reaches_the_next) {
+    for (int round = 0; round < 30; round++) {
+        ctx_sem_t sem;
+        ctx_sem_init(&sem, 2);
+        EXPECT(ctx_sem_try_acquire(&sem, 2));
+        tickets = 0;
+        ctx_t *ctx = ctx_with_cancel(ctx_background());
+        taker_t head, next;
+        pthread_t a = take_parked(&head, &sem, ctx, 2, NULL);
+        pthread_t b = take_parked(&next, &sem, ctx_background(), 2, NULL);
+        if (round % 3 == 0) ctx_cancel(ctx);
+        ctx_sem_release(&sem, 2);
+        ctx_cancel(ctx);
+        thread_join(a);
+        thread_join(b); /* hangs if the permits stay with nobody */
+        EXPECT(head.rc == 0 || head.rc == CTX_CANCELED);
+        EXPECT_EQ(next.rc, 0);
+        EXPECT(all_free(&sem, 2));
+        ctx_end(ctx);
+        ctx_sem_destroy(&sem);
+    }
+}
+
 TEST(a_cancelled_head_lets_the_next_ones_in) {
     ctx_sem_t sem;
     ctx_sem_init(&sem, 4);
@@ -509,7 +533,8 @@ TEST(those_who_stay_keep_their_order_when_others_are_cancelled) {
     enum { N = 10 };
     ctx_sem_t sem;
     ctx_sem_init(&sem, 1);
-    for (unsigned leave = 1; leave < 1u << N; leave = leave * 5 + 3) { /* head, tail, neighbours, all patterns of them */
+    for (unsigned leave = 1; leave < 1u << N;
+         leave = leave * 5 + 3) { /* head, tail, neighbours, all patterns of them */
         EXPECT(ctx_sem_try_acquire(&sem, 1));
         tickets = 0;
         taker_t t[N];

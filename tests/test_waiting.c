@@ -97,10 +97,10 @@ TEST(a_sleep_ends_by_itself_before_a_later_deadline) {
 typedef struct {
     ctx_t *ctx;
     ctx_dur_t dur;
-    bool sleeps;     /* ctx_sleep(), else ctx_wait() */
-    int tid;         /* [atomic] set just before it parks */
-    int done;        /* [atomic] */
-    int rc;          /* written before done */
+    bool sleeps; /* ctx_sleep(), else ctx_wait() */
+    int tid;     /* [atomic] set just before it parks */
+    int done;    /* [atomic] */
+    int rc;      /* written before done */
     ctx_time_t from, until;
 } parked_t;
 
@@ -196,8 +196,10 @@ static void *waits_each_round(void *arg) {
         start_line(&race->line);
         int rc = ctx_wait(race->ctx, CTX_US(i % 120));
         EXPECT(rc == CTX_BUSY || rc == CTX_CANCELED);
-        if (rc == CTX_BUSY) race->waits_over++;
-        else race->cancels++;
+        if (rc == CTX_BUSY)
+            race->waits_over++;
+        else
+            race->cancels++;
         EXPECT_EQ(ctx_wait(race->ctx, CTX_FOREVER), CTX_CANCELED);
         start_line(&race->line);
     }
@@ -412,7 +414,7 @@ TEST(done_fd_is_readable_once_done_and_not_before) {
     EXPECT(!readable(fd, 0));
     EXPECT(!readable(fd, 5));
     ctx_cancel(parent);
-    EXPECT(readable(fd, 0)); /* at once: it is part of the cancel */
+    EXPECT(readable(fd, 0));  /* at once: it is part of the cancel */
     EXPECT(readable(fd, -1)); /* and stays so */
     EXPECT_EQ(ctx_done_fd(ctx), fd);
     ctx_end(ctx);
@@ -457,8 +459,10 @@ TEST(a_thousand_done_fds_leave_none_behind) {
         EXPECT(fd_count() >= before + n);
         for (int i = 0; i < n; i++) {
             if (i % 3 == 0) ctx_cancel(ctx[i]);
-            if (i % 3 == 1) ctx_release(ctx[i]);
-            else ctx_end(ctx[i]);
+            if (i % 3 == 1)
+                ctx_release(ctx[i]);
+            else
+                ctx_end(ctx[i]);
         }
         EXPECT_EQ(fd_count(), before);
     }
@@ -695,7 +699,7 @@ TEST(a_context_that_could_get_no_fd_still_cancels) {
 typedef struct {
     pthread_mutex_t mutex; /* checks its owner */
     pthread_cond_t cond;
-    bool ready;            /* [mutex] what is waited for */
+    bool ready; /* [mutex] what is waited for */
 } box_t;
 
 static void box_init(box_t *box) {
@@ -949,8 +953,10 @@ static void *waits_for_either(void *arg) {
         start_line(&race->line);
         int rc = box_wait(race->box, race->ctx);
         EXPECT(rc == 0 || rc == CTX_CANCELED);
-        if (rc == 0) race->ready_first++;
-        else race->cancelled_first++;
+        if (rc == 0)
+            race->ready_first++;
+        else
+            race->cancelled_first++;
         start_line(&race->line);
     }
     return NULL;
@@ -994,8 +1000,6 @@ TEST(a_cond_wait_ends_when_signal_and_cancel_come_together) {
     EXPECT_EQ(race.ready_first + race.cancelled_first, race.rounds);
 }
 
-TEST(the_runtime_stops_clean) {
-    ctx_runtime_stop();
-}
+TEST(the_runtime_stops_clean) { ctx_runtime_stop(); }
 
 TEST_MAIN

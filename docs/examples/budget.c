@@ -40,10 +40,9 @@ static int handle(ctx_t *ctx) {
 
 int main(void) {
     request_t request = {"ada", 0x51f};
-    ctx_t *ctx = ctx_derive(ctx_background(), &(ctx_desc_t){.name = "request",
-                                                            .timeout = CTX_MS(300),
-                                                            .key = &ctx_key_request,
-                                                            .value = &request});
+    ctx_t *ctx = ctx_derive(
+        ctx_background(),
+        &(ctx_desc_t){.name = "request", .timeout = CTX_MS(300), .key = &ctx_key_request, .value = &request});
     int rc = handle(ctx);
     log_line(ctx, rc == 0 ? "answered in time" : "too late");
     ctx_end(ctx);

@@ -14,7 +14,8 @@ static int query(ctx_t *ctx, void *arg) {
     int open = __atomic_add_fetch(&open_now, 1, __ATOMIC_SEQ_CST);
     int seen = __atomic_load_n(&open_at_most, __ATOMIC_SEQ_CST);
     while (open > seen &&
-           !__atomic_compare_exchange_n(&open_at_most, &seen, open, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {}
+           !__atomic_compare_exchange_n(&open_at_most, &seen, open, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+    }
     int rc = ctx_sleep(ctx, CTX_MS(1));
     __atomic_sub_fetch(&open_now, 1, __ATOMIC_SEQ_CST);
     return rc;
@@ -28,8 +29,8 @@ int main(void) {
     ctx_pool_t *web = ctx_pool_new(
         life, &(ctx_pool_desc_t){.name = "web", .workers = 8, .limit = &connections, .when_full = CTX_REJECT});
     ctx_pool_t *nightly = ctx_pool_new(
-        life, &(ctx_pool_desc_t){.name = "nightly", .workers = 8, .queue = 4, .limit = &connections,
-                                 .when_full = CTX_BLOCK});
+        life,
+        &(ctx_pool_desc_t){.name = "nightly", .workers = 8, .queue = 4, .limit = &connections, .when_full = CTX_BLOCK});
     if (!web || !nightly) return perror("pool"), 1;
 
     for (int i = 0; i < TASKS; i++) {

@@ -41,11 +41,10 @@ static void handle(ctx_pool_t *audits, int id) {
 }
 
 int main(void) {
-    ctx_pool_t *audits = ctx_pool_new(ctx_background(), &(ctx_pool_desc_t){.name = "audits",
-                                                                           .workers = 2,
-                                                                           .queue = REQUESTS,
-                                                                           .task_timeout = CTX_S(5),
-                                                                           .on_drop = audit_lost});
+    ctx_pool_t *audits = ctx_pool_new(
+        ctx_background(),
+        &(ctx_pool_desc_t){
+            .name = "audits", .workers = 2, .queue = REQUESTS, .task_timeout = CTX_S(5), .on_drop = audit_lost});
     if (!audits) return perror("pool"), 1;
     for (int id = 0; id < REQUESTS; id++) handle(audits, id);
 

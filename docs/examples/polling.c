@@ -20,7 +20,8 @@ static int count_collatz(ctx_t *ctx, uint64_t *steps) {
 
 /* Stands for a library that knows nothing of contexts and polls a flag of its caller's. */
 static void spin_until(const volatile int *stop) {
-    while (!*stop) {}
+    while (!*stop) {
+    }
 }
 
 int main(void) {
