@@ -947,15 +947,15 @@ static void ctx__event_unshare(ctx__event_t *event) {
 /* Room for `n` more elements in an array of stb_ds.h, so that what follows cannot fail: stb_ds writes through a failed
    realloc. False when memory is short; the array is as before. */
 static bool ctx__array_reserve(void **array, size_t elem_size, size_t n) {
-    stbds_array_header *head = *array ? stbds_header(*array) : NULL;
+    stbds_array_header *head = *array ? stbds_header(*array) : NULL, *grown;
     size_t length = head ? head->length : 0, capacity = head ? head->capacity : 0;
     if (length + n <= capacity) return true;
     capacity = capacity * 2 > length + n ? capacity * 2 : length + n + 4;
-    head = (stbds_array_header *)STBDS_REALLOC(NULL, head, sizeof *head + capacity * elem_size);
-    if (!head) return false;
-    if (!*array) memset(head, 0, sizeof *head);
-    head->capacity = capacity;
-    *array = head + 1;
+    grown = (stbds_array_header *)STBDS_REALLOC(NULL, head, sizeof *head + capacity * elem_size);
+    if (!grown) return false;
+    if (!head) memset(grown, 0, sizeof *grown);
+    grown->capacity = capacity;
+    *array = grown + 1;
     return true;
 }
 
@@ -3317,6 +3317,7 @@ static void ctx__worker_untime(ctx__worker_t *worker) {
 static ctx_t *ctx__worker_node(ctx__worker_t *worker, const ctx__task_t *task, ctx_time_t deadline) {
     ctx_time_t limit = worker->pool->ctx->timer.deadline;
     bool timed = deadline < limit;
+    CTXCANCEL_ASSERT(worker->node || !worker->timed);
     if (worker->node && ctx__why(worker->node)) ctx__worker_node_end(worker);
     if (!timed) ctx__worker_untime(worker);
     else if (worker->timed && !ctx__timer_move(&worker->node->timer, deadline)) ctx__worker_node_end(worker);

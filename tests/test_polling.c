@@ -1,27 +1,6 @@
 /* Section 6: looking at a context from a tight loop, from C code that knows only a flag, and from a signal handler. */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE 1
-#endif
-#include <stdint.h>
-#include <time.h>
-
-/* A poll within a time tunes itself by the speed of the loop. To test it to the nanosecond, the clock that the library
-   reads stands still while `work_clock` is on, and moves with the work that the tests pretend to do. */
-static int work_clock; /* [atomic] */
-static int64_t work_time;
-
-static int read_clock(clockid_t id, struct timespec *t) {
-    if (!__atomic_load_n(&work_clock, __ATOMIC_ACQUIRE)) return clock_gettime(id, t);
-    t->tv_sec = (time_t)(work_time / 1000000000);
-    t->tv_nsec = (long)(work_time % 1000000000);
-    return 0;
-}
-
-#define clock_gettime read_clock
 #define CTXCANCEL_IMPLEMENTATION
 #include "ctxcancel.h"
-#undef clock_gettime
-
 #include "test.h"
 #include "gates.h"
 
@@ -122,13 +101,13 @@ enum { A_FEW = 10 };
 
 /* From the real time on, or back to it. Deadlines are of no use meanwhile. */
 static void work_clock_set(bool on) {
-    if (on) work_time = test_now_ns();
-    store(&work_clock, on);
+    if (on) ctx_clock_fake(test_now_ns());
+    else ctx_clock_real();
 }
 
 /* One turn of a loop whose work takes `step`. */
 static int turn(ctx_poll_t *poll, ctx_dur_t step) {
-    work_time += step;
+    ctx_clock_advance(step);
     return ctx_poll(poll);
 }
 
@@ -141,10 +120,10 @@ static int turns(ctx_poll_t *poll, ctx_dur_t step, int n) {
 /* Cancel, go on with turns of `step`, and say after how much work the loop noticed. */
 static ctx_dur_t work_until_noticed(ctx_t *ctx, ctx_poll_t *poll, ctx_dur_t step) {
     ctx_cancel(ctx);
-    int64_t from = work_time;
+    int64_t from = ctx_now();
     for (int i = 0; i < 10000000 && turn(poll, step) == 0; i++) {
     }
-    return work_time - from;
+    return ctx_now() - from;
 }
 
 TEST(steady_work_notices_within_the_time_given) {
