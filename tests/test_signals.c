@@ -542,6 +542,7 @@ TEST(a_forked_child_may_ask_for_signals_afresh) {
 #ifdef TEST_THREAD_SANITIZER
     SKIP("no new thread may start in a fork of a threaded process here");
 #endif
+    if (getenv("TEST_NO_CHILD_THREADS")) SKIP("no new thread may start in a fork here");
     const int sig = SIGUSR1;
     ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
     fflush(stdout);
