@@ -3372,12 +3372,18 @@ static void ctx__worker_count(ctx__worker_t *worker, int verdict) {
     __atomic_store_n(count, *count + 1, __ATOMIC_RELEASE);
 }
 
+/* It runs nothing then: ctx_pool_free() waits for on_drop to return, as it does not for a task. */
+static void ctx__worker_drop(ctx__worker_t *worker, const ctx__task_t *task, int reason) {
+    __atomic_store_n(&worker->op, (const char *)NULL, __ATOMIC_RELEASE);
+    ctx__pool_drop(worker->pool, task, reason);
+}
+
 static void ctx__worker_run(ctx__worker_t *worker, const ctx__task_t *task) {
     ctx_pool_t *pool = worker->pool;
     ctx_time_t deadline = CTX_NO_DEADLINE;
     ctx_t *node;
     if (CTX__UNLIKELY(ctx_err(pool->ctx))) {
-        ctx__pool_drop(pool, task, ctx__pool_drop_reason(pool));
+        ctx__worker_drop(worker, task, ctx__pool_drop_reason(pool));
     } else {
         if (pool->desc.task_timeout) {
             ctx_time_t now = ctx_now();
@@ -3388,7 +3394,7 @@ static void ctx__worker_run(ctx__worker_t *worker, const ctx__task_t *task) {
         }
         node = ctx__worker_node(worker, task, deadline);
         if (CTX__UNLIKELY(!node)) {
-            ctx__pool_drop(pool, task, CTX_NO_MEMORY);
+            ctx__worker_drop(worker, task, CTX_NO_MEMORY);
         } else {
             int rc = task->fn(node, task->arg);
             ctx__worker_count(worker, ctx__task_verdict(node, rc));
