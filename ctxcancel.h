@@ -4,7 +4,7 @@
    a tree of contexts that can be cancelled, time out and carry values; polling that costs one load; a weighted
    semaphore; a bounded pool that rejects early and drains on a budget; signals that cancel a context.
 
-       #define CTXCANCEL_IMPLEMENTATION           // in exactly one .c file, before the include
+       #define CTXCANCEL_IMPLEMENTATION           // in exactly one .c file; in strict -std=c11, the first include
        #include "ctxcancel.h"
 
        int work(ctx_t *ctx) {
@@ -31,8 +31,8 @@
      - A ctx_t * in a parameter is borrowed for the call. Who made it ends it.
      - Every function may be called from any thread, unless its comment says otherwise. ctx_err() and ctx_poll() are
        async-signal-safe; nothing else is.
-     - A bad argument is CTX_INVALID. A program error (ending twice, releasing permits that nobody holds) trips
-       CTXCANCEL_ASSERT.
+     - A bad argument is CTX_INVALID where a caller can act on it. A program error (ending twice, releasing permits that
+       nobody holds, no callback, asking about a NULL context) trips CTXCANCEL_ASSERT.
      - After fork() the child has all contexts, and their deadlines fire there too. Pools made before are closed in it;
        callbacks and waits of threads that did not come along are forgotten.
      - Descriptions (`ctx_desc_t` and the like) are structs where zero means the default: name what you need,
@@ -141,7 +141,9 @@ CTXCANCEL_API void ctx_clock_fake(ctx_time_t start);
 
 /* Move the fake clock forward, stopping at each deadline on the way: timers fire in the order of their deadlines, in
    this thread, and a callback reads its own deadline from ctx_now(). Returns when every waiter whose time has come has
-   been unparked. CTXCANCEL_ASSERT if the clock is not fake. */
+   been unparked. A thread that sleeps in a loop may not have come to its next sleep by then, so one long way does not
+   drive a chain of sleeps (it does drive a chain of callbacks); and who advances the clock must not sleep by it.
+   Negative spans are none. CTXCANCEL_ASSERT if the clock is not fake. */
 CTXCANCEL_API void ctx_clock_advance(ctx_dur_t dur);
 
 /* Back to CLOCK_MONOTONIC. */
@@ -381,7 +383,8 @@ CTXCANCEL_API const volatile int *ctx_flag(const ctx_t *ctx);
 
 /* == 7. waiting =================================================== */
 
-/* Park until `ctx` is done, but not longer than `max`. Returns its err, or CTX_BUSY if `max` passed first. */
+/* Park until `ctx` is done, but not longer than `max`. Returns its err, or CTX_BUSY if `max` passed first. This and
+   all waits below tell at once of a context that is done already. */
 CTXCANCEL_API int ctx_wait(ctx_t *ctx, ctx_dur_t max);
 
 /* Sleep for `dur`. 0, or the err of the context that cut it short. */
@@ -473,7 +476,8 @@ typedef struct {
 } ctx_drain_t;
 
 /* Make a pool below `lifetime`: when that is done, running tasks are cancelled, queued ones dropped and new ones
-   refused. No thread starts before the first submit. NULL with errno set if memory is short or an argument is bad.
+   refused. A pool whose work must outlive a Ctrl-C lives below the background, and is drained after it. No thread
+   starts before the first submit. NULL with errno set if memory is short or an argument is bad.
    `desc` may be NULL. */
 CTXCANCEL_API ctx_pool_t *ctx_pool_new(ctx_t *lifetime, const ctx_pool_desc_t *desc);
 
@@ -493,9 +497,10 @@ CTXCANCEL_API int ctx_pool_submit_batch(ctx_pool_t *pool, ctx_t *parent, const c
                                         void *const *args, size_t n, size_t *taken);
 
 /* Bring the pool to its end: refuse new work; let what was accepted finish for `budget`; then drop what is queued,
-   cancel what runs and give it the notice time; then report. 0 when all accepted work finished inside the budget,
-   else CTX_DEADLINE_EXCEEDED. Never blocks past budget and notice. May be called again, from several threads, and
-   from a task, which does not wait for itself. `report` may be NULL. */
+   cancel what runs and give it the notice time; then report. 0 when no drain had to cut anything off, else
+   CTX_DEADLINE_EXCEEDED; what the end of the lifetime dropped or cancelled before is in the report. Never blocks past
+   budget and notice. May be called again, from several threads, and from a task, which does not wait for itself.
+   `report` may be NULL. */
 CTXCANCEL_API int ctx_pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_drain_t *report);
 
 /* Free a pool; one that was not drained is drained with no budget and no notice. Returns at once also if a task is
@@ -1168,6 +1173,13 @@ enum { CTX__FORK_MARK = 0x80, CTX__SHARDS_MAX = 64, CTX__CONTENDED = 16, CTX__CA
 
 static const ctx__why_t *ctx__why(const ctx_t *ctx) { return __atomic_load_n(&ctx->why, __ATOMIC_SEQ_CST); }
 
+/* Done? If so `err` says it too on return: whoever set `why` may be just about to store it. */
+static bool ctx__done(ctx_t *ctx) {
+    const ctx__why_t *why = ctx__why(ctx);
+    if (why) __atomic_store_n(&ctx->head.err, why->err, __ATOMIC_RELEASE);
+    return why != NULL;
+}
+
 static void *ctx__alloc(size_t size) {
     void *p = CTXCANCEL_MALLOC(size);
     if (p) memset(p, 0, size);
@@ -1187,6 +1199,7 @@ static inline ctx_t *ctx__node_alloc(void) {
 
 static inline void ctx__node_dealloc(ctx_t *node) {
     ctx__thread_t *me = ctx__me();
+    node->refs = 0; /* so that ending it again is noticed while it waits here */
     if ((node->flags & CTX__F_BIG) || (int)me->cached >= CTX__CACHE_MAX) {
         CTXCANCEL_FREE(node);
         return;
@@ -1654,15 +1667,11 @@ static void ctx__cascade_notify(ctx__cascade_t *cascade) {
 /* Without a `what` the text is the one that the deadline was given. */
 static bool ctx__cancel(ctx_t *node, int err, int code, const char *what) {
     ctx__cascade_t cascade;
-    const ctx__why_t *why;
     bool won = false;
     if (node->flags & CTX__F_STATIC) return false;
     memset(&cascade, 0, sizeof cascade);
     ctx__lock(&node->list.mu);
-    why = ctx__why(node);
-    if (why) {
-        __atomic_store_n(&node->head.err, why->err, __ATOMIC_RELEASE);
-    } else {
+    if (!ctx__done(node)) {
         node->own.err = err;
         node->own.code = code;
         if (what) node->own.what = what;
@@ -1918,6 +1927,7 @@ static inline bool ctx__end_alone(ctx_t *node) {
 
 CTXCANCEL_API void ctx_end(ctx_t *ctx) {
     if (!ctx || (ctx->flags & CTX__F_STATIC)) return;
+    CTXCANCEL_ASSERT(__atomic_load_n(&ctx->refs, __ATOMIC_RELAXED) != 0); /* ended before */
     if (__atomic_load_n(&ctx->timer.armed, __ATOMIC_ACQUIRE)) ctx__timer_remove(&ctx->timer);
     if (ctx__end_alone(ctx)) return;
     if (ctx->flags & CTX__F_NOTIFY) ctx__notify_ended(ctx);
@@ -1983,7 +1993,7 @@ static bool ctx__after_add(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), 
     __atomic_store_n(&reg->state, CTX__REG_IDLE, __ATOMIC_RELAXED);
     if (ctx->flags & CTX__F_FAILED) return false;
     ctx__lock(&ctx->list.mu);
-    live = !ctx__why(ctx);
+    live = !ctx__done(ctx);
     if (live) {
         ctx__list_attach(ctx, &ctx->list);
         ctx__after_link(ctx, reg);
@@ -2755,12 +2765,14 @@ static int ctx__done_fd_shared(void) {
 
 CTXCANCEL_API int ctx_done_fd(ctx_t *ctx) {
     ctx__event_t *event = NULL;
+    bool done;
     int rc = 0;
     CTXCANCEL_ASSERT(ctx != NULL);
     if (ctx->flags & CTX__F_FAILED) return ctx__done_fd_shared();
     ctx__timer_revive(ctx);
     ctx__lock(&ctx->list.mu);
-    if (!ctx->event && !ctx__why(ctx)) {
+    done = ctx__done(ctx);
+    if (!ctx->event && !done) {
         event = (ctx__event_t *)CTXCANCEL_MALLOC(sizeof *event);
         rc = event ? ctx__event_open(event) : CTX_NO_MEMORY;
         if (!rc) {
@@ -2770,10 +2782,10 @@ CTXCANCEL_API int ctx_done_fd(ctx_t *ctx) {
         }
     }
     if (!rc && ctx->event) rc = ctx->event->fd;
-    else if (!rc) rc = -EAGAIN; /* done already */
+    else if (!rc) rc = -1; /* done already: the shared one */
     ctx__unlock(&ctx->list.mu);
     if (event) CTXCANCEL_FREE(event);
-    return rc == -EAGAIN && ctx_err(ctx) ? ctx__done_fd_shared() : rc;
+    return rc == -1 && done ? ctx__done_fd_shared() : rc;
 }
 
 /* A waiter on a condition variable cannot be woken reliably without its mutex, which the canceller may hold itself. So
