@@ -2420,17 +2420,20 @@ static void ctx__due_fire(ctx__timer_t *due) {
     }
 }
 
-/* Turn all wheels to `now`. What is due, and when to look again. */
-static ctx_time_t ctx__wheels_turn(ctx_time_t now, ctx__timer_t **due) {
+/* Turn all wheels to `now`. What is due, and when to look again. `fake` is the clock that `now` was read from: a
+   wheel that has been given to the other one meanwhile is left alone. */
+static ctx_time_t ctx__wheels_turn(ctx_time_t now, bool fake, ctx__timer_t **due) {
     ctx_time_t next = CTX_NO_DEADLINE;
     unsigned i;
     for (i = 0; i < ctx__wheel_count; i++) {
         ctx__wheel_t *wheel = &ctx__wheels[i];
         ctx__lock(&wheel->mu);
-        ctx__wheel_turn(wheel, now, due);
-        wheel->wake_at = ctx__wheel_next(wheel);
-        wheel->started = 1;
-        next = ctx__min(next, wheel->wake_at);
+        if (ctx__clock_is_fake() == fake) {
+            ctx__wheel_turn(wheel, now, due);
+            wheel->wake_at = ctx__wheel_next(wheel);
+            wheel->started = 1;
+            next = ctx__min(next, wheel->wake_at);
+        }
         ctx__unlock(&wheel->mu);
     }
     return next;
@@ -2453,7 +2456,7 @@ static void *ctx__runtime_main(void *arg) {
         ctx__timer_t *due = NULL;
         ctx_time_t next = CTX_NO_DEADLINE, now = ctx__clock_read();
         if (__atomic_load_n(&ctx__runtime.era, __ATOMIC_ACQUIRE) != era) return NULL;
-        if (!ctx__clock_is_fake()) next = ctx__wheels_turn(now, &due);
+        if (!ctx__clock_is_fake()) next = ctx__wheels_turn(now, false, &due);
         if (ctx__nag_all()) next = ctx__min(next, now + CTX_MS(1));
         if (due) ctx__due_fire(due);
         else if (next > now) ctx__futex_wait(&ctx__runtime.kicks, kicks, next);
@@ -2624,7 +2627,7 @@ CTXCANCEL_API void ctx_clock_advance(ctx_dur_t dur) {
     if (!fake) return;
     for (;;) {
         ctx__timer_t *due = NULL;
-        ctx_time_t next = ctx__wheels_turn(now, &due);
+        ctx_time_t next = ctx__wheels_turn(now, true, &due);
         if (due) {
             ctx__due_fire(due);
         } else {

@@ -348,4 +348,23 @@ TEST(advancing_the_real_clock_trips_an_assertion) {
 
 TEST(the_runtime_ends_clean) { ctx_runtime_stop(); }
 
+/* The runtime thread may be about to turn the wheels by the real time when the clock is replaced. */
+TEST(the_runtime_thread_leaves_the_wheels_to_the_fake_clock) {
+    int missed = 0;
+    for (int round = 0, n = test_scale(3000); round < n; round++) {
+        ctx_t *real = ctx_with_timeout(ctx_background(), CTX_US(1 + round % 60));
+        for (volatile int spin = 0; spin < round % 400; spin = spin + 1) {
+        }
+        ctx_clock_fake(CTX_S(1));
+        ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_S(30));
+        missed += ctx_err(ctx) != 0;
+        ctx_clock_advance(CTX_S(30));
+        missed += ctx_err(ctx) != CTX_DEADLINE_EXCEEDED;
+        ctx_end(ctx);
+        ctx_clock_real();
+        ctx_end(real);
+    }
+    EXPECT_EQ(missed, 0);
+}
+
 TEST_MAIN
