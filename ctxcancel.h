@@ -3231,6 +3231,13 @@ static ctx__worker_t *ctx__idle_pop(ctx_pool_t *pool, ctx__worker_t **at) {
     return worker;
 }
 
+/* [in] Take this one off, wherever it stands. */
+static void ctx__idle_leave(ctx__worker_t *worker) {
+    ctx__worker_t **at = &worker->pool->idle;
+    while (*at != worker) at = &(*at)->below;
+    ctx__idle_pop(worker->pool, at);
+}
+
 /* [in] The link to the first sleeper, or if all are guards to the first of them. */
 static ctx__worker_t **ctx__idle_sleeper(ctx_pool_t *pool) {
     ctx__worker_t **at = &pool->idle;
@@ -3291,9 +3298,7 @@ static CTX__COLD int ctx__worker_start(ctx__worker_t *worker) {
     if (!rc) {
         worker->state = CTX__WORKER_STARTED;
     } else {
-        ctx__worker_t **at = &pool->idle;
-        while (*at && *at != worker) at = &(*at)->below;
-        if (*at) ctx__idle_pop(pool, at);
+        if (worker->idle) ctx__idle_leave(worker);
         ctx__worker_unlook(worker);
         worker->state = CTX__WORKER_NONE;
         pool->workers--;
@@ -3568,17 +3573,14 @@ static bool ctx__worker_sleep(ctx__worker_t *worker) {
     for (;;) {
         ctx_time_t until = CTX_NO_DEADLINE;
         uint32_t state = CTX__EMPTY;
-        ctx__worker_t **at;
         ctx__lock(&pool->in);
         if (worker->idle && pool->quit) {
-            for (at = &pool->idle; *at != worker; at = &(*at)->below) {}
-            ctx__idle_pop(pool, at);
+            ctx__idle_leave(worker);
             ctx__unlock(&pool->in);
             return false;
         }
         if (worker->idle && worker->guard && napped && ctx__guard_tick(worker)) {
-            for (at = &pool->idle; *at != worker; at = &(*at)->below) {}
-            ctx__idle_pop(pool, at);
+            ctx__idle_leave(worker);
             ctx__worker_look(worker);
         }
         if (!worker->idle) {
