@@ -678,4 +678,54 @@ TEST(a_timeout_that_is_ended_leaves_no_memory_behind) {
     EXPECT_EQ(settled_blocks(), 0);
 }
 
+/* The runtime thread comes late to many deadlines at once: it still fires them in their order. */
+enum { LATE = 40 };
+typedef struct {
+    int held, go;       /* [atomic] */
+    int fired[LATE], n; /* [the runtime thread], n [atomic] */
+} late_t;
+typedef struct {
+    late_t *late;
+    int place;
+} late_one_t;
+
+static void hold_until_told(void *arg) {
+    late_t *late = (late_t *)arg;
+    __atomic_store_n(&late->held, 1, __ATOMIC_RELEASE);
+    while (!__atomic_load_n(&late->go, __ATOMIC_ACQUIRE)) test_sleep_ms(1);
+}
+
+static void note_place(void *arg) {
+    late_one_t *one = (late_one_t *)arg;
+    one->late->fired[one->late->n] = one->place;
+    __atomic_add_fetch(&one->late->n, 1, __ATOMIC_RELEASE);
+}
+
+TEST(deadlines_that_are_late_together_fire_in_their_order) {
+    late_t late;
+    late_one_t ones[LATE];
+    ctx_after_t regs[LATE], hold;
+    ctx_t *ctxs[LATE], *first = ctx_with_timeout(ctx_background(), CTX_MS(1));
+    memset(&late, 0, sizeof late);
+    ctx_after(&hold, first, hold_until_told, &late);
+    while (!__atomic_load_n(&late.held, __ATOMIC_ACQUIRE)) test_sleep_ms(1);
+    ctx_time_t base = ctx_now() + CTX_MS(30);
+    for (int i = 0; i < LATE; i++) {
+        ones[i].late = &late;
+        ones[i].place = i * 17 % LATE; /* in no order of making */
+        ctxs[i] = ctx_with_deadline(ctx_background(), base + CTX_US(100) * ones[i].place);
+        ctx_after(&regs[i], ctxs[i], note_place, &ones[i]);
+    }
+    while (ctx_now() < base + CTX_US(100) * LATE) test_sleep_ms(1);
+    __atomic_store_n(&late.go, 1, __ATOMIC_RELEASE);
+    while (__atomic_load_n(&late.n, __ATOMIC_ACQUIRE) < LATE) test_sleep_ms(1);
+    int wrong = 0;
+    for (int i = 0; i < LATE; i++) wrong += late.fired[i] != i;
+    EXPECT_EQ(wrong, 0);
+    for (int i = 0; i < LATE; i++) ctx_after_stop(&regs[i]);
+    for (int i = 0; i < LATE; i++) ctx_end(ctxs[i]);
+    ctx_after_stop(&hold);
+    ctx_end(first);
+}
+
 TEST_MAIN
