@@ -68,6 +68,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <pthread.h>
 
 #ifdef __cplusplus
@@ -173,6 +174,7 @@ typedef struct {
     const ctx_key_t *key;       /* set this value, ... (default: none) */
     const void *value;          /* ... copied from here: key->size bytes */
     bool detach;                /* keep the parent's values, drop its cancellation and deadline (default: false) */
+    uint32_t sample_one_in;     /* decide ctx_sampled(): true for one in so many (default: as the parent) */
 } ctx_desc_t;
 
 /* The root of every tree: never cancelled, never freed. Ending it does nothing. */
@@ -254,6 +256,11 @@ CTXCANCEL_API const char *ctx_name(const ctx_t *ctx);
 
 /* The "file:line" that made it; "" with CTXCANCEL_NO_SITES. Never NULL. */
 CTXCANCEL_API const char *ctx_site(const ctx_t *ctx);
+
+/* Whether this is one of the few whose work is to be traced, say. Decided once, by the first context on the way from
+   the root that has a `.sample_one_in`, and the same for everything below it, detached work included; false if none
+   has. */
+CTXCANCEL_API bool ctx_sampled(const ctx_t *ctx);
 
 /* Storage for one callback: yours, on the stack or inside your own struct. The fields are private. */
 typedef struct ctx__after {
@@ -511,6 +518,218 @@ CTXCANCEL_API void ctx_pool_free(ctx_pool_t *pool);
 /* The queue that a burst needs: (peak - drain) * seconds, rounded up; 1 at least. */
 CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_per_s, double seconds);
 
+/* == 10. group ==================================================== */
+
+/* Run `fn(child, arg)` as named work on a thread of its own: one that is idle, else a new one. `child` is a child of
+   `ctx` and bears `name`, a static string. What `fn` returns is not kept: for results use a group.
+   0, or nothing runs and the result says why: the err of `ctx` if it is done, CTX_NO_MEMORY when memory or a thread
+   cannot be had, CTX_INVALID. */
+CTXCANCEL_API int ctx_go(ctx_t *ctx, const char *name, ctx_task_fn fn, void *arg);
+
+/* How much work of ctx_go() is running. */
+CTXCANCEL_API size_t ctx_go_count(void);
+
+/* Wait until no work of ctx_go() is left: 0, or the err of `ctx`. Work that calls this itself is not waited for. */
+CTXCANCEL_API int ctx_go_wait(ctx_t *ctx);
+
+typedef struct ctx_group ctx_group_t;
+
+typedef struct {
+    const char *name; /* of the group's context; static (default: the parent's name) */
+    ctx_pool_t *pool; /* run the tasks here; must outlive the group (default: on idle threads, made as needed) */
+    int limit;        /* tasks at most that were taken and have not returned (default: none; on a pool its queue) */
+} ctx_group_desc_t;
+
+/* Make a group: tasks that are waited for together, and of which the first to fail cancels the others. They share one
+   context, a child of `parent`, which is cancelled too when the pool's tasks are. NULL with errno set if memory is
+   short or an argument is bad. `desc` may be NULL. Must be ended by ctx_group_wait(). */
+CTXCANCEL_API ctx_group_t *ctx_group_new(ctx_t *parent, const ctx_group_desc_t *desc);
+
+/* The context of the tasks: valid until ctx_group_wait() returns. Cancel it to stop them. */
+CTXCANCEL_API ctx_t *ctx_group_ctx(ctx_group_t *group);
+
+/* Have `fn(ctx, arg)` run in the group: any result but 0 is a failure. From any thread, tasks of the group included.
+   At the limit, or when the pool is full, it waits; on a pool it does so by running a task of the group itself, so that
+   a task may use groups on its own pool without a deadlock. 0: `fn` runs exactly once. Else it never will: the err of
+   the group's context once that is done, CTX_CLOSED when the pool is draining, CTX_NO_MEMORY, CTX_INVALID. */
+CTXCANCEL_API int ctx_group_go(ctx_group_t *group, ctx_task_fn fn, void *arg);
+
+/* The same, but CTX_QUEUE_FULL where the other would wait. */
+CTXCANCEL_API int ctx_group_try_go(ctx_group_t *group, ctx_task_fn fn, void *arg);
+
+/* Wait until every task has returned, running those that no thread has begun, and free the group. The result of the
+   first that failed, which is also the code of the context's cause; 0 if none did. Not to be called from a task of the
+   group. (Go's errgroup; unlike there, what is refused after a failure does not run.) */
+CTXCANCEL_API int ctx_group_wait(ctx_group_t *group);
+
+/* Run `fn(ctx, arg)` here, with a context that is done as soon as `a` or `b` is and has the values of `a`. What it
+   returned; or, if a context was done first, that one's err, once `fn` has returned. Nothing runs if one is done
+   already. */
+CTXCANCEL_API int ctx_race(ctx_t *a, ctx_t *b, ctx_task_fn fn, void *arg);
+
+/* == 11. channel ================================================== */
+
+typedef struct ctx_chan ctx_chan_t;
+
+/* Make a queue of up to `capacity` items of `item_size` bytes, copied in and out. With capacity 0 a send waits for its
+   receive. Any number of threads may send and receive. NULL with errno set if memory is short. */
+CTXCANCEL_API ctx_chan_t *ctx_chan_new(size_t item_size, size_t capacity);
+
+/* Put a copy of `*item` in, waiting for room until `ctx` is done; senders that wait are served in order. 0, CTX_CLOSED,
+   or the err of `ctx`, which is looked at first. Unless it is 0 the item was not sent. */
+CTXCANCEL_API int ctx_chan_send(ctx_chan_t *chan, ctx_t *ctx, const void *item);
+
+/* Take the oldest item out into `*item`, waiting for one until `ctx` is done. 0, CTX_CLOSED once the channel is closed
+   and empty, or the err of `ctx`, which is looked at first. Unless it is 0 nothing was taken: an item is received
+   exactly once or is still in the channel. `item` may be NULL if its bytes do not matter. */
+CTXCANCEL_API int ctx_chan_recv(ctx_chan_t *chan, ctx_t *ctx, void *item);
+
+/* The same without waiting: CTX_QUEUE_FULL when there is no room, CTX_BUSY when there is nothing to take. */
+CTXCANCEL_API int ctx_chan_try_send(ctx_chan_t *chan, const void *item);
+CTXCANCEL_API int ctx_chan_try_recv(ctx_chan_t *chan, void *item);
+
+/* Say that nothing more will be sent. Whoever waits to send gets CTX_CLOSED, and so does whoever receives, once what
+   is in the channel has been taken. Closing again is CTX_CLOSED. */
+CTXCANCEL_API int ctx_chan_close(ctx_chan_t *chan);
+
+/* How many items are in the channel; those of senders that wait do not count. */
+CTXCANCEL_API size_t ctx_chan_len(const ctx_chan_t *chan);
+
+/* Free a channel that nobody uses any more; what is in it is forgotten. NULL is fine. */
+CTXCANCEL_API void ctx_chan_free(ctx_chan_t *chan);
+
+enum { CTX_RECV, CTX_SEND };
+
+/* One of the things that a select may do. */
+typedef struct {
+    ctx_chan_t *chan; /* NULL: never happens */
+    int op;           /* CTX_RECV or CTX_SEND */
+    void *item;       /* where to receive, or what to send */
+    int rc;           /* set if this one happened: 0 or CTX_CLOSED */
+} ctx_case_t;
+
+/* Do exactly one of `n` sends and receives, waiting until one can be done or `ctx` is done. The index of the one that
+   happened, or the err of `ctx`, which is looked at first. If several can be done, each is as likely. A closed channel
+   can: see `rc`. CTX_NO_MEMORY is possible with more than 16 cases. */
+CTXCANCEL_API int ctx_select(ctx_t *ctx, ctx_case_t *cases, size_t n);
+
+/* The same without waiting: CTX_BUSY if none can be done. */
+CTXCANCEL_API int ctx_try_select(ctx_case_t *cases, size_t n);
+
+/* What a stage does when its context is done. */
+typedef enum {
+    CTX_CANCEL_DROP,  /* stop: what was not received stays in `.in` */
+    CTX_CANCEL_DRAIN, /* stop, and hand what is in `.in` to `.dead_letter` */
+    CTX_CANCEL_EMIT   /* go on until `.in` is closed and empty, for `.emit_budget` at most; then as CTX_CANCEL_DRAIN */
+} ctx_on_cancel_t;
+
+typedef struct {
+    ctx_chan_t *in;            /* where items come from */
+    ctx_chan_t *out;           /* where results go; closed when the stage ends (default: nowhere) */
+    int workers;               /* threads that run `fn` (default: 1) */
+    bool ordered;              /* results leave in the order in which their items came (default: false) */
+    int (*fn)(ctx_t *ctx, const void *in, void *out, void *user); /* 0: send `*out` on; positive: skip this item;
+                                  negative: stop the stage with this error */
+    ctx_on_cancel_t on_cancel; /* (default: CTX_CANCEL_DROP) */
+    void (*dead_letter)(const void *item, int reason, void *user); /* takes each item that was received, but neither
+                                  sent on nor skipped, one call at a time; `item` is what came in (default: none) */
+    ctx_dur_t emit_budget;     /* how long CTX_CANCEL_EMIT goes on (default: 0, not at all) */
+    void *user;                /* for fn and dead_letter */
+} ctx_stage_desc_t;
+
+/* Run one step of a pipeline: receive items, call `fn`, send results, until `.in` is closed and empty; close `.out`;
+   return when every worker has, the caller being one of them. 0 when all items went through, the error of `fn`,
+   CTX_CLOSED if somebody else closed `.out`, the err of `ctx`, CTX_NO_MEMORY or CTX_INVALID. `fn` runs in several
+   threads if there are several workers. Each item goes on, is skipped or becomes a dead letter, exactly once; or it
+   stays in `.in`. After an error of `fn`, CTX_CANCEL_DROP and CTX_CANCEL_DRAIN mean the same as after a cancel, and
+   CTX_CANCEL_EMIT is like CTX_CANCEL_DRAIN. For a pipeline run each stage as a task of one group: the first that fails
+   stops the others. */
+CTXCANCEL_API int ctx_stage_run(ctx_t *ctx, const ctx_stage_desc_t *desc);
+
+/* == 12. flow ===================================================== */
+
+typedef struct ctx_batch ctx_batch_t;
+
+typedef struct {
+    const char *name;    /* for people; static (default: "batch") */
+    size_t item_size;    /* bytes of an item */
+    size_t max_items;    /* flush when so many have come (default: 100) */
+    ctx_dur_t max_delay; /* flush so long after the first came (default: 0, never: only at max_items,
+                            on request and at close) */
+    size_t queue;        /* items that may wait, those being flushed not counted (default: 4 * max_items) */
+    int (*flush)(ctx_t *ctx, const void *items, size_t n, void *user); /* write `n` items, in the order of their adding;
+                            0 is success. One call at a time. `ctx` is done when the lifetime is, or when the budget of
+                            the close has passed */
+    int retries;         /* how often a failed flush is tried again, at once (default: 0) */
+    void (*on_drop)(const void *items, size_t n, int reason, void *user); /* takes what will not be flushed: the last
+                            error of flush, CTX_DEADLINE_EXCEEDED (the budget of the close), CTX_CANCELED (the lifetime
+                            ended). Never at the same time as flush (default: nothing is called) */
+    void *user;          /* for flush and on_drop */
+    ctx_pool_t *pool;    /* flush runs here; must outlive the batcher (default: on an idle thread, made as needed) */
+    ctx_dur_t notice;    /* how long a cancelled flush gets to stop in a close (default: 100 ms; negative: none) */
+} ctx_batch_desc_t;
+
+/* Make a batcher below `lifetime`: many small adds become few large flushes. Every item that was added reaches exactly
+   one of flush and on_drop. A batcher whose items must survive a Ctrl-C lives below the background, and is closed
+   after it. No thread starts before there is something to flush. NULL with errno set if memory is short or an argument
+   is bad: `item_size` and `flush` are needed. */
+CTXCANCEL_API ctx_batch_t *ctx_batch_new(ctx_t *lifetime, const ctx_batch_desc_t *desc);
+
+/* Add a copy of `*item`. Never waits. 0, CTX_QUEUE_FULL, CTX_CLOSED when the batcher is closing, or the err of the
+   lifetime. */
+CTXCANCEL_API int ctx_batch_add(ctx_batch_t *batch, const void *item);
+
+/* The same, but waits for room until `ctx` is done, then returns its err. */
+CTXCANCEL_API int ctx_batch_add_wait(ctx_batch_t *batch, ctx_t *ctx, const void *item);
+
+/* Have everything that was added so far flushed soon. Does not wait. 0, or as for ctx_batch_add(). */
+CTXCANCEL_API int ctx_batch_flush(ctx_batch_t *batch);
+
+/* Refuse new items, flush what is left, and free the batcher. What is not flushed within `budget` goes to on_drop; a
+   flush that still runs is cancelled and given the notice time, and if it is stuck it is left behind: its items are its
+   own. 0 when the budget held, else CTX_DEADLINE_EXCEEDED. Not to be called from flush. NULL is fine. */
+CTXCANCEL_API int ctx_batch_close(ctx_batch_t *batch, ctx_dur_t budget);
+
+/* Storage for a rate limiter: a token bucket. The fields are private. */
+typedef struct {
+    int64_t full_at; /* [atomic] when the bucket would be full if nothing more were taken */
+    double cost;     /* [const] nanoseconds for one token */
+    int64_t burst;   /* [const] */
+} ctx_limiter_t;
+
+/* Make a limiter of `per_second` tokens a second, whose bucket holds `burst` and is full at first. 0;
+   CTX_INVALID unless 0 < per_second <= 1e7 and 1 <= burst <= 1e9. Holds no memory. */
+CTXCANCEL_API int ctx_limiter_init(ctx_limiter_t *limiter, double per_second, int64_t burst);
+
+/* Take `n` tokens if they are there now. One look at the clock and one atomic operation. */
+CTXCANCEL_API bool ctx_limiter_allow(ctx_limiter_t *limiter, int64_t n);
+
+/* Take `n` tokens, waiting for them until `ctx` is done. 0; or nothing is taken: the err of `ctx`; at once
+   CTX_DEADLINE_EXCEEDED if its deadline comes before the tokens, CTX_INVALID if `n` is negative or more than the bucket
+   holds. Those who wait are served in order. */
+CTXCANCEL_API int ctx_limiter_wait(ctx_limiter_t *limiter, ctx_t *ctx, int64_t n);
+
+/* Take `n` tokens on credit and return how long to wait before acting on them: 0 or more; CTX_INVALID as above. */
+CTXCANCEL_API ctx_dur_t ctx_limiter_reserve(ctx_limiter_t *limiter, int64_t n);
+
+/* Give back `n` tokens that were taken or reserved, but not acted on. */
+CTXCANCEL_API void ctx_limiter_cancel(ctx_limiter_t *limiter, int64_t n);
+
+typedef struct {
+    int attempts;   /* how often to try at most (default: 3; negative: until `ctx` is done) */
+    ctx_dur_t base; /* the wait after the first failure (default: 100 ms) */
+    ctx_dur_t cap;  /* the longest wait (default: 10 s) */
+    double factor;  /* each wait is so many times the one before; 1 at least (default: 2) */
+    double jitter;  /* which part of each wait is random, 0 to 1: 0.5 waits between half and all (default: 0) */
+    bool (*retryable)(int rc, void *arg); /* whether to try again after this error (default: after every one) */
+} ctx_retry_desc_t;
+
+/* Call `fn(ctx, arg)` until it returns 0, with exponential backoff between. Returns what `fn` returned last: 0, or the
+   error that was not retryable, or came from the last attempt, or after which the next wait would not fit before the
+   deadline of `ctx`. The err of `ctx` if that was done before the first attempt or in a wait, which it ends at once.
+   `desc` may be NULL. */
+CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_fn fn, void *arg);
+
 /* == 13. system =================================================== */
 
 /* Make a child of `parent` that the first of these signals cancels: ctx_cause() has the signal's number as code and its
@@ -520,6 +739,143 @@ CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_pe
    A failed context (CTX_INVALID) if `n` is 0 or one of them cannot be caught. */
 #define ctx_notify_signals(parent, ...) ctx_notify_signals_at((parent), __VA_ARGS__, CTX__SITE)
 CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, size_t n, const char *site);
+
+/* == 14. service ================================================== */
+
+/* What became of one component in a shutdown. Times count from its beginning; negative: it did not happen. */
+typedef struct {
+    const char *name;
+    ctx_dur_t began;     /* its turn came: what depends on it had stopped */
+    ctx_dur_t noticed;   /* it first reacted: a callback of its own had returned, or `run` had */
+    ctx_dur_t drained;   /* `drain` returned */
+    ctx_dur_t cancelled; /* its context was cancelled */
+    ctx_dur_t forced;    /* `force` was called */
+    ctx_dur_t finished;  /* everything of it had returned */
+    int rc;              /* of a service what `run` returned, of a cleanup what `fn` did, or the first error before */
+    uint64_t dropped;    /* by pools and batchers that its callbacks drained, and what they said themselves */
+    uint64_t stuck;      /* tasks left running by pools that its callbacks drained */
+    bool late;           /* it was not finished when the report was made: it is stuck, or goes on in the background */
+} ctx_shutdown_part_t;
+
+#define CTX_SHUTDOWN_PARTS 64
+
+/* How a shutdown went. */
+typedef struct {
+    const char *cause;  /* "SIGTERM", the text of another cancel, or the name of the component that failed */
+    int rc;             /* what the call returned */
+    ctx_dur_t budget;
+    ctx_dur_t took;
+    bool held;          /* everything stopped inside the budget */
+    bool forced;        /* a second signal came */
+    ctx_dur_t lame_duck; /* how long the readiness was off before the first component was told */
+    size_t total;       /* components */
+    size_t late;        /* of these, not finished */
+    uint64_t dropped;   /* in all */
+    size_t n;           /* parts that follow: min(total, CTX_SHUTDOWN_PARTS), the late and the slowest of them, in the
+                           order in which their turn came */
+    ctx_shutdown_part_t parts[CTX_SHUTDOWN_PARTS];
+} ctx_shutdown_t;
+
+/* Draw a report as text: a line of facts, then a time line for each component. 0, or the system's error. */
+CTXCANCEL_API int ctx_shutdown_print(const ctx_shutdown_t *report, FILE *file);
+
+/* In a callback of a service or a cleanup: say that `n` pieces of accepted work were dropped, for the report. What
+   ctx_pool_drain() and ctx_batch_close() drop there is counted by itself. Elsewhere it does nothing. */
+CTXCANCEL_API void ctx_shutdown_dropped(uint64_t n);
+
+typedef struct ctx_service ctx_service_t;
+
+/* A component: what it is called, what runs in it, how it stops. All callbacks may be NULL. */
+typedef struct {
+    const char *name;                         /* static; unique within an app (default: "service") */
+    int (*start)(ctx_t *ctx, void *user);     /* make it ready; 0, or an error: then the rest is never called */
+    int (*run)(ctx_t *ctx, void *user);       /* its work, on a thread of its own, until `ctx` is done; an error
+                                                 cancels its siblings: the services below the same parent */
+    void (*refuse)(void *user);               /* accept no more; returns at once */
+    int (*drain)(ctx_t *ctx, void *user);     /* finish what was accepted; `ctx` has the deadline */
+    void (*force)(void *user);                /* the last resort, if `run` or `drain` goes on after the notice */
+    void *user;                               /* for all callbacks; must live until they have returned */
+    ctx_dur_t drain_budget;                   /* how long `drain` may take (default: what the stop has) */
+    ctx_dur_t notice;                         /* how long it gets to stop once cancelled (default: 100 ms; negative:
+                                                 none) */
+    const char *const *after;                 /* names of the services that it needs, ended by NULL: it starts after
+                                                 them and stops before them. For apps (default: none) */
+} ctx_service_desc_t;
+
+/* Make a service below `parent`; when that is done, so is the context of `run`. NULL with errno set if memory is short
+   or an argument is bad. */
+CTXCANCEL_API ctx_service_t *ctx_service_new(ctx_t *parent, const ctx_service_desc_t *desc);
+
+/* Call `start` here, then `run` on its thread. 0, the error of `start`, the err of the parent, CTX_NO_MEMORY; CTX_BUSY
+   if it was started before, CTX_CLOSED if it was stopped. After an error it may be started again. */
+CTXCANCEL_API int ctx_service_start(ctx_service_t *service);
+
+/* Stop in phases: refuse; drain, for `.drain_budget` and at most until the notice time before the end of the budget;
+   cancel; and if it still goes on after the notice time, force. Each callback runs on a thread of its own, so none can
+   hold this up: it returns after budget + notice at the latest. 0, CTX_DEADLINE_EXCEEDED if it was not finished inside
+   the budget, else the first error of `run` or `drain`. Any number of callers, at any time, wait for the one stop and
+   get its result; one that was never started is stopped at once. `report` may be NULL. */
+CTXCANCEL_API int ctx_service_stop(ctx_service_t *service, ctx_dur_t budget, ctx_shutdown_t *report);
+
+/* Stop with no budget unless that is done, and free. What a stuck `run` touches of it lives until that ends. NULL is
+   fine. */
+CTXCANCEL_API void ctx_service_free(ctx_service_t *service);
+
+typedef struct ctx_app ctx_app_t;
+
+typedef struct {
+    const int *signals;           /* what ends the app; ends with 0 (default: SIGTERM and SIGINT) */
+    ctx_dur_t lame_duck;          /* how long to work on with the readiness off, until load balancers have noticed
+                                     (default: 0) */
+    ctx_dur_t budget;             /* for the whole shutdown, lame_duck included (default: 25 s) */
+    void (*on_force)(void *user); /* called when a second signal comes or the budget has passed, before components are
+                                     forced (default: none) */
+    void *user;                   /* for on_force */
+    ctx_shutdown_t *report;       /* filled in (default: none) */
+} ctx_app_desc_t;
+
+/* Make an app: services that start and stop together. It takes over values of `parent`, and shuts down in order when
+   that is done. NULL with errno set if memory is short. */
+CTXCANCEL_API ctx_app_t *ctx_app_new(ctx_t *parent);
+
+/* Add a service, before ctx_app_run(). 0, CTX_NO_MEMORY; CTX_INVALID if the name is missing or taken. */
+CTXCANCEL_API int ctx_app_add(ctx_app_t *app, const ctx_service_desc_t *desc);
+
+/* Start the services, each after those that it needs; wait for a signal, the end of the parent, or the first failure;
+   then turn the readiness off, wait for `.lame_duck`, and stop them, each as ctx_service_stop() does, as soon as those
+   that need it have stopped, all inside one budget. Once that has passed, or a second signal came, all that are left
+   are cancelled and forced. Frees the app. 0 when everything stopped inside the budget, else the first failure of a
+   component, or CTX_DEADLINE_EXCEEDED; at once CTX_INVALID if an `.after` names no service or goes in a circle.
+   `desc` may be NULL. */
+CTXCANCEL_API int ctx_app_run(ctx_app_t *app, const ctx_app_desc_t *desc);
+
+/* For a health check, as long as the app is running: everything has started and no shutdown has begun. */
+CTXCANCEL_API bool ctx_app_ready(const ctx_app_t *app);
+
+/* Work for the end of a program. Storage for it must be zeroed at first: `ctx_cleanup_t c = { 0 };`. The fields are
+   private. */
+typedef struct {
+    struct ctx__cleanup_item *first, *last;
+} ctx_cleanup_t;
+
+typedef struct {
+    const char *name;   /* for people; static (default: "cleanup") */
+    ctx_task_fn fn;     /* gets a context of its own, which nothing else cancels */
+    void *arg;
+    ctx_dur_t deadline; /* how long it may take before its context is done (default: the budget of the run) */
+    bool critical;      /* locks, leases and the like: runs before the others (default: false) */
+    void (*on_late)(const char *name, int rc, ctx_dur_t took, void *arg); /* called when it returns after
+                           ctx_cleanup_run() has: in the background, on the thread of `fn` (default: none) */
+} ctx_cleanup_desc_t;
+
+/* Register one. 0, CTX_NO_MEMORY, or CTX_INVALID. From any thread. */
+CTXCANCEL_API int ctx_cleanup_add(ctx_cleanup_t *cleanup, const ctx_cleanup_desc_t *desc);
+
+/* Run all that were added: the critical ones at once and side by side, the others side by side when those have returned
+   or have had their deadline. Returns when all have, but after `budget` at the latest: the rest finishes in the
+   background. 0, the first error, or CTX_DEADLINE_EXCEEDED if some are late. Each runs exactly once; afterwards the
+   storage is as new. `report` may be NULL. */
+CTXCANCEL_API int ctx_cleanup_run(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_shutdown_t *report);
 
 #ifdef __cplusplus
 }
@@ -540,7 +896,6 @@ CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, si
 #include <sched.h>
 #include <semaphore.h>
 #include <signal.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/types.h>
@@ -848,6 +1203,28 @@ static void ctx__unpark(ctx__parker_t *parker) {
         ctx__futex_wake(&parker->state, 1);
 }
 
+/* Park until unparked (true) or until `until` on the real clock (false). For waits that pace the library, not the
+   program; those of the program use ctx__park() of section 5, which knows the fake clock. Pairs with ctx__unpark. */
+static bool ctx__park_real(ctx__parker_t *parker, ctx_time_t until) {
+    for (;;) {
+        uint32_t state = CTX__EMPTY;
+        __atomic_compare_exchange_n(&parker->state, &state, (uint32_t)CTX__PARKED, false, __ATOMIC_ACQ_REL,
+                                    __ATOMIC_ACQUIRE);
+        if (state != CTX__SET) ctx__futex_wait(&parker->state, CTX__PARKED, until);
+        state = __atomic_load_n(&parker->state, __ATOMIC_ACQUIRE);
+        if (state == CTX__SET) return true;
+        if (until == CTX_NO_DEADLINE || ctx__clock_read() < until) continue;
+        if (__atomic_compare_exchange_n(&parker->state, &state, (uint32_t)CTX__EMPTY, false, __ATOMIC_ACQ_REL,
+                                        __ATOMIC_ACQUIRE))
+            return false;
+    }
+}
+
+/* Make a parker that was SET ready to be used again. Its owner does. */
+static void ctx__parker_reset(ctx__parker_t *parker) {
+    __atomic_store_n(&parker->state, (uint32_t)CTX__EMPTY, __ATOMIC_RELEASE);
+}
+
 /* Make the owner look at the clock again, without setting it. Pairs with the exchange in ctx__park. */
 static void ctx__parker_nudge(ctx__parker_t *parker) {
     uint32_t parked = CTX__PARKED;
@@ -969,6 +1346,8 @@ typedef struct {
     void *records;   /* free small records, each beginning with a pointer to the next */
     unsigned cached, cached_records;
     unsigned index;  /* counts threads from 1; 0: not entered yet */
+    uint64_t random; /* the state of ctx__random() */
+    void *runner;    /* the ctx__runner_t that this thread is: section 10 */
 } ctx__thread_t;
 static __thread ctx__thread_t ctx__self; /* its address stands for the thread */
 
@@ -984,6 +1363,7 @@ static CTX__COLD void ctx__thread_enter(void) {
     pthread_once(&ctx__once, ctx__setup);
     ctx__self.index = __atomic_add_fetch(&ctx__threads_seen, 1u, __ATOMIC_RELAXED);
     if (!ctx__self.index) ctx__self.index = 1;
+    ctx__self.random = ((uint64_t)ctx__clock_read() ^ (uint64_t)ctx__self.index << 40) | 1;
     pthread_setspecific(ctx__thread_key, &ctx__self);
 }
 
@@ -991,6 +1371,15 @@ static inline ctx__thread_t *ctx__me(void) {
     ctx__thread_t *me = &ctx__self;
     if (CTX__UNLIKELY(!me->index)) ctx__thread_enter();
     return me;
+}
+
+/* Numbers to spread things with: xorshift, of each thread its own. */
+static uint32_t ctx__random(void) {
+    ctx__thread_t *me = ctx__me();
+    me->random ^= me->random << 13;
+    me->random ^= me->random >> 7;
+    me->random ^= me->random << 17;
+    return (uint32_t)(me->random >> 32);
 }
 
 CTXCANCEL_API const char *ctx_strerror(int code) {
@@ -1090,9 +1479,11 @@ typedef struct ctx__timer {
     struct ctx__timer *next, **pprev; /* [wheel->mu] */
     ctx_time_t deadline;              /* [wheel->mu] while armed */
     uint8_t armed;                    /* [atomic, set under wheel->mu] */
-    uint8_t is_node;                  /* [const] inside a context; else inside a ctx__alarm_t */
+    uint8_t kind;                     /* [const] CTX__TIMER_...: what it is inside of */
     uint8_t wheel, level, slot;       /* [wheel->mu] where it is */
 } ctx__timer_t;
+
+enum { CTX__TIMER_ALARM, CTX__TIMER_NODE, CTX__TIMER_CALL };
 
 typedef struct ctx__record ctx__record_t;
 
@@ -1123,6 +1514,9 @@ enum {
     CTX__F_VALUES = 4,  /* holds a reference to its record, if it has one */
     CTX__F_MERGED = 8,  /* a ctx__merged_t */
     CTX__F_NOTIFY = 16, /* a ctx__notify_t: section 13 */
+    CTX__F_DECIDED = 32, /* ctx_sampled() was decided here or above: ... */
+    CTX__F_SAMPLED = 64, /* ... it says yes */
+    CTX__F_SAMPLING = CTX__F_DECIDED | CTX__F_SAMPLED,
     CTX__F_BIG = CTX__F_MERGED | CTX__F_NOTIFY
 };
 
@@ -1180,9 +1574,22 @@ static bool ctx__done(ctx_t *ctx) {
     return why != NULL;
 }
 
+static size_t ctx__round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
 static void *ctx__alloc(size_t size) {
     void *p = CTXCANCEL_MALLOC(size);
     if (p) memset(p, 0, size);
+    return p;
+}
+
+/* `zeroed` bytes of zeros and then `more` bytes, on a cache line of their own; `*raw` is what to free. */
+static void *ctx__alloc_lines(size_t zeroed, size_t more, void **raw) {
+    void *p = NULL;
+    if (zeroed < SIZE_MAX / 2 && more < SIZE_MAX / 2 - zeroed) p = CTXCANCEL_MALLOC(zeroed + more + CTX__LINE);
+    *raw = p;
+    if (!p) return NULL;
+    p = (void *)(((uintptr_t)p + CTX__LINE - 1) & ~(uintptr_t)(CTX__LINE - 1));
+    memset(p, 0, zeroed);
     return p;
 }
 
@@ -1703,7 +2110,7 @@ static inline ctx_t *ctx__node_init(ctx_t *node, ctx_t *parent, ctx_time_t deadl
     node->after = NULL;
     node->timer.deadline = deadline;
     node->timer.armed = 0;
-    node->timer.is_node = 1;
+    node->timer.kind = CTX__TIMER_NODE;
     node->own.what = NULL;
     node->values = NULL;
     node->name = name;
@@ -1743,7 +2150,7 @@ static CTX__INLINE ctx_t *ctx__make_inline(ctx_t *parent, ctx_t *node, const ctx
     if (CTX__UNLIKELY(!node)) return ctx__make_failed(make, CTX_NO_MEMORY);
     ctx__node_init(node, tree, timed ? make->deadline : limit, make->name ? make->name : parent->name, make->site);
     node->own.what = make->deadline_cause;
-    node->flags = make->flags;
+    node->flags = (uint8_t)(make->flags | (parent->flags & CTX__F_SAMPLING));
     if (make->record) {
         node->values = make->record;
         node->flags |= CTX__F_VALUES;
@@ -1798,6 +2205,8 @@ CTXCANCEL_API ctx_t *ctx_derive_at(ctx_t *parent, const ctx_desc_t *desc, const 
     make.name = desc->name;
     make.detach = desc->detach;
     make.deadline_cause = desc->deadline_cause;
+    if (desc->sample_one_in && !(parent->flags & CTX__F_DECIDED))
+        make.flags = ctx__random() % desc->sample_one_in ? CTX__F_DECIDED : CTX__F_SAMPLING;
     if (desc->key || desc->value) {
         if (!desc->key || (!desc->value && desc->key->size)) return ctx__failed(CTX_INVALID);
         make.record = ctx__record_with(parent->values, desc->key, desc->value);
@@ -1983,6 +2392,11 @@ CTXCANCEL_API const char *ctx_site(const ctx_t *ctx) {
     return ctx->site ? ctx->site : "";
 }
 
+CTXCANCEL_API bool ctx_sampled(const ctx_t *ctx) {
+    CTXCANCEL_ASSERT(ctx != NULL);
+    return (ctx->flags & CTX__F_SAMPLED) != 0;
+}
+
 /* False if the context is done already; then `reg` is not linked. */
 static bool ctx__after_add(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags) {
     bool live;
@@ -2049,12 +2463,7 @@ static bool ctx__after_unlink(ctx_after_t *reg, ctx_t **dead) {
             found->stoppers = &stopper;
         }
         ctx__unlock(&stripe->mu);
-        if (found && !mine) {
-            uint32_t *word = &stopper.parker.state, empty = CTX__EMPTY;
-            __atomic_compare_exchange_n(word, &empty, (uint32_t)CTX__PARKED, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
-            while (__atomic_load_n(word, __ATOMIC_ACQUIRE) != CTX__SET)
-                ctx__futex_wait(word, CTX__PARKED, CTX_NO_DEADLINE);
-        }
+        if (found && !mine) ctx__park_real(&stopper.parker, CTX_NO_DEADLINE);
         return false;
     }
     ctx = reg->ctx;
@@ -2247,6 +2656,14 @@ typedef struct {
     ctx__parker_t *parker;
 } ctx__alarm_t;
 
+/* A timer that calls `fn` on the runtime thread, inside its owner. The owner holds itself for an armed one: `fn` gives
+   that back, or who has removed it. */
+typedef struct {
+    ctx__timer_t timer;
+    void (*fn)(void *owner);
+    void *owner;
+} ctx__call_t;
+
 typedef struct ctx__nag ctx__nag_t;
 
 /* Guards the start and the end of the library's own threads, and what section 13 keeps: a mutex, since it is held over
@@ -2315,8 +2732,8 @@ static ctx_time_t ctx__wheel_next(const ctx__wheel_t *wheel) {
    comes before `armed`: who reads armed == 0 sees the pin. */
 static void ctx__timer_expire(ctx__wheel_t *wheel, ctx__timer_t *timer, ctx__timer_t **due) {
     wheel->armed--;
-    if (timer->is_node) {
-        if (ctx__pin(CTX__CONTAINER(timer, ctx_t, timer))) {
+    if (timer->kind != CTX__TIMER_ALARM) {
+        if (timer->kind == CTX__TIMER_CALL || ctx__pin(CTX__CONTAINER(timer, ctx_t, timer))) {
             timer->next = *due;
             *due = timer;
         }
@@ -2405,7 +2822,7 @@ static void ctx__due_done(ctx__timer_t *timer) {
     ctx__unlock(&ctx__runtime.mu);
 }
 
-/* Cancel the nodes of due timers, soonest first. No lock is held. */
+/* Cancel the nodes of due timers, and make the calls, soonest first. No lock is held. */
 static void ctx__due_fire(ctx__timer_t *due) {
     ctx__timer_t *timer;
     due = ctx__due_sort(due);
@@ -2413,7 +2830,14 @@ static void ctx__due_fire(ctx__timer_t *due) {
     ctx__runtime.due = ctx__due_merge(ctx__runtime.due, due);
     ctx__unlock(&ctx__runtime.mu);
     while ((timer = ctx__due_claim()) != NULL) {
-        ctx_t *node = CTX__CONTAINER(timer, ctx_t, timer);
+        ctx_t *node;
+        if (timer->kind == CTX__TIMER_CALL) {
+            ctx__call_t *call = CTX__CONTAINER(timer, ctx__call_t, timer);
+            ctx__due_done(timer); /* first, for the call may arm it again */
+            call->fn(call->owner);
+            continue;
+        }
+        node = CTX__CONTAINER(timer, ctx_t, timer);
         ctx__cancel(node, CTX_DEADLINE_EXCEEDED, CTX_DEADLINE_EXCEEDED, NULL);
         ctx__due_done(timer);
         ctx__unpin(node);
@@ -2563,11 +2987,6 @@ static bool ctx__park(ctx__parker_t *parker, ctx_time_t until) {
     }
 }
 
-/* Make a parker that was SET ready to be used again. Its owner does. */
-static void ctx__parker_reset(ctx__parker_t *parker) {
-    __atomic_store_n(&parker->state, (uint32_t)CTX__EMPTY, __ATOMIC_RELEASE);
-}
-
 /* After a change of clock: every timer takes its place anew, every sleeper looks again. */
 static void ctx__wheels_rebase(ctx_time_t now) {
     unsigned i, level, slot;
@@ -2589,7 +3008,7 @@ static void ctx__wheels_rebase(ctx_time_t now) {
         wheel->started = 0;
         while ((timer = all) != NULL) {
             all = timer->next;
-            if (timer->is_node) ctx__wheel_place(wheel, timer);
+            if (timer->kind != CTX__TIMER_ALARM) ctx__wheel_place(wheel, timer);
             else ctx__timer_expire(wheel, timer, &none);
         }
         ctx__unlock(&wheel->mu);
@@ -2708,6 +3127,8 @@ static void ctx__watch_fire(void *parker) { ctx__unpark((ctx__parker_t *)parker)
 
 /* Unpark `parker` when `ctx` is done. False: it is, and nothing was registered. */
 static bool ctx__watch(ctx__watch_t *watch, ctx_t *ctx, ctx__parker_t *parker) {
+    watch->reg.state = CTX__REG_IDLE;
+    if (ctx == &ctx__root) return true; /* it never is */
     ctx__timer_revive(ctx);
     return ctx__after_add(&watch->reg, ctx, ctx__watch_fire, parker, CTX__REG_WAKER);
 }
@@ -2722,6 +3143,49 @@ static void ctx__unwatch(ctx__watch_t *watch) {
         state = __atomic_load_n(&watch->reg.state, __ATOMIC_ACQUIRE);
         if (state == CTX__REG_FIRED) ctx__relax(&turn);
     } while (state == CTX__REG_FIRED);
+}
+
+/* Somebody who waits for a change of a structure. Stands on its own stack, in a list under that structure's lock. Who
+   is woken was taken out, and takes the lock before it leaves: so its parker is there as long as somebody may unpark
+   it. */
+typedef struct ctx__waiter {
+    struct ctx__waiter *next, **pprev; /* pprev NULL: not linked */
+    ctx__parker_t parker;
+} ctx__waiter_t;
+
+static void ctx__waiter_link(ctx__waiter_t **list, ctx__waiter_t *waiter) {
+    waiter->next = *list;
+    waiter->pprev = list;
+    if (waiter->next) waiter->next->pprev = &waiter->next;
+    *list = waiter;
+}
+
+static void ctx__waiter_unlink(ctx__waiter_t *waiter) {
+    if (!waiter->pprev) return;
+    *waiter->pprev = waiter->next;
+    if (waiter->next) waiter->next->pprev = waiter->pprev;
+    waiter->pprev = NULL;
+}
+
+/* Under the lock of the list. */
+static void ctx__waiters_wake(ctx__waiter_t **list) {
+    while (*list) {
+        ctx__waiter_t *waiter = *list;
+        ctx__waiter_unlink(waiter);
+        ctx__unpark(&waiter->parker);
+    }
+}
+
+/* Let go of `mu`, park until woken or until `until`, and take it again. True: woken. */
+static bool ctx__waiter_park(ctx__waiter_t **list, ctx__waiter_t *waiter, uint32_t *mu, ctx_time_t until) {
+    bool woken;
+    ctx__waiter_link(list, waiter);
+    ctx__unlock(mu);
+    woken = ctx__park(&waiter->parker, until);
+    ctx__parker_reset(&waiter->parker);
+    ctx__lock(mu);
+    ctx__waiter_unlink(waiter);
+    return woken;
 }
 
 static ctx_time_t ctx__from_now(ctx_dur_t dur) {
@@ -3029,8 +3493,21 @@ typedef struct {
     ctx_task_fn fn;
     void *arg;
     const char *op;
-    ctx__record_t *values; /* a reference, or NULL */
+    uintptr_t from;        /* what it has of its parent: a reference to the values, CTX__F_SAMPLING in the low bits */
 } ctx__task_t;
+
+static uintptr_t ctx__task_from(const ctx_t *parent) {
+    if (parent->values) ctx__record_retain(parent->values);
+    return (uintptr_t)parent->values | (uintptr_t)(parent->flags / CTX__F_DECIDED);
+}
+
+static ctx__record_t *ctx__task_values(uintptr_t from) { return (ctx__record_t *)(from & ~(uintptr_t)3); }
+static uint8_t ctx__task_sampling(uintptr_t from) { return (uint8_t)((from & 3) * CTX__F_DECIDED); }
+
+/* Tasks of the library's own, which take no values. When one is dropped it is called without a context, to put things
+   right, instead of on_drop. */
+static int ctx__group_turn(ctx_t *ctx, void *group); /* section 10 */
+static int ctx__batch_turn(ctx_t *ctx, void *batch); /* section 12 */
 
 enum { CTX__WORKER_NONE, CTX__WORKER_STARTING, CTX__WORKER_STARTED };
 enum { CTX__GUARD_FIRST = 1, CTX__GUARD_SECOND = 2 };
@@ -3062,12 +3539,6 @@ typedef struct ctx__worker {
     ctx__parker_t parker;
 } ctx__worker_t;
 
-/* Somebody who waits for the pool: for room or for its end. Stands on its own stack. */
-typedef struct ctx__pool_waiter {
-    struct ctx__pool_waiter *next, **pprev; /* [in] pprev NULL: not linked */
-    ctx__parker_t parker;
-} ctx__pool_waiter_t;
-
 struct ctx_pool {
     /* [const] */
     ctx_pool_desc_t desc; /* defaults resolved */
@@ -3091,10 +3562,12 @@ struct ctx_pool {
     unsigned callers;      /* [in] submitters that run a task themselves */
     unsigned drain_tasks;  /* [in] workers whose task is draining this pool */
     ctx__worker_t *idle;   /* [in] */
-    ctx__pool_waiter_t *drainers, *blocked; /* [in] */
+    ctx__waiter_t *drainers, *blocked; /* [in] */
     bool cut;              /* [in] a drain ran out of budget */
+    uint64_t tallied;      /* [in] of dropped, what a component's report has */
     uint64_t caller_ran[3]; /* [in] completed, failed, cancelled by callers */
     uint64_t dropped;      /* [atomic] */
+    uint64_t excused;      /* [atomic] tasks of the library's own that were dropped: nothing is lost with them */
     bool tiny;             /* [atomic] the tasks are not worth a second worker */
 
     CTX__ALIGNED uint32_t out;
@@ -3106,29 +3579,6 @@ struct ctx_pool {
     ctx__task_t *cells;
     void *raw;             /* what to free */
 };
-
-static void ctx__pool_waiter_link(ctx__pool_waiter_t **list, ctx__pool_waiter_t *waiter) {
-    waiter->next = *list;
-    waiter->pprev = list;
-    if (waiter->next) waiter->next->pprev = &waiter->next;
-    *list = waiter;
-}
-
-static void ctx__pool_waiter_unlink(ctx__pool_waiter_t *waiter) {
-    if (!waiter->pprev) return;
-    *waiter->pprev = waiter->next;
-    if (waiter->next) waiter->next->pprev = waiter->pprev;
-    waiter->pprev = NULL;
-}
-
-/* [in] A waiter looks at `in` again before it leaves, so its parker is there as long as it is linked. */
-static void ctx__pool_waiters_wake(ctx__pool_waiter_t **list) {
-    while (*list) {
-        ctx__pool_waiter_t *waiter = *list;
-        ctx__pool_waiter_unlink(waiter);
-        ctx__unpark(&waiter->parker);
-    }
-}
 
 static uint64_t ctx__pool_head(const ctx_pool_t *pool) { return __atomic_load_n(&pool->head, __ATOMIC_ACQUIRE); }
 static uint64_t ctx__pool_tail(const ctx_pool_t *pool) { return __atomic_load_n(&pool->tail, __ATOMIC_ACQUIRE); }
@@ -3144,7 +3594,7 @@ static void ctx__pool_unref(ctx_pool_t *pool) {
 /* Half is free again: those who wait for room may try. */
 static CTX__COLD void ctx__pool_room(ctx_pool_t *pool) {
     ctx__lock(&pool->in);
-    ctx__pool_waiters_wake(&pool->blocked);
+    ctx__waiters_wake(&pool->blocked);
     ctx__unlock(&pool->in);
 }
 
@@ -3172,7 +3622,12 @@ static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const cha
 
 /* Hand a task to on_drop. */
 static void ctx__pool_drop(ctx_pool_t *pool, const ctx__task_t *task, int reason) {
-    if (task->values) ctx__record_release(task->values);
+    if (ctx__task_values(task->from)) ctx__record_release(ctx__task_values(task->from));
+    if (task->fn == ctx__group_turn || task->fn == ctx__batch_turn) {
+        __atomic_fetch_add(&pool->excused, 1u, __ATOMIC_RELAXED);
+        task->fn(NULL, task->arg);
+        return;
+    }
     __atomic_fetch_add(&pool->dropped, 1u, __ATOMIC_RELAXED);
     if (pool->desc.on_drop) pool->desc.on_drop(task->op, task->arg, reason, pool->desc.user);
 }
@@ -3302,7 +3757,7 @@ static CTX__COLD int ctx__worker_start(ctx__worker_t *worker) {
         ctx__worker_unlook(worker);
         worker->state = CTX__WORKER_NONE;
         pool->workers--;
-        ctx__pool_waiters_wake(&pool->drainers);
+        ctx__waiters_wake(&pool->drainers);
     }
     ctx__unlock(&pool->in);
     if (rc) ctx__pool_unref(pool);
@@ -3350,7 +3805,8 @@ static ctx_t *ctx__worker_node(ctx__worker_t *worker, const ctx__task_t *task, c
         if (node->flags & CTX__F_STATIC) return NULL;
         worker->node = node;
     }
-    worker->node->values = task->values;
+    worker->node->values = ctx__task_values(task->from);
+    worker->node->flags = (uint8_t)(CTX__F_VALUES | ctx__task_sampling(task->from));
     worker->node->name = task->op;
     if (timed && !worker->timed) {
         worker->timed = true;
@@ -3557,7 +4013,7 @@ static void ctx__worker_lie_down(ctx__worker_t *worker) {
         worker->quiet = 0;
         worker->seen_head = worker->seen_tail = ctx__pool_tail(pool);
     }
-    ctx__pool_waiters_wake(&pool->drainers);
+    ctx__waiters_wake(&pool->drainers);
 }
 
 static ctx_dur_t ctx__guard_nap(const ctx__worker_t *worker) {
@@ -3572,7 +4028,6 @@ static bool ctx__worker_sleep(ctx__worker_t *worker) {
     bool napped = false;
     for (;;) {
         ctx_time_t until = CTX_NO_DEADLINE;
-        uint32_t state = CTX__EMPTY;
         ctx__lock(&pool->in);
         if (worker->idle && pool->quit) {
             ctx__idle_leave(worker);
@@ -3589,12 +4044,7 @@ static bool ctx__worker_sleep(ctx__worker_t *worker) {
         }
         if (worker->guard) until = ctx_time_add(ctx__clock_read(), ctx__guard_nap(worker));
         ctx__unlock(&pool->in);
-        /* Naps are in real time also under the fake clock: they pace the pool, not the program. */
-        if (__atomic_compare_exchange_n(&worker->parker.state, &state, (uint32_t)CTX__PARKED, false, __ATOMIC_ACQ_REL,
-                                        __ATOMIC_ACQUIRE))
-            ctx__futex_wait(&worker->parker.state, CTX__PARKED, until);
-        napped = until != CTX_NO_DEADLINE && __atomic_load_n(&worker->parker.state, __ATOMIC_ACQUIRE) != CTX__SET &&
-                 ctx__clock_read() >= until;
+        napped = !ctx__park_real(&worker->parker, until);
         ctx__parker_reset(&worker->parker);
     }
 }
@@ -3666,14 +4116,12 @@ static void *ctx__worker_main(void *arg) {
 
 /* -- the public side -- */
 
-static size_t ctx__round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
-
 CTXCANCEL_API ctx_pool_t *ctx_pool_new(ctx_t *lifetime, const ctx_pool_desc_t *desc) {
     ctx_pool_desc_t d;
     ctx_desc_t node;
-    size_t cells = 1, head, workers, total;
+    size_t cells = 1, head, workers;
     ctx_pool_t *pool;
-    char *raw;
+    void *raw;
     int i;
     memset(&d, 0, sizeof d);
     if (desc) d = *desc;
@@ -3691,11 +4139,8 @@ CTXCANCEL_API ctx_pool_t *ctx_pool_new(ctx_t *lifetime, const ctx_pool_desc_t *d
     while (cells < d.queue) cells *= 2;
     head = ctx__round_up(sizeof *pool, CTX__LINE);
     workers = ctx__round_up((size_t)d.workers * sizeof(ctx__worker_t), CTX__LINE);
-    total = head + workers + cells * sizeof(ctx__task_t) + CTX__LINE;
-    raw = (char *)CTXCANCEL_MALLOC(total);
-    if (!raw) return NULL;
-    pool = (ctx_pool_t *)(((uintptr_t)raw + CTX__LINE - 1) & ~(uintptr_t)(CTX__LINE - 1));
-    memset(pool, 0, head + workers);
+    pool = (ctx_pool_t *)ctx__alloc_lines(head + workers, cells * sizeof(ctx__task_t), &raw);
+    if (!pool) return NULL;
     pool->raw = raw;
     pool->all = (ctx__worker_t *)(void *)((char *)pool + head);
     pool->cells = (ctx__task_t *)(void *)((char *)pool + head + workers);
@@ -3766,7 +4211,7 @@ static inline ctx__worker_t *ctx__pool_wake_for(ctx_pool_t *pool, uint64_t befor
 
 /* Wait until half the queue is free, the pool ends or `parent` is done. [in], released meanwhile. */
 static CTX__COLD int ctx__pool_wait_room(ctx_pool_t *pool, ctx_t *parent, ctx__worker_t *roused) {
-    ctx__pool_waiter_t waiter;
+    ctx__waiter_t waiter;
     ctx__watch_t on_parent, on_pool;
     bool parent_live, pool_live = false;
     ctx__unlock(&pool->in);
@@ -3782,11 +4227,7 @@ static CTX__COLD int ctx__pool_wait_room(ctx_pool_t *pool, ctx_t *parent, ctx__w
         if (full) pool->want_room = true;
         ctx__unlock(&pool->out);
         if (full) {
-            ctx__pool_waiter_link(&pool->blocked, &waiter);
-            ctx__unlock(&pool->in);
-            ctx__park(&waiter.parker, CTX_NO_DEADLINE);
-            ctx__lock(&pool->in);
-            ctx__pool_waiter_unlink(&waiter);
+            ctx__waiter_park(&pool->blocked, &waiter, &pool->in, CTX_NO_DEADLINE);
         }
     }
     ctx__unlock(&pool->in);
@@ -3810,12 +4251,13 @@ static CTX__COLD void ctx__pool_caller_runs(ctx_pool_t *pool, ctx_t *parent, con
     if (make.record) ctx__record_retain(make.record);
     if (pool->desc.task_timeout) make.deadline = ctx_time_add(ctx_now(), pool->desc.task_timeout);
     ctx = ctx__make(pool->ctx, NULL, &make);
+    if (!(ctx->flags & CTX__F_STATIC)) ctx->flags = (uint8_t)(CTX__F_VALUES | (parent->flags & CTX__F_SAMPLING));
     verdict = ctx__task_verdict(ctx, task->fn(ctx, task->arg));
     ctx_end(ctx);
     ctx__lock(&pool->in);
     pool->caller_ran[verdict]++;
     pool->callers--;
-    ctx__pool_waiters_wake(&pool->drainers);
+    ctx__waiters_wake(&pool->drainers);
 }
 
 /* Make room by the oldest task. [in], released meanwhile. */
@@ -3875,8 +4317,7 @@ static int ctx__pool_put(ctx_pool_t *pool, ctx_t *parent, ctx__task_t *task, voi
             }
             continue;
         }
-        task->values = parent->values;
-        if (task->values) ctx__record_retain(task->values);
+        task->from = ctx__task_from(parent);
         pool->cells[pool->tail & pool->mask] = *task;
         __atomic_store_n(&pool->tail, pool->tail + 1, __ATOMIC_RELEASE);
         done++;
@@ -3919,18 +4360,25 @@ static bool ctx__pool_runs_me(const ctx_pool_t *pool) {
 
 /* Wait until the pool has settled. [in], released meanwhile. */
 static bool ctx__pool_wait_settled(ctx_pool_t *pool, ctx_time_t until) {
-    ctx__pool_waiter_t waiter;
+    ctx__waiter_t waiter;
     bool settled, in_time = true;
     memset(&waiter, 0, sizeof waiter);
     while (!(settled = ctx__pool_settled(pool)) && in_time) {
-        ctx__pool_waiter_link(&pool->drainers, &waiter);
-        ctx__unlock(&pool->in);
-        in_time = ctx__park(&waiter.parker, until);
-        ctx__parker_reset(&waiter.parker);
-        ctx__lock(&pool->in);
-        ctx__pool_waiter_unlink(&waiter);
+        in_time = ctx__waiter_park(&pool->drainers, &waiter, &pool->in, until);
     }
     return settled;
+}
+
+/* What the drains of a component lose is added up for the report of its shutdown: section 14 sets where. */
+typedef struct {
+    uint64_t dropped, stuck; /* [atomic] */
+} ctx__tally_t;
+static __thread ctx__tally_t *ctx__tally;
+
+static void ctx__tally_add(uint64_t dropped, uint64_t stuck) {
+    if (!ctx__tally) return;
+    __atomic_fetch_add(&ctx__tally->dropped, dropped, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&ctx__tally->stuck, stuck, __ATOMIC_RELAXED);
 }
 
 static void ctx__pool_report(ctx_pool_t *pool, ctx_drain_t *report) {
@@ -3950,6 +4398,7 @@ static void ctx__pool_report(ctx_pool_t *pool, ctx_drain_t *report) {
         if (op && names < CTX_DRAIN_OPS) report->running[names++] = op;
     }
     report->dropped = __atomic_load_n(&pool->dropped, __ATOMIC_ACQUIRE);
+    accepted -= __atomic_load_n(&pool->excused, __ATOMIC_ACQUIRE);
     report->stuck = accepted - report->completed - report->failed - report->cancelled - report->dropped;
     while (names > report->stuck) report->running[--names] = NULL; /* ended between the two looks */
 }
@@ -3964,8 +4413,8 @@ static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t notice,
     ctx__lock(&pool->in);
     pool->closed = true;
     pool->drain_tasks += self;
-    ctx__pool_waiters_wake(&pool->blocked);
-    ctx__pool_waiters_wake(&pool->drainers);
+    ctx__waiters_wake(&pool->blocked);
+    ctx__waiters_wake(&pool->drainers);
     if (!pool->looking && !ctx__pool_empty(pool)) roused = ctx__pool_rouse(pool); /* tasks gather no longer */
     ctx__unlock(&pool->in);
     ctx__worker_wake(roused);
@@ -3983,7 +4432,9 @@ static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t notice,
         cut_at = ctx_now();
     }
     r.wait_time = cut_at - start;
-    if (report) ctx__pool_report(pool, &r);
+    if (report || ctx__tally) ctx__pool_report(pool, &r);
+    ctx__tally_add(r.dropped - pool->tallied, r.stuck);
+    if (ctx__tally) pool->tallied = r.dropped;
     pool->drain_tasks -= self;
     rc = pool->cut ? CTX_DEADLINE_EXCEEDED : 0;
     ctx__unlock(&pool->in);
@@ -4046,6 +4497,1708 @@ CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_pe
     return (double)whole < n ? whole + 1 : whole;
 }
 
+/* == 10. group ==================================================== */
+
+/* Runners are threads that are used again. An idle one stands on a stack, the last to come on top since its stack is
+   still warm; it watches its parker for a few microseconds, as long as that has paid, then sleeps, and ends after
+   CTX__RUNNER_IDLE. A job is handed to the runner on top, or to a new one: jobs never queue, so they may wait for each
+   other. Work of ctx_go() is counted under the same lock.
+
+   A group on threads hands each task to a runner. A group on a pool keeps its tasks in a queue of its own and sends
+   `turns` to the pool, at most as many as can run at once; a turn runs the group's tasks one after the other until
+   there are none. So the group's threads that wait, for room or for the end, can take tasks from that queue themselves:
+   what has no thread is run by whoever waits for it, and what has one goes on by itself, so groups of groups never lock
+   up, however small the pool. `turns` counts a turn once the pool has taken it, so it is never more than there are; who
+   adds a task and then finds it 0, because the pool would not take a turn, takes that task back.
+
+   The group lives until its owner has waited and its last turn has come back. A pool that drops a turn tells it. */
+
+#define CTX__RUNNER_IDLE CTX_S(10) /* of real time */
+
+enum {
+    CTX__RUNNER_SPIN_MAX = 32,
+    CTX__TURN_TASKS = 32 /* that a turn runs before it queues up again behind the pool's other tasks */
+};
+
+typedef struct ctx__job {
+    void (*run)(const struct ctx__job *job);
+    void *owner; /* for run; the rest likewise */
+    ctx_t *ctx;
+    ctx_task_fn fn;
+    void *arg;
+} ctx__job_t;
+
+typedef struct ctx__runner {
+    struct ctx__runner *below; /* [mu] */
+    ctx__job_t job;            /* [mu while idle, else owner thread] without `run`: end */
+    bool idle;                 /* [mu] */
+    bool waits;                /* [mu] its work of ctx_go() is inside ctx_go_wait() */
+    int spin;                  /* [owner thread] how much watching has paid lately */
+    pthread_t thread;          /* [const] before it is first idle */
+    ctx__parker_t parker;
+} ctx__runner_t;
+
+static struct {
+    uint32_t mu;
+    ctx__runner_t *idle;    /* [mu] */
+    size_t going;           /* [mu] work of ctx_go() */
+    size_t waiting;         /* [mu] of that, inside ctx_go_wait() */
+    ctx__waiter_t *waiters; /* [mu] in ctx_go_wait() */
+} ctx__runners;
+
+static void ctx__go_work(const ctx__job_t *job) {
+    job->fn(job->ctx, job->arg);
+    ctx_end(job->ctx);
+}
+
+/* [mu] */
+static void ctx__go_left(void) {
+    ctx__runners.going--;
+    if (ctx__runners.going <= ctx__runners.waiting) ctx__waiters_wake(&ctx__runners.waiters);
+}
+
+static bool ctx__runner_told(const ctx__runner_t *runner) {
+    return __atomic_load_n(&runner->parker.state, __ATOMIC_ACQUIRE) == CTX__SET;
+}
+
+static void ctx__runner_watch(ctx__runner_t *runner) {
+    int i;
+    for (i = runner->spin * 16; i > 0 && !ctx__runner_told(runner); i--) ctx__cpu_pause();
+    if (!ctx__runner_told(runner)) ctx__cpu_yield();
+    if (ctx__runner_told(runner)) runner->spin = CTX__RUNNER_SPIN_MAX;
+    else if (runner->spin > 0) runner->spin /= 2;
+}
+
+/* Take a runner off the stack that has been idle for long. False: it has just been given a job. */
+static bool ctx__runner_retire(ctx__runner_t *runner) {
+    ctx__runner_t **at;
+    bool idle;
+    ctx__lock(&ctx__runners.mu);
+    idle = runner->idle;
+    if (idle) {
+        for (at = &ctx__runners.idle; *at != runner; at = &(*at)->below) {}
+        *at = runner->below;
+    }
+    ctx__unlock(&ctx__runners.mu);
+    return idle;
+}
+
+/* Wait for a job. False: the thread ends, and nobody will join it. */
+static bool ctx__runner_rest(ctx__runner_t *runner) {
+    ctx__runner_watch(runner);
+    if (!ctx__park_real(&runner->parker, ctx__clock_read() + CTX__RUNNER_IDLE)) {
+        if (ctx__runner_retire(runner)) {
+            pthread_detach(runner->thread);
+            return false;
+        }
+        ctx__park_real(&runner->parker, CTX_NO_DEADLINE);
+    }
+    ctx__parker_reset(&runner->parker);
+    return true;
+}
+
+static void *ctx__runner_main(void *arg) {
+    ctx__runner_t *runner = (ctx__runner_t *)arg;
+    ctx__me()->runner = runner;
+    ctx__thread_name("ctx-runner");
+    runner->thread = pthread_self();
+    while (runner->job.run) {
+        runner->job.run(&runner->job);
+        ctx__lock(&ctx__runners.mu);
+        if (runner->job.run == ctx__go_work) ctx__go_left();
+        runner->idle = true;
+        runner->below = ctx__runners.idle;
+        ctx__runners.idle = runner;
+        ctx__unlock(&ctx__runners.mu);
+        if (!ctx__runner_rest(runner)) break;
+    }
+    if (runner->idle) CTXCANCEL_FREE(runner); /* retired; else who told it to end joins and frees it */
+    return NULL;
+}
+
+static CTX__COLD int ctx__runner_start(const ctx__job_t *job) {
+    ctx__runner_t *runner = (ctx__runner_t *)ctx__alloc(sizeof *runner);
+    pthread_t thread;
+    if (!runner) return CTX_NO_MEMORY;
+    runner->job = *job;
+    runner->spin = CTX__RUNNER_SPIN_MAX;
+    if (!ctx__thread_start(&thread, ctx__runner_main, runner)) return 0;
+    CTXCANCEL_FREE(runner);
+    return CTX_NO_MEMORY;
+}
+
+/* Run a job on an idle thread or a new one. 0, or CTX_NO_MEMORY. */
+static int ctx__run(const ctx__job_t *job) {
+    bool counted = job->run == ctx__go_work;
+    ctx__runner_t *runner;
+    int rc;
+    ctx__lock(&ctx__runners.mu);
+    runner = ctx__runners.idle;
+    if (runner) {
+        ctx__runners.idle = runner->below;
+        runner->idle = false;
+        runner->job = *job;
+    }
+    ctx__runners.going += counted;
+    ctx__unlock(&ctx__runners.mu);
+    if (runner) {
+        ctx__unpark(&runner->parker);
+        return 0;
+    }
+    rc = ctx__runner_start(job);
+    if (!rc || !counted) return rc;
+    ctx__lock(&ctx__runners.mu);
+    ctx__go_left();
+    ctx__unlock(&ctx__runners.mu);
+    return rc;
+}
+
+/* End the idle threads. By ctx_runtime_stop(). */
+static void ctx__runners_stop(void) {
+    ctx__runner_t *runner, *all, *next;
+    ctx__lock(&ctx__runners.mu);
+    all = ctx__runners.idle;
+    ctx__runners.idle = NULL;
+    for (runner = all; runner; runner = runner->below) {
+        runner->idle = false;
+        runner->job.run = NULL;
+    }
+    ctx__unlock(&ctx__runners.mu);
+    for (runner = all; runner; runner = next) {
+        next = runner->below;
+        ctx__unpark(&runner->parker);
+        pthread_join(runner->thread, NULL);
+        CTXCANCEL_FREE(runner);
+    }
+}
+
+/* In the child of a fork: the idle threads are the parent's; this one may be a runner itself. */
+static void ctx__runners_forget(void) {
+    ctx__runner_t *self = (ctx__runner_t *)ctx__self.runner, *runner;
+    while ((runner = ctx__runners.idle) != NULL) {
+        ctx__runners.idle = runner->below;
+        CTXCANCEL_FREE(runner);
+    }
+    ctx__runners.going = self && self->job.run == ctx__go_work;
+    ctx__runners.waiting = self && self->waits;
+    ctx__runners.waiters = NULL;
+}
+
+CTXCANCEL_API int ctx_go(ctx_t *ctx, const char *name, ctx_task_fn fn, void *arg) {
+    ctx__make_t make = ctx__make_plain;
+    ctx__job_t job;
+    int rc;
+    if (!ctx || !fn) return CTX_INVALID;
+    rc = ctx_err(ctx);
+    if (rc) return rc;
+    make.name = name;
+    make.site = "ctx_go";
+    job.run = ctx__go_work;
+    job.owner = NULL;
+    job.ctx = ctx__make(ctx, NULL, &make);
+    job.fn = fn;
+    job.arg = arg;
+    if (job.ctx->flags & CTX__F_FAILED) return ctx_err(job.ctx);
+    rc = ctx__run(&job);
+    if (rc) ctx_end(job.ctx);
+    return rc;
+}
+
+CTXCANCEL_API size_t ctx_go_count(void) {
+    size_t n;
+    ctx__lock(&ctx__runners.mu);
+    n = ctx__runners.going;
+    ctx__unlock(&ctx__runners.mu);
+    return n;
+}
+
+CTXCANCEL_API int ctx_go_wait(ctx_t *ctx) {
+    ctx__runner_t *self = (ctx__runner_t *)ctx__me()->runner;
+    ctx__waiter_t waiter;
+    ctx__watch_t watch;
+    bool left;
+    if (!ctx) return CTX_INVALID;
+    memset(&waiter, 0, sizeof waiter);
+    if (!ctx__watch(&watch, ctx, &waiter.parker)) return ctx_err(ctx);
+    if (self && (self->job.run != ctx__go_work || self->waits)) self = NULL;
+    ctx__lock(&ctx__runners.mu);
+    if (self) {
+        self->waits = true;
+        ctx__runners.waiting++;
+        ctx__waiters_wake(&ctx__runners.waiters);
+    }
+    while ((left = ctx__runners.going > ctx__runners.waiting) && !ctx_err(ctx))
+        ctx__waiter_park(&ctx__runners.waiters, &waiter, &ctx__runners.mu, CTX_NO_DEADLINE);
+    if (self) {
+        self->waits = false;
+        ctx__runners.waiting--;
+    }
+    ctx__unlock(&ctx__runners.mu);
+    ctx__unwatch(&watch);
+    return left ? ctx_err(ctx) : 0;
+}
+
+/* -- groups -- */
+
+typedef struct ctx__cell {
+    struct ctx__cell *next, *prev; /* [mu] */
+    uint64_t number;               /* [mu] which task it holds; 0: none that is queued */
+    ctx_task_fn fn;
+    void *arg;
+} ctx__cell_t;
+
+struct ctx_group {
+    ctx_t *ctx;         /* [const] */
+    ctx_pool_t *pool;   /* [const] */
+    const char *name;   /* [const] of its turns */
+    size_t limit;       /* [const] */
+    int most_turns;     /* [const] */
+    uint32_t refs;      /* [atomic] its owner, and each turn that the pool has */
+    uint32_t mu;
+    int rc;             /* [mu] of the first task that failed */
+    size_t live;        /* [mu] tasks taken that have not returned */
+    uint64_t taken;     /* [mu] tasks ever queued */
+    int turns;          /* [mu] that the pool has; less for a moment, never more */
+    ctx__cell_t *first, *last; /* [mu] tasks that no thread has begun */
+    ctx__cell_t *spare; /* [mu] */
+    ctx__waiter_t *at_limit, *at_end; /* [mu] */
+};
+
+static void ctx__group_unref(ctx_group_t *group) {
+    ctx__cell_t *cell;
+    if (__atomic_fetch_sub(&group->refs, 1u, __ATOMIC_ACQ_REL) != 1) return;
+    while ((cell = group->spare) != NULL) {
+        group->spare = cell->next;
+        CTXCANCEL_FREE(cell);
+    }
+    CTXCANCEL_FREE(group);
+}
+
+/* [mu] */
+static void ctx__group_unqueue(ctx_group_t *group, ctx__cell_t *cell) {
+    if (cell->prev) cell->prev->next = cell->next;
+    else group->first = cell->next;
+    if (cell->next) cell->next->prev = cell->prev;
+    else group->last = cell->prev;
+    cell->number = 0;
+}
+
+/* [mu] Whoever waits has something to do, or to see. */
+static void ctx__group_wake(ctx_group_t *group) {
+    ctx__waiters_wake(&group->at_limit);
+    ctx__waiters_wake(&group->at_end);
+}
+
+/* [mu] */
+static void ctx__group_left(ctx_group_t *group) {
+    group->live--;
+    if (group->at_limit) ctx__waiters_wake(&group->at_limit);
+    if (!group->live) ctx__waiters_wake(&group->at_end);
+}
+
+/* A task has failed: the first stops the others. */
+static CTX__COLD void ctx__group_failed(ctx_group_t *group, int rc) {
+    bool first;
+    ctx__lock(&group->mu);
+    first = group->rc == 0;
+    if (first) group->rc = rc;
+    ctx__unlock(&group->mu);
+    if (first) ctx_cancel_cause(group->ctx, rc, NULL);
+}
+
+/* Run a task that was taken off the queue. [mu], released meanwhile. */
+static void ctx__group_run(ctx_group_t *group, ctx__cell_t *cell) {
+    int rc;
+    ctx__unlock(&group->mu);
+    rc = cell->fn(group->ctx, cell->arg);
+    if (rc) ctx__group_failed(group, rc);
+    ctx__lock(&group->mu);
+    cell->next = group->spare;
+    group->spare = cell;
+    ctx__group_left(group);
+}
+
+/* [mu], released meanwhile. True if there was a task to run. */
+static bool ctx__group_run_next(ctx_group_t *group) {
+    ctx__cell_t *cell = group->first;
+    if (!cell) return false;
+    ctx__group_unqueue(group, cell);
+    ctx__group_run(group, cell);
+    return true;
+}
+
+/* Have the pool take a turn. */
+static int ctx__group_send_turn(ctx_group_t *group) {
+    void *arg = group;
+    ctx__task_t task;
+    task.fn = ctx__group_turn;
+    task.op = group->name;
+    return ctx__pool_put(group->pool, &ctx__root, &task, &arg, 1, NULL, CTX_REJECT);
+}
+
+static int ctx__group_turn(ctx_t *ctx, void *arg) {
+    ctx_group_t *group = (ctx_group_t *)arg;
+    int ran = 0;
+    ctx__lock(&group->mu);
+    while (ctx && ctx__group_run_next(group)) {
+        if (++ran % CTX__TURN_TASKS || !group->first) continue;
+        ctx__unlock(&group->mu);
+        if (!ctx__group_send_turn(group)) return 0; /* that one goes on in the place of this */
+        ctx__lock(&group->mu);
+    }
+    group->turns--;
+    if (!ctx) ctx__group_wake(group);
+    ctx__unlock(&group->mu);
+    ctx__group_unref(group);
+    return 0;
+}
+
+static void ctx__group_thread_run(const ctx__job_t *job) {
+    ctx_group_t *group = (ctx_group_t *)job->owner;
+    int rc = job->fn(job->ctx, job->arg);
+    if (rc) ctx__group_failed(group, rc);
+    ctx__lock(&group->mu);
+    ctx__group_left(group);
+    ctx__unlock(&group->mu);
+}
+
+CTXCANCEL_API ctx_group_t *ctx_group_new(ctx_t *parent, const ctx_group_desc_t *desc) {
+    static const ctx_group_desc_t plain = { NULL, NULL, 0 };
+    ctx__make_t make = ctx__make_plain;
+    ctx_group_t *group;
+    if (!desc) desc = &plain;
+    errno = EINVAL;
+    if (!parent || desc->limit < 0 || (desc->pool && ctx__pool_forked(desc->pool))) return NULL;
+    errno = ENOMEM;
+    group = (ctx_group_t *)ctx__alloc(sizeof *group);
+    if (!group) return NULL;
+    make.name = desc->name;
+    make.site = "ctx_group_new";
+    group->ctx = desc->pool ? ctx_merge_at(parent, desc->pool->ctx, make.site) : ctx__make(parent, NULL, &make);
+    if (group->ctx->flags & CTX__F_FAILED) {
+        errno = -ctx_err(group->ctx);
+        CTXCANCEL_FREE(group);
+        return NULL;
+    }
+    if (desc->name) group->ctx->name = desc->name;
+    group->name = desc->name ? desc->name : "group";
+    group->pool = desc->pool;
+    group->limit = desc->limit ? (size_t)desc->limit : SIZE_MAX;
+    if (group->pool) group->most_turns = group->pool->desc.workers;
+    if ((size_t)group->most_turns > group->limit) group->most_turns = desc->limit;
+    group->refs = 1;
+    return group;
+}
+
+CTXCANCEL_API ctx_t *ctx_group_ctx(ctx_group_t *group) {
+    CTXCANCEL_ASSERT(group != NULL);
+    return group->ctx;
+}
+
+/* Get a place below the limit, helping out while there is none. [mu], released meanwhile. 0, or why there is none. */
+static int ctx__group_enter(ctx_group_t *group, bool wait) {
+    ctx__waiter_t waiter;
+    ctx__watch_t watch;
+    int err;
+    while ((err = ctx_err(group->ctx)) == 0 && group->live >= group->limit) {
+        if (!wait) return CTX_QUEUE_FULL;
+        if (ctx__group_run_next(group)) continue;
+        ctx__unlock(&group->mu);
+        memset(&waiter, 0, sizeof waiter);
+        if (ctx__watch(&watch, group->ctx, &waiter.parker)) {
+            ctx__lock(&group->mu);
+            if (group->live >= group->limit && !group->first)
+                ctx__waiter_park(&group->at_limit, &waiter, &group->mu, CTX_NO_DEADLINE);
+            ctx__unlock(&group->mu);
+            ctx__unwatch(&watch);
+        }
+        ctx__lock(&group->mu);
+    }
+    if (!err) group->live++;
+    return err;
+}
+
+static int ctx__group_go_thread(ctx_group_t *group, ctx_task_fn fn, void *arg) {
+    ctx__job_t job;
+    int rc;
+    job.run = ctx__group_thread_run;
+    job.owner = group;
+    job.ctx = group->ctx;
+    job.fn = fn;
+    job.arg = arg;
+    rc = ctx__run(&job);
+    if (!rc) return 0;
+    ctx__lock(&group->mu);
+    ctx__group_left(group);
+    ctx__unlock(&group->mu);
+    return rc;
+}
+
+/* The pool did not take the turn that the queued task `number` in `cell` wants. If none is under way the task is taken
+   back, if nobody has begun it: run here if the pool is only full. */
+static CTX__COLD int ctx__group_take_back(ctx_group_t *group, ctx__cell_t *cell, uint64_t number, int rc, bool wait) {
+    ctx__lock(&group->mu);
+    if (group->turns > 0 || cell->number != number) {
+        rc = 0;
+    } else {
+        ctx__group_unqueue(group, cell);
+        if (rc == CTX_QUEUE_FULL && wait) {
+            ctx__group_run(group, cell);
+            rc = 0;
+        } else {
+            cell->next = group->spare;
+            group->spare = cell;
+            ctx__group_left(group);
+        }
+    }
+    ctx__unlock(&group->mu);
+    return rc;
+}
+
+/* Queue a task, for which there is a place, and see to it that the pool comes for it. [mu], released here. */
+static int ctx__group_go_pool(ctx_group_t *group, ctx__cell_t *cell, ctx_task_fn fn, void *arg, bool wait) {
+    uint64_t number = ++group->taken;
+    bool send = group->turns < group->most_turns;
+    int rc;
+    cell->fn = fn;
+    cell->arg = arg;
+    cell->number = number;
+    cell->next = NULL;
+    cell->prev = group->last;
+    if (group->last) group->last->next = cell;
+    else group->first = cell;
+    group->last = cell;
+    if (group->at_end || group->at_limit) ctx__group_wake(group);
+    if (send) __atomic_fetch_add(&group->refs, 1u, __ATOMIC_RELAXED);
+    ctx__unlock(&group->mu);
+    if (!send) return 0;
+    rc = ctx__group_send_turn(group);
+    if (rc) {
+        ctx__group_unref(group); /* not the last: the caller's is still there */
+        return ctx__group_take_back(group, cell, number, rc, wait);
+    }
+    ctx__lock(&group->mu);
+    group->turns++;
+    ctx__unlock(&group->mu);
+    return 0;
+}
+
+static int ctx__group_add(ctx_group_t *group, ctx_task_fn fn, void *arg, bool wait) {
+    ctx__cell_t *cell;
+    int rc;
+    if (!group || !fn) return CTX_INVALID;
+    ctx__lock(&group->mu);
+    rc = ctx__group_enter(group, wait);
+    if (rc || !group->pool) {
+        ctx__unlock(&group->mu);
+        return rc ? rc : ctx__group_go_thread(group, fn, arg);
+    }
+    cell = group->spare;
+    if (cell) {
+        group->spare = cell->next;
+        return ctx__group_go_pool(group, cell, fn, arg, wait);
+    }
+    ctx__unlock(&group->mu);
+    cell = (ctx__cell_t *)CTXCANCEL_MALLOC(sizeof *cell);
+    ctx__lock(&group->mu);
+    if (cell) return ctx__group_go_pool(group, cell, fn, arg, wait);
+    ctx__group_left(group);
+    ctx__unlock(&group->mu);
+    return CTX_NO_MEMORY;
+}
+
+CTXCANCEL_API int ctx_group_go(ctx_group_t *group, ctx_task_fn fn, void *arg) {
+    return ctx__group_add(group, fn, arg, true);
+}
+
+CTXCANCEL_API int ctx_group_try_go(ctx_group_t *group, ctx_task_fn fn, void *arg) {
+    return ctx__group_add(group, fn, arg, false);
+}
+
+CTXCANCEL_API int ctx_group_wait(ctx_group_t *group) {
+    ctx__waiter_t waiter;
+    int rc;
+    if (!group) return CTX_INVALID;
+    memset(&waiter, 0, sizeof waiter);
+    ctx__lock(&group->mu);
+    while (group->live)
+        if (!ctx__group_run_next(group))
+            ctx__waiter_park(&group->at_end, &waiter, &group->mu, CTX_NO_DEADLINE);
+    rc = group->rc;
+    ctx__unlock(&group->mu);
+    ctx_end(group->ctx);
+    ctx__group_unref(group);
+    return rc;
+}
+
+CTXCANCEL_API int ctx_race(ctx_t *a, ctx_t *b, ctx_task_fn fn, void *arg) {
+    ctx_t *both;
+    int rc, err;
+    if (!a || !b || !fn) return CTX_INVALID;
+    both = ctx_merge_at(a, b, "ctx_race");
+    rc = ctx_err(both);
+    if (!rc) {
+        rc = fn(both, arg);
+        err = ctx_err(both);
+        if (err) rc = err;
+    }
+    ctx_end(both);
+    return rc;
+}
+
+/* == 11. channel ================================================== */
+
+/* A ring of items with a lock at each end, as in the pool, so that senders and receivers do not meet: `in` guards the
+   tail, `out` the head, and each end keeps what it last saw of the other. Who has to wait, and what else needs to see
+   all of the channel, takes both, `in` first. Lists of those that wait may be read under either lock and are changed
+   under both; so a sender, under `in`, sees a receiver that waits, and no wake-up is lost.
+
+   Nobody waits while there is something to do: receivers wait only if the ring is empty, senders only if it is full.
+   So a sender gives its item to the receiver that waits longest, and a receiver moves the item of the sender that waits
+   longest into the ring: what was waited for is done when the waiter wakes, in the order of arrival.
+
+   A waiter has one op for each channel that it waits on: one, or several for a select. `claimed` says which of them
+   happens: whoever swaps it from 0 does so, copies the item and wakes the waiter, all under the locks of that op's
+   channel. The waiter takes its ops out again under those locks; after that nobody can reach it, and it either was
+   claimed, also when it was cancelled at the same instant, or never will be. To start waiting on several channels it
+   holds the locks of all, taken in the order of their addresses, and looks once more.
+
+   With capacity 0 there is no ring, only the waiting. */
+
+enum {
+    CTX__CASES = 16, /* of a select that needs no allocation */
+    CTX__CHAN_SPIN_MAX = 64
+};
+
+typedef struct {
+    uint32_t claimed; /* [atomic] */
+    int index, rc;    /* [locks of the channel of the op that claimed it] */
+    ctx__parker_t parker;
+} ctx__chan_wait_t;
+
+typedef struct ctx__chan_op {
+    struct ctx__chan_op *next, *prev; /* [in and out] */
+    ctx__chan_wait_t *wait;           /* [const] */
+    void *item;                       /* [const] */
+    int index;                        /* [const] */
+    bool linked;                      /* [in and out] */
+} ctx__chan_op_t;
+
+typedef struct {
+    ctx__chan_op_t *first, *last;
+} ctx__chan_ops_t;
+
+struct ctx_chan {
+    size_t item_size, capacity; /* [const] */
+    char *ring;                 /* [const] */
+    void *raw;                  /* [const] what to free */
+    int spin[2];                /* [atomic] how much watching has paid lately for receivers and senders */
+
+    CTX__ALIGNED uint32_t in;
+    bool closed;               /* [in; changed under both] */
+    size_t tail_slot;          /* [in] */
+    uint64_t tail;             /* [atomic, set under in] items ever sent */
+    uint64_t head_seen;        /* [in] */
+    ctx__chan_ops_t receivers; /* [in or out; changed under both] */
+
+    CTX__ALIGNED uint32_t out;
+    size_t head_slot;        /* [out] */
+    uint64_t head;           /* [atomic, set under out] items ever received */
+    uint64_t tail_seen;      /* [out] */
+    ctx__chan_ops_t senders; /* [in or out; changed under both] */
+};
+
+static void ctx__chan_lock(ctx_chan_t *chan) {
+    ctx__lock(&chan->in);
+    ctx__lock(&chan->out);
+}
+
+static void ctx__chan_unlock(ctx_chan_t *chan) {
+    ctx__unlock(&chan->out);
+    ctx__unlock(&chan->in);
+}
+
+static inline void ctx__chan_copy(const ctx_chan_t *chan, void *to, const void *from) {
+    if (chan->item_size == sizeof(uint64_t) && to) memcpy(to, from, sizeof(uint64_t));
+    else if (chan->item_size && to) memcpy(to, from, chan->item_size);
+}
+
+/* [in] There is room. */
+static inline void ctx__chan_put(ctx_chan_t *chan, const void *item) {
+    ctx__chan_copy(chan, chan->ring + chan->tail_slot * chan->item_size, item);
+    if (++chan->tail_slot == chan->capacity) chan->tail_slot = 0;
+    __atomic_store_n(&chan->tail, chan->tail + 1, __ATOMIC_RELEASE); /* pairs with ctx__chan_filled() */
+}
+
+/* [out] There is an item. */
+static inline void ctx__chan_take(ctx_chan_t *chan, void *item) {
+    ctx__chan_copy(chan, item, chan->ring + chan->head_slot * chan->item_size);
+    if (++chan->head_slot == chan->capacity) chan->head_slot = 0;
+    __atomic_store_n(&chan->head, chan->head + 1, __ATOMIC_RELEASE); /* pairs with ctx__chan_room() */
+}
+
+/* [in] */
+static inline bool ctx__chan_room(ctx_chan_t *chan) {
+    if (chan->tail - chan->head_seen < chan->capacity) return true;
+    chan->head_seen = __atomic_load_n(&chan->head, __ATOMIC_ACQUIRE);
+    return chan->tail - chan->head_seen < chan->capacity;
+}
+
+/* [out] */
+static inline bool ctx__chan_filled(ctx_chan_t *chan) {
+    if (chan->head != chan->tail_seen) return true;
+    chan->tail_seen = __atomic_load_n(&chan->tail, __ATOMIC_ACQUIRE);
+    return chan->head != chan->tail_seen;
+}
+
+/* [in and out] */
+static void ctx__chan_link(ctx__chan_ops_t *ops, ctx__chan_op_t *op) {
+    op->next = NULL;
+    op->prev = ops->last;
+    if (op->prev) op->prev->next = op;
+    else ops->first = op;
+    ops->last = op;
+    op->linked = true;
+}
+
+/* [in and out] */
+static void ctx__chan_unlink(ctx__chan_ops_t *ops, ctx__chan_op_t *op) {
+    if (!op->linked) return;
+    if (op->prev) op->prev->next = op->next;
+    else ops->first = op->next;
+    if (op->next) op->next->prev = op->prev;
+    else ops->last = op->prev;
+    op->linked = false;
+}
+
+/* [in and out] Take out the op that waits longest and claim its waiter, to be followed by ctx__chan_finish(). */
+static ctx__chan_op_t *ctx__chan_claim(ctx__chan_ops_t *ops) {
+    ctx__chan_op_t *op;
+    while ((op = ops->first) != NULL) {
+        uint32_t unclaimed = 0;
+        ctx__chan_unlink(ops, op);
+        if (__atomic_compare_exchange_n(&op->wait->claimed, &unclaimed, 1u, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+            return op;
+    }
+    return NULL;
+}
+
+/* [in and out] */
+static void ctx__chan_finish(ctx__chan_op_t *op, int rc) {
+    op->wait->index = op->index;
+    op->wait->rc = rc;
+    ctx__unpark(&op->wait->parker);
+}
+
+/* [in and out] */
+static int ctx__chan_send_locked(ctx_chan_t *chan, const void *item) {
+    ctx__chan_op_t *receiver;
+    if (chan->closed) return CTX_CLOSED;
+    receiver = ctx__chan_claim(&chan->receivers);
+    if (receiver) {
+        ctx__chan_copy(chan, receiver->item, item);
+        ctx__chan_finish(receiver, 0);
+        return 0;
+    }
+    if (!ctx__chan_room(chan)) return CTX_QUEUE_FULL;
+    ctx__chan_put(chan, item);
+    return 0;
+}
+
+/* [in and out] */
+static int ctx__chan_recv_locked(ctx_chan_t *chan, void *item) {
+    bool filled = ctx__chan_filled(chan);
+    ctx__chan_op_t *sender;
+    if (filled) ctx__chan_take(chan, item);
+    sender = ctx__chan_claim(&chan->senders);
+    if (sender) {
+        if (filled) ctx__chan_put(chan, sender->item);
+        else ctx__chan_copy(chan, item, sender->item);
+        ctx__chan_finish(sender, 0);
+    }
+    return filled || sender ? 0 : chan->closed ? CTX_CLOSED : CTX_BUSY;
+}
+
+/* [in and out] */
+static int ctx__chan_do_locked(ctx_chan_t *chan, int op, void *item) {
+    return op == CTX_SEND ? ctx__chan_send_locked(chan, item) : ctx__chan_recv_locked(chan, item);
+}
+
+static bool ctx__chan_blocked(int rc) { return rc == CTX_QUEUE_FULL || rc == CTX_BUSY; }
+
+/* The usual send: one lock, no waiter. `ctx` is looked at under the lock, so that who has seen it done and the channel
+   empty after that will not find an item sent with it later. False: it takes more than this. */
+static inline bool ctx__chan_send_fast(ctx_chan_t *chan, const ctx_t *ctx, const void *item) {
+    bool can;
+    ctx__lock(&chan->in);
+    can = !chan->closed && !chan->receivers.first && (!ctx || !ctx_err(ctx)) && ctx__chan_room(chan);
+    if (can) ctx__chan_put(chan, item);
+    ctx__unlock(&chan->in);
+    return can;
+}
+
+static inline bool ctx__chan_recv_fast(ctx_chan_t *chan, void *item) {
+    bool can;
+    ctx__lock(&chan->out);
+    can = !chan->senders.first && ctx__chan_filled(chan);
+    if (can) ctx__chan_take(chan, item);
+    ctx__unlock(&chan->out);
+    return can;
+}
+
+static inline bool ctx__chan_do_fast(ctx_chan_t *chan, int op, const ctx_t *ctx, void *item) {
+    return op == CTX_SEND ? ctx__chan_send_fast(chan, ctx, item) : ctx__chan_recv_fast(chan, item);
+}
+
+static int ctx__chan_try(ctx_chan_t *chan, int op, void *item) {
+    int rc;
+    if (ctx__chan_do_fast(chan, op, NULL, item)) return 0;
+    ctx__chan_lock(chan);
+    rc = ctx__chan_do_locked(chan, op, item);
+    ctx__chan_unlock(chan);
+    return rc;
+}
+
+/* Could it be done now? Only a hint. */
+static bool ctx__chan_ready(const ctx_chan_t *chan, int op) {
+    uint64_t head = __atomic_load_n(&chan->head, __ATOMIC_RELAXED);
+    uint64_t tail = __atomic_load_n(&chan->tail, __ATOMIC_RELAXED);
+    return op == CTX_SEND ? tail - head < chan->capacity : tail != head;
+}
+
+/* Watch the ring for a few microseconds, as long as that has paid, before sleeping. True: there may be something. */
+static bool ctx__chan_watch(ctx_chan_t *chan, int op) {
+    int spin = __atomic_load_n(&chan->spin[op], __ATOMIC_RELAXED), turn, i;
+    bool ready = false;
+    if (!chan->capacity) return false;
+    for (turn = 0; turn < spin && !ready; turn++) {
+        for (i = turn < 16 ? turn : 16; i >= 0; i--) ctx__cpu_pause();
+        ready = ctx__chan_ready(chan, op);
+    }
+    if (ready) {
+        __atomic_store_n(&chan->spin[op], CTX__CHAN_SPIN_MAX, __ATOMIC_RELAXED);
+        return true;
+    }
+    __atomic_store_n(&chan->spin[op], spin / 2, __ATOMIC_RELAXED);
+    ctx__cpu_yield();
+    return ctx__chan_ready(chan, op);
+}
+
+static void ctx__chan_op_init(ctx__chan_op_t *op, ctx__chan_wait_t *wait, void *item, int index) {
+    op->next = op->prev = NULL;
+    op->wait = wait;
+    op->item = item;
+    op->index = index;
+    op->linked = false;
+}
+
+static ctx__chan_ops_t *ctx__chan_ops(ctx_chan_t *chan, int op) {
+    return op == CTX_SEND ? &chan->senders : &chan->receivers;
+}
+
+/* Queue up and park until somebody has done it or `ctx` is done. */
+static CTX__COLD int ctx__chan_block(ctx_chan_t *chan, int op, ctx_t *ctx, void *item) {
+    ctx__chan_wait_t wait;
+    ctx__chan_op_t self;
+    ctx__watch_t watch;
+    int rc;
+    memset(&wait, 0, sizeof wait);
+    ctx__chan_op_init(&self, &wait, item, 0);
+    if (!ctx__watch(&watch, ctx, &wait.parker)) return ctx_err(ctx);
+    ctx__chan_lock(chan);
+    rc = ctx_err(ctx);
+    if (!rc) rc = ctx__chan_do_locked(chan, op, item);
+    if (ctx__chan_blocked(rc)) ctx__chan_link(ctx__chan_ops(chan, op), &self);
+    ctx__chan_unlock(chan);
+    if (ctx__chan_blocked(rc)) {
+        ctx__park(&wait.parker, CTX_NO_DEADLINE);
+        ctx__chan_lock(chan);
+        ctx__chan_unlink(ctx__chan_ops(chan, op), &self);
+        ctx__chan_unlock(chan);
+        rc = wait.claimed ? wait.rc : ctx_err(ctx);
+    }
+    ctx__unwatch(&watch);
+    return rc;
+}
+
+static int ctx__chan_do(ctx_chan_t *chan, int op, ctx_t *ctx, void *item) {
+    int err;
+    if (!chan || !ctx || (op == CTX_SEND && !item && chan->item_size)) return CTX_INVALID;
+    err = ctx_err(ctx);
+    if (err) return err;
+    if (ctx__chan_do_fast(chan, op, ctx, item)) return 0;
+    if (ctx__chan_watch(chan, op) && ctx__chan_do_fast(chan, op, ctx, item)) return 0;
+    return ctx__chan_block(chan, op, ctx, item);
+}
+
+CTXCANCEL_API ctx_chan_t *ctx_chan_new(size_t item_size, size_t capacity) {
+    size_t head = ctx__round_up(sizeof(ctx_chan_t), CTX__LINE);
+    ctx_chan_t *chan;
+    void *raw;
+    ctx__me();
+    errno = ENOMEM;
+    if (item_size && capacity > (SIZE_MAX / 4) / item_size) return NULL;
+    chan = (ctx_chan_t *)ctx__alloc_lines(head, item_size * capacity, &raw);
+    if (!chan) return NULL;
+    chan->item_size = item_size;
+    chan->capacity = capacity;
+    chan->ring = (char *)chan + head;
+    chan->raw = raw;
+    if (ctx__cpus > 1) chan->spin[CTX_RECV] = chan->spin[CTX_SEND] = CTX__CHAN_SPIN_MAX;
+    return chan;
+}
+
+CTXCANCEL_API int ctx_chan_send(ctx_chan_t *chan, ctx_t *ctx, const void *item) {
+    return ctx__chan_do(chan, CTX_SEND, ctx, (void *)(uintptr_t)item);
+}
+
+CTXCANCEL_API int ctx_chan_recv(ctx_chan_t *chan, ctx_t *ctx, void *item) {
+    return ctx__chan_do(chan, CTX_RECV, ctx, item);
+}
+
+CTXCANCEL_API int ctx_chan_try_send(ctx_chan_t *chan, const void *item) {
+    if (!chan || (!item && chan->item_size)) return CTX_INVALID;
+    return ctx__chan_try(chan, CTX_SEND, (void *)(uintptr_t)item);
+}
+
+CTXCANCEL_API int ctx_chan_try_recv(ctx_chan_t *chan, void *item) {
+    return chan ? ctx__chan_try(chan, CTX_RECV, item) : CTX_INVALID;
+}
+
+CTXCANCEL_API int ctx_chan_close(ctx_chan_t *chan) {
+    ctx__chan_op_t *op;
+    int rc;
+    if (!chan) return CTX_INVALID;
+    ctx__chan_lock(chan);
+    rc = chan->closed ? CTX_CLOSED : 0;
+    chan->closed = true;
+    while ((op = ctx__chan_claim(&chan->receivers)) != NULL) ctx__chan_finish(op, CTX_CLOSED);
+    while ((op = ctx__chan_claim(&chan->senders)) != NULL) ctx__chan_finish(op, CTX_CLOSED);
+    ctx__chan_unlock(chan);
+    return rc;
+}
+
+CTXCANCEL_API size_t ctx_chan_len(const ctx_chan_t *chan) {
+    uint64_t head, tail;
+    CTXCANCEL_ASSERT(chan != NULL);
+    head = __atomic_load_n(&chan->head, __ATOMIC_ACQUIRE);
+    tail = __atomic_load_n(&chan->tail, __ATOMIC_ACQUIRE);
+    return tail - head < chan->capacity ? (size_t)(tail - head) : chan->capacity;
+}
+
+CTXCANCEL_API void ctx_chan_free(ctx_chan_t *chan) {
+    if (!chan) return;
+    CTXCANCEL_ASSERT(!chan->receivers.first && !chan->senders.first);
+    CTXCANCEL_FREE(chan->raw);
+}
+
+/* -- select -- */
+
+typedef struct {
+    ctx_case_t *cases;
+    size_t n;
+    ctx__chan_op_t *ops;  /* one for each case */
+    ctx_chan_t **chans;   /* those of the cases, each once, in the order of their addresses; n_chans of them */
+    size_t n_chans;
+    ctx__chan_wait_t wait;
+} ctx__select_t;
+
+/* Try the cases in a random order: so each that can be done is as likely. The index, or CTX_BUSY. */
+static int ctx__select_try(ctx__select_t *select, bool locked) {
+    size_t left;
+    for (left = select->n; left > 0; left--) {
+        /* The places of the ops serve to shuffle: those of the first `left` are still to be tried. */
+        size_t pick = left > 1 ? ctx__random() % left : 0;
+        int i = select->ops[pick].index;
+        ctx_case_t *c = &select->cases[i];
+        select->ops[pick].index = select->ops[left - 1].index;
+        select->ops[left - 1].index = i;
+        if (!c->chan) continue;
+        c->rc = locked ? ctx__chan_do_locked(c->chan, c->op, c->item) : ctx__chan_try(c->chan, c->op, c->item);
+        if (!ctx__chan_blocked(c->rc)) return i;
+    }
+    return CTX_BUSY;
+}
+
+static void ctx__select_sort(ctx__select_t *select) {
+    size_t i, at, n = 0;
+    for (i = 0; i < select->n; i++) {
+        ctx_chan_t *chan = select->cases[i].chan;
+        if (!chan) continue;
+        for (at = 0; at < n && (uintptr_t)select->chans[at] < (uintptr_t)chan; at++) {}
+        if (at < n && select->chans[at] == chan) continue;
+        memmove(&select->chans[at + 1], &select->chans[at], (n - at) * sizeof(ctx_chan_t *));
+        select->chans[at] = chan;
+        n++;
+    }
+    select->n_chans = n;
+}
+
+static int ctx__select_block(ctx__select_t *select, ctx_t *ctx) {
+    ctx__watch_t watch;
+    size_t i;
+    int index = CTX_BUSY;
+    if (!ctx__watch(&watch, ctx, &select->wait.parker)) return ctx_err(ctx);
+    ctx__select_sort(select);
+    for (i = 0; i < select->n_chans; i++) ctx__chan_lock(select->chans[i]);
+    if (!ctx_err(ctx)) index = ctx__select_try(select, true);
+    if (index == CTX_BUSY) {
+        for (i = 0; i < select->n; i++) {
+            ctx__chan_op_t *op = &select->ops[i];
+            const ctx_case_t *c = &select->cases[op->index];
+            ctx__chan_op_init(op, &select->wait, c->item, op->index);
+            if (c->chan) ctx__chan_link(ctx__chan_ops(c->chan, c->op), op);
+        }
+    }
+    for (i = select->n_chans; i > 0; i--) ctx__chan_unlock(select->chans[i - 1]);
+    if (index == CTX_BUSY) {
+        ctx__park(&select->wait.parker, CTX_NO_DEADLINE);
+        for (i = 0; i < select->n; i++) {
+            ctx__chan_op_t *op = &select->ops[i];
+            const ctx_case_t *c = &select->cases[op->index];
+            if (!c->chan) continue;
+            ctx__chan_lock(c->chan);
+            ctx__chan_unlink(ctx__chan_ops(c->chan, c->op), op);
+            ctx__chan_unlock(c->chan);
+        }
+        if (select->wait.claimed) select->cases[index = select->wait.index].rc = select->wait.rc;
+    }
+    ctx__unwatch(&watch);
+    return index == CTX_BUSY ? ctx_err(ctx) : index;
+}
+
+/* `ctx` NULL: do not wait. */
+static int ctx__select(ctx_t *ctx, ctx_case_t *cases, size_t n) {
+    ctx__chan_op_t few_ops[CTX__CASES];
+    ctx_chan_t *few_chans[CTX__CASES];
+    ctx__select_t select;
+    char *many = NULL;
+    size_t i;
+    int index;
+    if (n > INT32_MAX || (n && !cases)) return CTX_INVALID;
+    for (i = 0; i < n; i++) {
+        const ctx_case_t *c = &cases[i];
+        if (c->op != CTX_RECV && c->op != CTX_SEND) return CTX_INVALID;
+        if (c->chan && c->op == CTX_SEND && !c->item && c->chan->item_size) return CTX_INVALID;
+    }
+    if (n > CTX__CASES) many = (char *)CTXCANCEL_MALLOC(n * (sizeof(ctx__chan_op_t) + sizeof(ctx_chan_t *)));
+    if (n > CTX__CASES && !many) return CTX_NO_MEMORY;
+    memset(&select.wait, 0, sizeof select.wait);
+    select.cases = cases;
+    select.n = n;
+    select.n_chans = 0;
+    select.ops = many ? (ctx__chan_op_t *)(void *)many : few_ops;
+    select.chans = many ? (ctx_chan_t **)(void *)(many + n * sizeof(ctx__chan_op_t)) : few_chans;
+    for (i = 0; i < n; i++) select.ops[i].index = (int)i;
+    index = ctx__select_try(&select, false);
+    if (index == CTX_BUSY && ctx) index = ctx__select_block(&select, ctx);
+    if (many) CTXCANCEL_FREE(many);
+    return index;
+}
+
+CTXCANCEL_API int ctx_select(ctx_t *ctx, ctx_case_t *cases, size_t n) {
+    int err;
+    if (!ctx) return CTX_INVALID;
+    err = ctx_err(ctx);
+    return err ? err : ctx__select(ctx, cases, n);
+}
+
+CTXCANCEL_API int ctx_try_select(ctx_case_t *cases, size_t n) { return ctx__select(NULL, cases, n); }
+
+/* -- stages --
+
+   The caller is the first worker; others run on idle threads. With CTX_CANCEL_EMIT it works on none: it watches the
+   context, from which that of the workers is detached, and cancels theirs when the budget is over. In an ordered stage
+   one worker at a time receives, which numbers the items, and the results leave by number: each worker has at most one
+   item, so who waits for its number to come up waits only for items that others are working on. */
+
+typedef struct {
+    ctx_stage_desc_t desc;  /* [const] defaults resolved */
+    ctx_t *work;            /* [const] the context of fn */
+    char *items;            /* [const] of each worker what came in and what goes out */
+    size_t in_room, room;   /* [const] bytes of these */
+    ctx_sem_t letters;      /* one call of dead_letter at a time */
+    ctx_sem_t receiving;    /* ordered: one receives at a time */
+    uint64_t received;      /* [receiving] */
+    uint32_t mu;
+    uint64_t sent;          /* [mu] ordered: the number that may leave */
+    int left;               /* [mu] workers that have not returned */
+    int rc;                 /* [mu] what stopped it */
+    bool through;           /* [mu] `.in` was closed and empty */
+    ctx__waiter_t *turns;   /* [mu] ordered: workers that wait for their number */
+    ctx__waiter_t *at_end;  /* [mu] the caller */
+} ctx__stage_t;
+
+typedef struct {
+    ctx__stage_t *stage;
+    char *in, *out;
+} ctx__stage_worker_t;
+
+static void ctx__stage_stop(ctx__stage_t *stage, int rc) {
+    ctx__lock(&stage->mu);
+    if (!stage->rc) stage->rc = rc;
+    ctx__unlock(&stage->mu);
+    ctx_cancel_cause(stage->work, rc, "stage stopped");
+}
+
+static void ctx__stage_letter(ctx__stage_t *stage, const void *item, int reason) {
+    if (!stage->desc.dead_letter) return;
+    ctx_sem_acquire(&stage->letters, &ctx__root, 1);
+    stage->desc.dead_letter(item, reason, stage->desc.user);
+    ctx_sem_release(&stage->letters, 1);
+}
+
+static int ctx__stage_recv(ctx__stage_t *stage, void *item, uint64_t *number) {
+    int rc;
+    if (!stage->desc.ordered) return ctx_chan_recv(stage->desc.in, stage->work, item);
+    rc = ctx_sem_acquire(&stage->receiving, stage->work, 1);
+    if (rc) return rc;
+    rc = ctx_chan_recv(stage->desc.in, stage->work, item);
+    if (!rc) *number = stage->received++;
+    ctx_sem_release(&stage->receiving, 1);
+    return rc;
+}
+
+static void ctx__stage_await_turn(ctx__stage_t *stage, uint64_t number) {
+    ctx__waiter_t waiter;
+    memset(&waiter, 0, sizeof waiter);
+    ctx__lock(&stage->mu);
+    while (stage->sent != number) ctx__waiter_park(&stage->turns, &waiter, &stage->mu, CTX_NO_DEADLINE);
+    ctx__unlock(&stage->mu);
+}
+
+static void ctx__stage_pass_turn(ctx__stage_t *stage) {
+    ctx__lock(&stage->mu);
+    stage->sent++;
+    ctx__waiters_wake(&stage->turns);
+    ctx__unlock(&stage->mu);
+}
+
+/* One item. 0, or what stops the stage. */
+static int ctx__stage_item(ctx__stage_t *stage, const ctx__stage_worker_t *worker, uint64_t number) {
+    ctx_chan_t *out = stage->desc.out;
+    int rc = stage->desc.fn(stage->work, worker->in, out ? worker->out : NULL, stage->desc.user);
+    if (stage->desc.ordered) ctx__stage_await_turn(stage, number);
+    if (rc == 0 && out) rc = ctx_chan_send(out, stage->work, worker->out);
+    if (rc < 0) ctx__stage_letter(stage, worker->in, rc);
+    if (stage->desc.ordered) ctx__stage_pass_turn(stage);
+    return rc < 0 ? rc : 0;
+}
+
+static void ctx__stage_worker(const ctx__stage_worker_t *worker) {
+    ctx__stage_t *stage = worker->stage;
+    uint64_t number = 0;
+    int rc;
+    while ((rc = ctx__stage_recv(stage, worker->in, &number)) == 0) {
+        rc = ctx__stage_item(stage, worker, number);
+        if (rc) {
+            ctx__stage_stop(stage, rc);
+            break;
+        }
+    }
+    ctx__lock(&stage->mu);
+    if (!stage->rc && rc == CTX_CLOSED) stage->through = true;
+    if (--stage->left == 0) ctx__waiters_wake(&stage->at_end);
+    ctx__unlock(&stage->mu);
+}
+
+static void ctx__stage_worker_place(ctx__stage_t *stage, ctx__stage_worker_t *worker, int i) {
+    worker->stage = stage;
+    worker->in = stage->items + (size_t)i * stage->room;
+    worker->out = worker->in + stage->in_room;
+}
+
+static void ctx__stage_job(const ctx__job_t *job) {
+    ctx__stage_worker_t worker;
+    worker.stage = (ctx__stage_t *)job->owner;
+    worker.in = (char *)job->arg;
+    worker.out = worker.in + worker.stage->in_room;
+    ctx__stage_worker(&worker);
+}
+
+/* Wait until no worker is left, until `until`, or until `ctx` (may be NULL) is done. */
+static void ctx__stage_await(ctx__stage_t *stage, ctx_t *ctx, ctx_time_t until) {
+    ctx__waiter_t waiter;
+    ctx__watch_t watch;
+    bool woken = true;
+    memset(&waiter, 0, sizeof waiter);
+    if (ctx && !ctx__watch(&watch, ctx, &waiter.parker)) return;
+    ctx__lock(&stage->mu);
+    while (stage->left && woken && !(ctx && ctx_err(ctx)))
+        woken = ctx__waiter_park(&stage->at_end, &waiter, &stage->mu, until);
+    ctx__unlock(&stage->mu);
+    if (ctx) ctx__unwatch(&watch);
+}
+
+/* Start workers from number `first` on: fewer if threads cannot be had. */
+static void ctx__stage_start(ctx__stage_t *stage, int first) {
+    int i;
+    for (i = first; i < stage->desc.workers; i++) {
+        ctx__stage_worker_t worker;
+        ctx__job_t job;
+        ctx__stage_worker_place(stage, &worker, i);
+        memset(&job, 0, sizeof job);
+        job.run = ctx__stage_job;
+        job.owner = stage;
+        job.arg = worker.in;
+        if (!ctx__run(&job)) continue;
+        ctx__lock(&stage->mu);
+        stage->left -= stage->desc.workers - i;
+        if (stage->left == 0) stage->rc = CTX_NO_MEMORY;
+        ctx__unlock(&stage->mu);
+        return;
+    }
+}
+
+static void ctx__stage_work(ctx__stage_t *stage, ctx_t *ctx) {
+    bool emit = stage->desc.on_cancel == CTX_CANCEL_EMIT;
+    ctx__stage_start(stage, emit ? 0 : 1);
+    if (emit) {
+        ctx__stage_await(stage, ctx, CTX_NO_DEADLINE);
+        ctx__stage_await(stage, NULL, ctx__from_now(stage->desc.emit_budget > 0 ? stage->desc.emit_budget : 0));
+        ctx_cancel_cause(stage->work, CTX_DEADLINE_EXCEEDED, "emit budget");
+    } else {
+        ctx__stage_worker_t worker;
+        ctx__stage_worker_place(stage, &worker, 0);
+        ctx__stage_worker(&worker);
+    }
+    ctx__stage_await(stage, NULL, CTX_NO_DEADLINE);
+}
+
+/* All workers have returned: what becomes of the rest, and what the result is. */
+static int ctx__stage_finish(ctx__stage_t *stage, ctx_t *ctx) {
+    int err = ctx_err(ctx), rc = stage->rc ? stage->rc : stage->through ? 0 : err, reason = rc;
+    if (stage->desc.on_cancel == CTX_CANCEL_EMIT && rc == CTX_DEADLINE_EXCEEDED && err) rc = err;
+    if (reason && stage->desc.on_cancel != CTX_CANCEL_DROP && stage->desc.dead_letter)
+        while (ctx_chan_try_recv(stage->desc.in, stage->items) == 0) ctx__stage_letter(stage, stage->items, reason);
+    if (stage->desc.out) ctx_chan_close(stage->desc.out);
+    return rc;
+}
+
+CTXCANCEL_API int ctx_stage_run(ctx_t *ctx, const ctx_stage_desc_t *desc) {
+    ctx__stage_t stage;
+    int rc;
+    if (!ctx || !desc || !desc->in || !desc->fn || desc->workers < 0 || desc->in == desc->out ||
+        (int)desc->on_cancel < 0 || desc->on_cancel > CTX_CANCEL_EMIT)
+        return CTX_INVALID;
+    memset(&stage, 0, sizeof stage);
+    stage.desc = *desc;
+    if (!stage.desc.workers) stage.desc.workers = 1;
+    stage.left = stage.desc.workers;
+    stage.in_room = ctx__round_up(desc->in->item_size + 1, 2 * sizeof(void *));
+    stage.room = stage.in_room + ctx__round_up(desc->out ? desc->out->item_size : 0, 2 * sizeof(void *));
+    ctx_sem_init(&stage.letters, 1);
+    ctx_sem_init(&stage.receiving, 1);
+    stage.work = desc->on_cancel == CTX_CANCEL_EMIT ? ctx_without_cancel_at(ctx, "ctx_stage_run")
+                                                     : ctx_with_cancel_at(ctx, "ctx_stage_run");
+    stage.items = (char *)CTXCANCEL_MALLOC((size_t)stage.desc.workers * stage.room);
+    if ((stage.work->flags & CTX__F_FAILED) || !stage.items) {
+        rc = stage.items ? ctx_err(stage.work) : CTX_NO_MEMORY;
+        if (desc->out) ctx_chan_close(desc->out);
+    } else {
+        ctx__stage_work(&stage, ctx);
+        rc = ctx__stage_finish(&stage, ctx);
+    }
+    CTXCANCEL_FREE(stage.items);
+    ctx_end(stage.work);
+    return rc;
+}
+
+/* == 12. flow ===================================================== */
+
+/* Batcher. A ring of blocks of max_items, so that what one flush gets lies in one piece: the block being flushed, if
+   any, then full ones, then the one that is filled. Only that last is ever flushed in part, when it is `due`: by its
+   delay, on request or at the close. One lock; the callbacks run without it.
+
+   It has no thread. Whoever makes something ready to be flushed while nobody flushes sets `turning` and sends a turn:
+   to the pool, or to a runner of section 10 if there is none or it has closed. The turn flushes until nothing is ready
+   and clears `turning` under the lock, so nothing that is ready is ever left without one. Should a turn not be had,
+   the next add and a timer try again. The timer of the delay is armed by the first item and left armed when the block
+   is flushed sooner: when it fires it looks how old the current first item is, and arms itself again.
+
+   Once the context is done, whoever holds the turn hands everything to on_drop. The batcher is counted: its owner, an
+   armed timer and a turn hold it, so closing need not wait for a stuck flush. */
+
+#define CTX__BATCH_AGAIN CTX_MS(1) /* until a turn is asked for again that could not be had */
+
+struct ctx_batch {
+    ctx_batch_desc_t desc; /* [const] defaults resolved */
+    ctx_t *ctx;            /* [const] below the lifetime */
+    ctx_after_t on_end;    /* on ctx */
+    char *items;           /* blocks of desc.max_items; who has taken a block out may read it */
+    size_t blocks;         /* [const] */
+    void *raw;             /* [const] what to free */
+    unsigned forks;        /* [const] as for pools */
+    uint32_t refs;         /* [atomic] */
+    uint32_t mu;
+    size_t head;           /* [mu] the oldest block */
+    size_t flushing;       /* [mu] 1 while that is out */
+    size_t full;           /* [mu] full blocks that wait, behind it */
+    size_t fill;           /* [mu] items in the block behind those */
+    ctx_time_t first_at;   /* [mu] when the first of these came */
+    bool due;              /* [mu] flush that block as it is */
+    bool turning;          /* [mu] a turn is on its way or at work */
+    bool closed;           /* [mu] */
+    bool armed;            /* [mu] the timer is, or is about to call */
+    ctx__call_t timer;
+    uint64_t dropped;      /* [atomic] items that went to on_drop */
+    ctx__waiter_t *at_room, *at_end; /* [mu] */
+};
+
+static void ctx__batch_unref(ctx_batch_t *batch) {
+    if (__atomic_fetch_sub(&batch->refs, 1u, __ATOMIC_ACQ_REL) != 1) return;
+    ctx_end(batch->ctx);
+    CTXCANCEL_FREE(batch->raw);
+}
+
+/* [mu] */
+static size_t ctx__batch_waiting(const ctx_batch_t *batch) { return batch->full * batch->desc.max_items + batch->fill; }
+
+/* [mu] Has something become ready while nobody flushes? Then the caller sends a turn once `mu` is free. */
+static bool ctx__batch_claim_turn(ctx_batch_t *batch) {
+    if (batch->turning || !(batch->full || (batch->fill && batch->due))) return false;
+    batch->turning = true;
+    __atomic_fetch_add(&batch->refs, 1u, __ATOMIC_RELAXED);
+    return true;
+}
+
+/* [mu] Have the timer call at `when` at the latest. */
+static void ctx__batch_arm(ctx_batch_t *batch, ctx_time_t when) {
+    if (batch->armed && when < batch->timer.timer.deadline) ctx__timer_move(&batch->timer.timer, when);
+    if (batch->armed) return;
+    batch->armed = true;
+    __atomic_fetch_add(&batch->refs, 1u, __ATOMIC_RELAXED);
+    ctx__timer_add(&batch->timer.timer, when);
+}
+
+static void ctx__batch_drop(ctx_batch_t *batch, const char *items, size_t n, int reason) {
+    __atomic_fetch_add(&batch->dropped, n, __ATOMIC_RELAXED);
+    if (batch->desc.on_drop) batch->desc.on_drop(items, n, reason, batch->desc.user);
+}
+
+static int ctx__batch_drop_reason(const ctx_batch_t *batch) {
+    return ctx_cause(batch->ctx).code == CTX_DEADLINE_EXCEEDED ? CTX_DEADLINE_EXCEEDED : ctx_err(batch->ctx);
+}
+
+static void ctx__batch_do(ctx_batch_t *batch, const char *items, size_t n) {
+    int tries = batch->desc.retries, rc = 0;
+    if (ctx_err(batch->ctx)) {
+        ctx__batch_drop(batch, items, n, ctx__batch_drop_reason(batch));
+        return;
+    }
+    do {
+        rc = batch->desc.flush(batch->ctx, items, n, batch->desc.user);
+    } while (rc && tries-- > 0 && !ctx_err(batch->ctx));
+    if (rc) ctx__batch_drop(batch, items, n, rc);
+}
+
+/* [mu] Take the next block out, if it is ready: its items. */
+static char *ctx__batch_next(ctx_batch_t *batch, size_t *n) {
+    if (!batch->full && !(batch->fill && (batch->due || ctx_err(batch->ctx)))) return NULL;
+    *n = batch->full ? batch->desc.max_items : batch->fill;
+    if (batch->full) batch->full--;
+    else batch->fill = 0, batch->due = false;
+    batch->flushing = 1;
+    return batch->items + batch->head * batch->desc.max_items * batch->desc.item_size;
+}
+
+/* The work of a turn that was claimed. */
+static void ctx__batch_work(ctx_batch_t *batch) {
+    char *items;
+    size_t n;
+    ctx__lock(&batch->mu);
+    while ((items = ctx__batch_next(batch, &n)) != NULL) {
+        ctx__waiters_wake(&batch->at_room);
+        ctx__unlock(&batch->mu);
+        ctx__batch_do(batch, items, n);
+        ctx__lock(&batch->mu);
+        batch->flushing = 0;
+        if (++batch->head == batch->blocks) batch->head = 0;
+    }
+    batch->turning = false;
+    ctx__waiters_wake(&batch->at_end);
+    if (batch->fill && batch->desc.max_delay)
+        ctx__batch_arm(batch, ctx_time_add(batch->first_at, batch->desc.max_delay));
+    ctx__unlock(&batch->mu);
+    ctx__batch_unref(batch);
+}
+
+static void ctx__batch_job(const ctx__job_t *job) { ctx__batch_work((ctx_batch_t *)job->owner); }
+
+/* Send a claimed turn on its way; with `here`, do its work in this thread if no other can be had. */
+static void ctx__batch_send_turn(ctx_batch_t *batch, bool here) {
+    void *arg = batch;
+    ctx__task_t task;
+    ctx__job_t job;
+    int rc = CTX_CLOSED;
+    task.fn = ctx__batch_turn;
+    task.op = batch->desc.name;
+    if (batch->desc.pool) rc = ctx__pool_put(batch->desc.pool, &ctx__root, &task, &arg, 1, NULL, CTX_REJECT);
+    if (rc == CTX_QUEUE_FULL && !here) {
+        /* soon again */
+    } else if (rc) {
+        memset(&job, 0, sizeof job);
+        job.run = ctx__batch_job;
+        job.owner = batch;
+        rc = ctx__run(&job);
+    }
+    if (rc && here) {
+        ctx__batch_work(batch);
+    } else if (rc) {
+        ctx__lock(&batch->mu);
+        batch->turning = false;
+        ctx__waiters_wake(&batch->at_end);
+        if (!ctx__timer_ready()) ctx__batch_arm(batch, ctx_time_add(ctx_now(), CTX__BATCH_AGAIN));
+        ctx__unlock(&batch->mu);
+        ctx__batch_unref(batch);
+    }
+}
+
+static int ctx__batch_turn(ctx_t *ctx, void *arg) {
+    ctx_batch_t *batch = (ctx_batch_t *)arg;
+    if (ctx) ctx__batch_work(batch);
+    else ctx__batch_send_turn(batch, true); /* the pool has dropped it */
+    return 0;
+}
+
+/* Runs on the runtime thread. */
+static void ctx__batch_tick(void *arg) {
+    ctx_batch_t *batch = (ctx_batch_t *)arg;
+    ctx_time_t due_at;
+    bool claimed;
+    if (batch->forks != ctx__forks) return;
+    ctx__lock(&batch->mu);
+    batch->armed = false;
+    due_at = ctx_time_add(batch->first_at, batch->desc.max_delay);
+    if (batch->fill && batch->desc.max_delay && !batch->due) {
+        if (due_at <= ctx_now()) batch->due = true;
+        else if (!batch->closed) ctx__batch_arm(batch, due_at);
+    }
+    claimed = ctx__batch_claim_turn(batch);
+    ctx__unlock(&batch->mu);
+    if (claimed) ctx__batch_send_turn(batch, false);
+    ctx__batch_unref(batch);
+}
+
+/* Runs when the context is done. A turn that is at work will see that by itself. */
+static void ctx__batch_ended(void *arg) {
+    ctx_batch_t *batch = (ctx_batch_t *)arg;
+    bool claimed;
+    if (batch->forks != ctx__forks) return;
+    ctx__lock(&batch->mu);
+    ctx__waiters_wake(&batch->at_room);
+    batch->due = batch->fill > 0;
+    claimed = ctx__batch_claim_turn(batch);
+    ctx__unlock(&batch->mu);
+    if (claimed) ctx__batch_work(batch);
+}
+
+CTXCANCEL_API ctx_batch_t *ctx_batch_new(ctx_t *lifetime, const ctx_batch_desc_t *desc) {
+    size_t head = ctx__round_up(sizeof(ctx_batch_t), CTX__LINE), block;
+    ctx_batch_desc_t d;
+    ctx_desc_t node;
+    ctx_batch_t *batch;
+    void *raw;
+    errno = EINVAL;
+    if (!lifetime || !desc || !desc->item_size || !desc->flush || desc->max_delay < 0 || desc->retries < 0) return NULL;
+    d = *desc;
+    if (!d.name) d.name = "batch";
+    if (!d.max_items) d.max_items = 100;
+    if (!d.notice) d.notice = CTX_MS(100);
+    errno = ENOMEM;
+    if (d.max_items > SIZE_MAX / 16 / d.item_size) return NULL;
+    block = d.max_items * d.item_size;
+    if (!d.queue) d.queue = 4 * d.max_items;
+    if (d.queue / d.max_items + 2 > SIZE_MAX / 4 / block) return NULL;
+    d.queue = d.queue < d.max_items ? d.max_items : d.queue;
+    ctx__me();
+    batch = (ctx_batch_t *)ctx__alloc_lines(head, ((d.queue + d.max_items - 1) / d.max_items + 1) * block, &raw);
+    if (!batch) return NULL;
+    batch->raw = raw;
+    batch->items = (char *)batch + head;
+    batch->blocks = (d.queue + d.max_items - 1) / d.max_items + 1;
+    batch->desc = d;
+    batch->forks = ctx__forks;
+    batch->refs = 1;
+    batch->timer.timer.kind = CTX__TIMER_CALL;
+    batch->timer.fn = ctx__batch_tick;
+    batch->timer.owner = batch;
+    memset(&node, 0, sizeof node);
+    node.name = d.name;
+    batch->ctx = ctx_derive_at(lifetime, &node, "ctx_batch_new");
+    if (batch->ctx->flags & CTX__F_FAILED) {
+        errno = -ctx_err(batch->ctx);
+        CTXCANCEL_FREE(raw);
+        return NULL;
+    }
+    ctx__after_or_run(&batch->on_end, batch->ctx, ctx__batch_ended, batch, CTX__REG_OWN);
+    return batch;
+}
+
+/* [mu] 0 if items are taken, whether or not there is room. */
+static int ctx__batch_refuses(const ctx_batch_t *batch) { return batch->closed ? CTX_CLOSED : ctx_err(batch->ctx); }
+
+/* [mu] There is room. */
+static inline void ctx__batch_put(ctx_batch_t *batch, const void *item) {
+    const ctx_batch_desc_t *desc = &batch->desc;
+    size_t block = batch->head + batch->flushing + batch->full;
+    if (block >= batch->blocks) block -= batch->blocks;
+    memcpy(batch->items + (block * desc->max_items + batch->fill) * desc->item_size, item, desc->item_size);
+    if (batch->fill++ == 0 && desc->max_delay) {
+        batch->first_at = ctx_now();
+        ctx__batch_arm(batch, ctx_time_add(batch->first_at, desc->max_delay));
+    }
+    if (batch->fill == desc->max_items) {
+        batch->full++;
+        batch->fill = 0;
+        batch->due = false;
+    }
+}
+
+CTXCANCEL_API int ctx_batch_add(ctx_batch_t *batch, const void *item) {
+    bool claimed = false;
+    int rc;
+    if (!batch || !item) return CTX_INVALID;
+    rc = batch->desc.max_delay ? ctx__timer_ready() : 0;
+    if (CTX__UNLIKELY(rc)) return CTX_NO_MEMORY;
+    ctx__lock(&batch->mu);
+    rc = ctx__batch_refuses(batch);
+    if (!rc && ctx__batch_waiting(batch) >= batch->desc.queue) rc = CTX_QUEUE_FULL;
+    if (!rc) ctx__batch_put(batch, item);
+    if (rc != CTX_CLOSED) claimed = ctx__batch_claim_turn(batch);
+    ctx__unlock(&batch->mu);
+    if (claimed) ctx__batch_send_turn(batch, false);
+    return rc;
+}
+
+CTXCANCEL_API int ctx_batch_add_wait(ctx_batch_t *batch, ctx_t *ctx, const void *item) {
+    ctx__waiter_t waiter;
+    ctx__watch_t watch;
+    int rc;
+    if (!batch || !ctx || !item) return CTX_INVALID;
+    while ((rc = ctx_err(ctx)) == 0 && (rc = ctx_batch_add(batch, item)) == CTX_QUEUE_FULL) {
+        memset(&waiter, 0, sizeof waiter);
+        if (!ctx__watch(&watch, ctx, &waiter.parker)) continue;
+        ctx__lock(&batch->mu);
+        if (!ctx__batch_refuses(batch) && ctx__batch_waiting(batch) >= batch->desc.queue)
+            ctx__waiter_park(&batch->at_room, &waiter, &batch->mu, CTX_NO_DEADLINE);
+        ctx__unlock(&batch->mu);
+        ctx__unwatch(&watch);
+    }
+    return rc;
+}
+
+CTXCANCEL_API int ctx_batch_flush(ctx_batch_t *batch) {
+    bool claimed = false;
+    int rc;
+    if (!batch) return CTX_INVALID;
+    ctx__lock(&batch->mu);
+    rc = ctx__batch_refuses(batch);
+    if (!rc) {
+        batch->due = batch->fill > 0;
+        claimed = ctx__batch_claim_turn(batch);
+    }
+    ctx__unlock(&batch->mu);
+    if (claimed) ctx__batch_send_turn(batch, false);
+    return rc;
+}
+
+/* Wait until all is flushed and nobody flushes. [mu], released meanwhile. */
+static bool ctx__batch_wait_empty(ctx_batch_t *batch, ctx_time_t until) {
+    ctx__waiter_t waiter;
+    bool in_time = true;
+    memset(&waiter, 0, sizeof waiter);
+    while ((batch->turning || ctx__batch_waiting(batch)) && in_time) {
+        if (ctx__batch_claim_turn(batch)) { /* the last could not be had */
+            ctx__unlock(&batch->mu);
+            ctx__batch_send_turn(batch, true);
+            ctx__lock(&batch->mu);
+            continue;
+        }
+        in_time = ctx__waiter_park(&batch->at_end, &waiter, &batch->mu, until);
+    }
+    return !batch->turning && !ctx__batch_waiting(batch);
+}
+
+/* A flush is stuck: what it has is its own, the rest is dropped here. */
+static CTX__COLD void ctx__batch_abandon(ctx_batch_t *batch) {
+    size_t block, full, fill, n, size = batch->desc.max_items * batch->desc.item_size;
+    ctx__lock(&batch->mu);
+    block = batch->head + batch->flushing;
+    full = batch->full;
+    fill = batch->fill;
+    batch->full = batch->fill = 0;
+    ctx__unlock(&batch->mu);
+    while (full || fill) {
+        n = full ? batch->desc.max_items : fill;
+        if (full) full--;
+        else fill = 0;
+        ctx__batch_drop(batch, batch->items + block++ % batch->blocks * size, n, ctx__batch_drop_reason(batch));
+    }
+}
+
+static void ctx__batch_disarm(ctx_batch_t *batch) {
+    bool removed;
+    ctx__lock(&batch->mu);
+    removed = batch->armed && ctx__timer_remove(&batch->timer.timer);
+    if (removed) batch->armed = false;
+    ctx__unlock(&batch->mu);
+    if (removed) ctx__batch_unref(batch);
+}
+
+CTXCANCEL_API int ctx_batch_close(ctx_batch_t *batch, ctx_dur_t budget) {
+    ctx_time_t end;
+    bool empty;
+    int rc;
+    if (!batch) return 0;
+    if (batch->forks != ctx__forks) { /* its turn and its items are the parent process's */
+        ctx_after_stop(&batch->on_end);
+        ctx__batch_unref(batch);
+        return CTX_CLOSED;
+    }
+    end = ctx__from_now(budget > 0 ? budget : 0);
+    ctx__lock(&batch->mu);
+    batch->closed = true;
+    batch->due = batch->fill > 0;
+    ctx__waiters_wake(&batch->at_room);
+    empty = ctx__batch_wait_empty(batch, end);
+    ctx__unlock(&batch->mu);
+    rc = empty ? 0 : CTX_DEADLINE_EXCEEDED;
+    if (!empty) {
+        ctx__cancel(batch->ctx, CTX_CANCELED, CTX_DEADLINE_EXCEEDED, "batcher closed");
+        ctx__lock(&batch->mu);
+        empty = ctx__batch_wait_empty(batch, ctx__from_now(batch->desc.notice > 0 ? batch->desc.notice : 0));
+        ctx__unlock(&batch->mu);
+        if (!empty) ctx__batch_abandon(batch);
+    }
+    ctx_after_stop(&batch->on_end);
+    ctx__batch_disarm(batch);
+    ctx__tally_add(__atomic_load_n(&batch->dropped, __ATOMIC_ACQUIRE), 0);
+    ctx_cancel(batch->ctx);
+    ctx__batch_unref(batch);
+    return rc;
+}
+
+/* -- limiter --
+
+   One word: the time at which the bucket would be full. Taking `n` tokens moves it by their cost, from now at the
+   earliest; they are there once it is no further away than the cost of a whole bucket. Who takes on credit gets a place
+   in time, so those who wait are in order without a queue. */
+
+static ctx_dur_t ctx__limiter_span(const ctx_limiter_t *limiter, int64_t n) {
+    double span = (double)n * limiter->cost;
+    return span < 4e18 ? (ctx_dur_t)(span + 0.5) : (ctx_dur_t)4000000000000000000;
+}
+
+/* Take `n` tokens if they are there at `latest`. `*at`: when they are; `*full_at`: what the word became. */
+static bool ctx__limiter_take(ctx_limiter_t *limiter, int64_t n, ctx_time_t now, ctx_time_t latest, ctx_time_t *at,
+                              int64_t *full_at) {
+    ctx_dur_t span = ctx__limiter_span(limiter, n), bucket = ctx__limiter_span(limiter, limiter->burst);
+    int64_t before = __atomic_load_n(&limiter->full_at, __ATOMIC_RELAXED);
+    do {
+        *full_at = ctx_time_add(before > now ? before : now, span);
+        *at = ctx_time_add(*full_at, -bucket);
+        if (*at > latest) return false;
+    } while (!__atomic_compare_exchange_n(&limiter->full_at, &before, *full_at, true, __ATOMIC_ACQ_REL,
+                                          __ATOMIC_RELAXED));
+    return true;
+}
+
+static void ctx__limiter_return(ctx_limiter_t *limiter, ctx_dur_t span) {
+    int64_t before = __atomic_load_n(&limiter->full_at, __ATOMIC_RELAXED);
+    while (span > 0 && !__atomic_compare_exchange_n(&limiter->full_at, &before, ctx_time_add(before, -span), true,
+                                                    __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {}
+}
+
+CTXCANCEL_API int ctx_limiter_init(ctx_limiter_t *limiter, double per_second, int64_t burst) {
+    CTXCANCEL_ASSERT(limiter != NULL);
+    memset(limiter, 0, sizeof *limiter);
+    if (!(per_second > 0 && per_second <= 1e7) || burst < 1 || burst > 1000000000) return CTX_INVALID;
+    limiter->full_at = INT64_MIN / 2;
+    limiter->cost = 1e9 / per_second;
+    limiter->burst = burst;
+    return 0;
+}
+
+CTXCANCEL_API bool ctx_limiter_allow(ctx_limiter_t *limiter, int64_t n) {
+    ctx_time_t now, at;
+    int64_t full_at;
+    CTXCANCEL_ASSERT(limiter != NULL);
+    if (n < 0 || n > limiter->burst) return false;
+    now = ctx_now();
+    return ctx__limiter_take(limiter, n, now, now, &at, &full_at);
+}
+
+CTXCANCEL_API ctx_dur_t ctx_limiter_reserve(ctx_limiter_t *limiter, int64_t n) {
+    ctx_time_t now, at;
+    int64_t full_at;
+    CTXCANCEL_ASSERT(limiter != NULL);
+    if (n < 0 || n > limiter->burst) return CTX_INVALID;
+    now = ctx_now();
+    ctx__limiter_take(limiter, n, now, CTX_NO_DEADLINE, &at, &full_at);
+    return at > now ? at - now : 0;
+}
+
+CTXCANCEL_API void ctx_limiter_cancel(ctx_limiter_t *limiter, int64_t n) {
+    CTXCANCEL_ASSERT(limiter != NULL && n >= 0);
+    ctx__limiter_return(limiter, ctx__limiter_span(limiter, n));
+}
+
+CTXCANCEL_API int ctx_limiter_wait(ctx_limiter_t *limiter, ctx_t *ctx, int64_t n) {
+    ctx_time_t now, at;
+    int64_t full_at;
+    int err;
+    CTXCANCEL_ASSERT(limiter != NULL);
+    if (!ctx || n < 0 || n > limiter->burst) return CTX_INVALID;
+    err = ctx_err(ctx);
+    if (err) return err;
+    now = ctx_now();
+    if (!ctx__limiter_take(limiter, n, now, ctx_deadline(ctx), &at, &full_at)) return CTX_DEADLINE_EXCEEDED;
+    if (at <= now) return 0;
+    err = ctx__wait_until(ctx, at);
+    /* What others have reserved behind this stays where it is, so only the rest can be given back. */
+    if (err)
+        ctx__limiter_return(limiter, ctx__limiter_span(limiter, n) -
+                                         (__atomic_load_n(&limiter->full_at, __ATOMIC_RELAXED) - full_at));
+    return err;
+}
+
+/* -- retry -- */
+
+static ctx_dur_t ctx__retry_jitter(ctx_dur_t wait, double jitter) {
+    return (ctx_dur_t)((double)wait * (1 - jitter * ((double)ctx__random() / 4294967296.0)));
+}
+
+CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_fn fn, void *arg) {
+    ctx_retry_desc_t d;
+    double wait;
+    int tried, rc, err;
+    memset(&d, 0, sizeof d);
+    if (desc) d = *desc;
+    if (!d.attempts) d.attempts = 3;
+    if (!d.base) d.base = CTX_MS(100);
+    if (!d.cap) d.cap = CTX_S(10);
+    if (d.factor == 0) d.factor = 2;
+    if (!ctx || !fn || d.base < 0 || d.cap < 0 || !(d.factor >= 1) || !(d.jitter >= 0 && d.jitter <= 1))
+        return CTX_INVALID;
+    err = ctx_err(ctx);
+    if (err) return err;
+    wait = (double)d.base;
+    for (tried = 1;; tried++) {
+        ctx_dur_t next;
+        rc = fn(ctx, arg);
+        if (rc == 0 || tried == d.attempts || (d.retryable && !d.retryable(rc, arg))) return rc;
+        if (tried == INT32_MAX) tried = 0; /* attempts without end */
+        next = ctx__retry_jitter(wait < (double)d.cap ? (ctx_dur_t)wait : d.cap, d.jitter);
+        err = ctx_err(ctx);
+        if (err) return err;
+        if (ctx_time_add(ctx_now(), next) >= ctx_deadline(ctx)) return rc;
+        err = ctx_sleep(ctx, next);
+        if (err) return err;
+        if (wait < (double)d.cap) wait *= d.factor;
+    }
+}
+
 /* == 13. system =================================================== */
 
 /* Signals. The handler notes the signal and posts a semaphore, which is all that a handler may do; one thread waits
@@ -4058,12 +6211,15 @@ enum { CTX__SIGNALS = 65 };
 typedef struct ctx__notify {
     ctx_t node;
     uint64_t wants[2];             /* [const] a bit per signal */
+    ctx_t *second;                 /* [const] cancelled by the second signal, which then does not end the process */
+    ctx_t *target;                 /* [signal thread] what the signal at hand cancels */
     struct ctx__notify *next_hit;  /* [signal thread] */
 } ctx__notify_t;
 
 static struct {
     ctx__notify_t **live;                /* [ctx__life] array of stb_ds.h */
-    unsigned count[CTX__SIGNALS];        /* [ctx__life] */
+    unsigned count[CTX__SIGNALS];        /* [ctx__life] contexts that want it */
+    unsigned kept[CTX__SIGNALS];         /* [ctx__life] of these, with a `second` */
     struct sigaction before[CTX__SIGNALS]; /* [ctx__life] while count is not 0 */
     int pending[CTX__SIGNALS];           /* [atomic] */
     sem_t posted;
@@ -4124,14 +6280,17 @@ static void ctx__signal_deliver(int signal) {
     for (i = 0; i < stbds_arrlenu(ctx__signals.live); i++) {
         ctx__notify_t *notify = ctx__signals.live[i];
         if (!ctx__notify_wants(notify, signal) || !ctx__pin(&notify->node)) continue;
+        notify->target = NULL;
+        if (notify->second && ctx__why(&notify->node)) notify->target = ctx_retain(notify->second);
         notify->next_hit = hit;
         hit = notify;
     }
     pthread_mutex_unlock(&ctx__life);
     while (hit) {
-        ctx_t *node = &hit->node;
+        ctx_t *node = &hit->node, *second = hit->target;
         hit = hit->next_hit;
-        ctx__cancel(node, CTX_CANCELED, signal, ctx__signal_name(signal));
+        ctx__cancel(second ? second : node, CTX_CANCELED, signal, ctx__signal_name(signal));
+        ctx_release(second);
         ctx__unpin(node);
     }
 }
@@ -4158,19 +6317,21 @@ static int ctx__signal_start(void) {
 }
 
 /* [ctx__life] One context less wants the signal. */
-static void ctx__signal_unhook(int signal) {
+static void ctx__signal_unhook(int signal, bool keep) {
+    ctx__signals.kept[signal] -= keep;
     if (--ctx__signals.count[signal] == 0) sigaction(signal, &ctx__signals.before[signal], NULL);
 }
 
 /* [ctx__life] Also when it is hooked already, for a first signal may have put the default action back. */
-static int ctx__signal_hook(int signal) {
+static int ctx__signal_hook(int signal, bool keep) {
     struct sigaction action, before;
     memset(&action, 0, sizeof action);
     action.sa_handler = ctx__signal_handler;
-    action.sa_flags = SA_RESTART | (int)SA_RESETHAND;
+    action.sa_flags = SA_RESTART | (keep || ctx__signals.kept[signal] ? 0 : (int)SA_RESETHAND);
     sigemptyset(&action.sa_mask);
     if (sigaction(signal, &action, &before) < 0) return -errno;
     if (ctx__signals.count[signal]++ == 0) ctx__signals.before[signal] = before;
+    ctx__signals.kept[signal] += keep;
     return 0;
 }
 
@@ -4180,13 +6341,13 @@ static int ctx__notify_hook(ctx__notify_t *notify) {
     if (rc) return rc;
     if (!ctx__array_reserve((void **)&ctx__signals.live, sizeof *ctx__signals.live, 1)) return CTX_NO_MEMORY;
     for (signal = 1; !rc && signal < CTX__SIGNALS; signal++)
-        if (ctx__notify_wants(notify, signal)) rc = ctx__signal_hook(signal);
+        if (ctx__notify_wants(notify, signal)) rc = ctx__signal_hook(signal, notify->second != NULL);
     if (!rc) {
         stbds_arrput(ctx__signals.live, notify);
         return 0;
     }
     for (signal -= 2; signal > 0; signal--) /* the one before the last has failed */
-        if (ctx__notify_wants(notify, signal)) ctx__signal_unhook(signal);
+        if (ctx__notify_wants(notify, signal)) ctx__signal_unhook(signal, notify->second != NULL);
     return CTX_INVALID;
 }
 
@@ -4200,14 +6361,15 @@ static void ctx__notify_ended(ctx_t *node) {
         if (ctx__signals.live[i] != notify) continue;
         stbds_arrdelswap(ctx__signals.live, i);
         for (signal = 1; signal < CTX__SIGNALS; signal++)
-            if (ctx__notify_wants(notify, signal)) ctx__signal_unhook(signal);
+            if (ctx__notify_wants(notify, signal)) ctx__signal_unhook(signal, notify->second != NULL);
         break;
     }
     if (stbds_arrlenu(ctx__signals.live) == 0) stbds_arrfree(ctx__signals.live);
     pthread_mutex_unlock(&ctx__life);
 }
 
-CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, size_t n, const char *site) {
+/* The context of ctx_notify_signals(). `second` may be NULL, and must outlive it else. */
+static ctx_t *ctx__notify_make(ctx_t *parent, const int *signals, size_t n, const char *site, ctx_t *second) {
     ctx_t *bad = ctx__bad_parent(parent);
     ctx__make_t make = ctx__make_plain;
     ctx__notify_t *notify;
@@ -4220,6 +6382,7 @@ CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, si
     notify = (ctx__notify_t *)ctx__alloc(sizeof *notify);
     if (!notify) return ctx__failed(CTX_NO_MEMORY);
     for (i = 0; i < n; i++) notify->wants[signals[i] / 64] |= (uint64_t)1 << (signals[i] % 64);
+    notify->second = second;
     ctx__me();
     make.flags = CTX__F_NOTIFY;
     make.site = site;
@@ -4230,6 +6393,10 @@ CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, si
     if (!rc) return &notify->node;
     ctx_end(&notify->node);
     return ctx__failed(rc);
+}
+
+CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, size_t n, const char *site) {
+    return ctx__notify_make(parent, signals, n, site, NULL);
 }
 
 /* -- fork --
@@ -4349,6 +6516,9 @@ static bool ctx__fork_try_tree(void) {
     return true;
 }
 
+static void ctx__services_lock(void); /* section 14 */
+static void ctx__services_unlock(void);
+
 static void ctx__fork_prepare(void) {
     unsigned i, turn = 0;
     pthread_mutex_lock(&ctx__life);
@@ -4357,10 +6527,14 @@ static void ctx__fork_prepare(void) {
     for (i = 0; i < CTX__WHEELS; i++) ctx__lock(&ctx__wheels[i].mu);
     ctx__lock(&ctx__walks_mu);
     ctx__lock(&ctx__runtime.mu);
+    ctx__services_lock();
+    ctx__lock(&ctx__runners.mu);
 }
 
 static void ctx__fork_release(bool child) {
     unsigned i;
+    ctx__unlock(&ctx__runners.mu);
+    ctx__services_unlock();
     ctx__unlock(&ctx__runtime.mu);
     ctx__unlock(&ctx__walks_mu);
     for (i = 0; i < CTX__WHEELS; i++) ctx__unlock(&ctx__wheels[i].mu);
@@ -4393,6 +6567,7 @@ static void ctx__fork_child(void) {
         }
     }
     for (i = 0; i < CTX__WHEELS; i++) ctx__wheels[i].started = 0;
+    ctx__runners_forget();
     ctx__fork_release(true);
     if (CTX__TSAN) return; /* it does not allow threads in the child of a threaded process */
     if (ctx__timers_armed() || ctx__runtime.due) ctx__runtime_start();
@@ -4426,6 +6601,7 @@ CTXCANCEL_API void ctx_runtime_stop(void) {
     bool join_runtime, join_signals;
     unsigned i;
     ctx__me();
+    ctx__runners_stop();
     pthread_mutex_lock(&ctx__life);
     join_runtime = ctx__runtime.running != 0;
     join_signals = ctx__signals.running;
@@ -4454,6 +6630,1172 @@ CTXCANCEL_API void ctx_runtime_stop(void) {
         ctx__unlock(&ctx__wheels[i].mu);
     }
     ctx__cache_flush(&ctx__self);
+}
+
+/* == 14. service ================================================== */
+
+/* What runs in a service, and each callback of its stop, runs on a thread of its own (section 10), so that nothing can
+   hold up who supervises. One lock guards what those threads and the supervisor share, of all services together: it is
+   cold. `active` counts the callbacks of a service that have not returned; a callback that returns notes when, and
+   puts its service on the supervisor's list of changes, if there still is one.
+
+   A stop has one supervisor: the thread in ctx_service_stop() or ctx_app_run(). It takes each service from phase to
+   phase, by what has changed and by the clock:
+     WAITING   for those that need it to stop first
+     QUIET     refuse and drain are at work, until `deadline`
+     CANCELED  its context is done; what is active gets until `deadline`
+     FORCED    force was called; the same once more
+     OVER      nothing is active any more, or it is late: the supervisor goes on without it
+   A service has `notice` before the end of the budget to be cancelled, so one that stops when it is told does so inside
+   the budget. When the budget has passed, or in a hurry, everything is cancelled and forced without waiting for
+   anything else. The fields of a phase belong to the supervisor.
+
+   A service is counted: its owner and each active callback hold it. So a stuck one is left behind and nothing that it
+   touches is freed. What a stop needs is allocated with the service: the context of the drain too. */
+
+enum { CTX__NEW, CTX__STARTING, CTX__RUNNING, CTX__STOPPING, CTX__STOPPED };
+enum { CTX__WAITING, CTX__QUIET, CTX__CANCELED, CTX__FORCED, CTX__OVER };
+
+typedef struct ctx__stop ctx__stop_t;
+
+struct ctx_service {
+    ctx_service_desc_t desc;     /* [const] defaults resolved */
+    ctx_t *parent;               /* [const] a reference */
+    ctx_t *ctx;                  /* [const] of start and run */
+    ctx_t *drain_ctx;            /* [supervisor] */
+    void *drain_node;            /* [supervisor] memory for that; NULL: used */
+    uint32_t refs;               /* [atomic] */
+    ctx_service_t *next, **pprev; /* [mu] all services */
+    ctx_app_t *app;              /* [mu] whose it is; NULL once that is gone */
+    ctx__stop_t *stop;           /* [mu] who supervises */
+    ctx_service_t *next_changed; /* [mu] */
+    bool changed;                /* [mu] on the list of changes */
+    bool excused;                /* [mu] `run` itself stops the service: it is not waited for */
+    uint8_t state;               /* [mu] */
+    int active;                  /* [mu] */
+    bool quiet;                  /* [mu] refuse and drain have returned */
+    ctx_time_t noticed, drained, finished; /* [mu] 0: not yet */
+    int rc;                      /* [mu] the first error */
+    ctx__tally_t tally;
+    uint8_t phase;               /* [supervisor] from here on */
+    ctx_time_t began, cancelled, forced, deadline;
+    bool late;
+    ctx_service_t **needs;       /* [const while an app runs] what `.after` names, ended by NULL */
+    size_t dependents;           /* services that need this one and are not over */
+    bool marked;                 /* scratch of who goes over all services */
+    ctx__waiter_t *waiters;      /* [mu] callers that wait for the one stop */
+    int stop_rc;                 /* [mu] once stopped: what that returned, ... */
+    ctx_time_t stop_start;       /* ... and for reports */
+    ctx_dur_t stop_budget, stop_took;
+};
+
+struct ctx__stop {
+    ctx_service_t **services;
+    size_t n, left;         /* of these, not over */
+    ctx_time_t start, end;  /* of the budget */
+    ctx_dur_t budget;
+    ctx_time_t earliest;    /* no deadline is sooner */
+    ctx_t *second;          /* when done, hurry (may be NULL) */
+    bool hurry;
+    const ctx_app_desc_t *app; /* for on_force (may be NULL) */
+    int code;               /* cause of the cancels */
+    const char *what;
+    ctx_service_t *changed; /* [mu] */
+    ctx__parker_t parker;
+};
+
+static struct {
+    uint32_t mu;
+    ctx_service_t *all; /* [mu] */
+} ctx__services;
+
+static __thread ctx_service_t *ctx__serving; /* whose callback this thread is in */
+
+static void ctx__services_lock(void) { ctx__lock(&ctx__services.mu); }
+static void ctx__services_unlock(void) { ctx__unlock(&ctx__services.mu); }
+
+static void ctx__service_unref(ctx_service_t *service) {
+    if (__atomic_fetch_sub(&service->refs, 1u, __ATOMIC_ACQ_REL) != 1) return;
+    ctx_end(service->ctx);
+    ctx_end(service->drain_ctx);
+    ctx_release(service->parent);
+    CTXCANCEL_FREE(service->drain_node);
+    CTXCANCEL_FREE(service->needs);
+    CTXCANCEL_FREE(service);
+}
+
+/* [mu] */
+static void ctx__service_changed(ctx_service_t *service) {
+    ctx__stop_t *stop = service->stop;
+    bool first;
+    if (!stop || service->changed) return;
+    first = stop->changed == NULL;
+    service->changed = true;
+    service->next_changed = stop->changed;
+    stop->changed = service;
+    if (first) ctx__unpark(&stop->parker);
+}
+
+/* A callback begins or ends: what it drains is counted for the service. */
+static void ctx__service_enter(ctx_service_t *service) {
+    ctx__serving = service;
+    ctx__tally = service ? &service->tally : NULL;
+}
+
+/* [mu] */
+static void ctx__service_note(ctx_service_t *service, int rc) {
+    if (!service->noticed) service->noticed = ctx_now();
+    if (rc && !service->rc) service->rc = rc;
+}
+
+/* [mu] A callback has returned for good. */
+static void ctx__service_inactive(ctx_service_t *service) {
+    if (--service->active == 0) service->finished = ctx_now();
+    ctx__service_changed(service);
+}
+
+static void ctx__app_failed(ctx_app_t *app, ctx_service_t *service, int rc);
+
+/* An error of run cancels the services below the same parent. */
+static void ctx__service_cancel_siblings(ctx_service_t *service, int rc) {
+    ctx_service_t *sibling;
+    for (;;) {
+        ctx_t *ctx = NULL;
+        ctx__lock(&ctx__services.mu);
+        for (sibling = ctx__services.all; sibling && !ctx; sibling = sibling->next)
+            if (sibling != service && sibling->parent == service->parent && !ctx_err(sibling->ctx))
+                ctx = ctx_retain(sibling->ctx);
+        ctx__unlock(&ctx__services.mu);
+        if (!ctx) return;
+        ctx_cancel_cause(ctx, rc, service->desc.name);
+        ctx_release(ctx);
+    }
+}
+
+static void ctx__service_run_job(const ctx__job_t *job) {
+    ctx_service_t *service = (ctx_service_t *)job->owner;
+    bool alone = false;
+    int rc;
+    ctx__service_enter(service);
+    rc = service->desc.run(service->ctx, service->desc.user);
+    ctx__service_enter(NULL);
+    if (rc && rc == ctx_err(service->ctx)) rc = 0; /* it was told to stop */
+    ctx__lock(&ctx__services.mu);
+    if (service->state == CTX__STOPPING || rc) ctx__service_note(service, rc);
+    if (rc && service->app) ctx__app_failed(service->app, service, rc);
+    else alone = rc && service->state == CTX__RUNNING;
+    ctx__unlock(&ctx__services.mu);
+    if (alone) ctx__service_cancel_siblings(service, rc);
+    ctx__lock(&ctx__services.mu);
+    if (!service->excused) ctx__service_inactive(service);
+    ctx__unlock(&ctx__services.mu);
+    ctx__service_unref(service);
+}
+
+static void ctx__service_quiet_job(const ctx__job_t *job) {
+    ctx_service_t *service = (ctx_service_t *)job->owner;
+    int rc = 0;
+    ctx__service_enter(service);
+    if (service->desc.refuse) {
+        service->desc.refuse(service->desc.user);
+        ctx__lock(&ctx__services.mu);
+        ctx__service_note(service, 0);
+        ctx__unlock(&ctx__services.mu);
+    }
+    if (service->desc.drain) rc = service->desc.drain(job->ctx, service->desc.user);
+    if (rc == CTX_CANCELED && ctx_err(job->ctx)) rc = CTX_DEADLINE_EXCEEDED; /* only its time can have run out */
+    ctx__service_enter(NULL);
+    ctx__lock(&ctx__services.mu);
+    ctx__service_note(service, rc);
+    if (service->desc.drain) service->drained = ctx_now();
+    service->quiet = true;
+    ctx__service_inactive(service);
+    ctx__unlock(&ctx__services.mu);
+    ctx__service_unref(service);
+}
+
+static void ctx__service_force_job(const ctx__job_t *job) {
+    ctx_service_t *service = (ctx_service_t *)job->owner;
+    ctx__service_enter(service);
+    service->desc.force(service->desc.user);
+    ctx__service_enter(NULL);
+    ctx__lock(&ctx__services.mu);
+    ctx__service_inactive(service);
+    ctx__unlock(&ctx__services.mu);
+    ctx__service_unref(service);
+}
+
+/* Make a callback active. 0, or CTX_NO_MEMORY; with `here` it then runs in this thread, for it must not be left out. */
+static int ctx__service_launch(ctx_service_t *service, void (*run)(const ctx__job_t *job), ctx_t *ctx, bool here) {
+    ctx__job_t job;
+    int rc;
+    memset(&job, 0, sizeof job);
+    job.run = run;
+    job.owner = service;
+    job.ctx = ctx;
+    __atomic_fetch_add(&service->refs, 1u, __ATOMIC_RELAXED);
+    ctx__lock(&ctx__services.mu);
+    service->active++;
+    ctx__unlock(&ctx__services.mu);
+    rc = ctx__run(&job);
+    if (!rc) return 0;
+    if (here) {
+        ctx_service_t *serving = ctx__serving;
+        run(&job);
+        ctx__service_enter(serving);
+        return 0;
+    }
+    ctx__lock(&ctx__services.mu);
+    service->active--;
+    ctx__unlock(&ctx__services.mu);
+    ctx__service_unref(service);
+    return rc;
+}
+
+/* -- one service's way through a stop: by the supervisor, without the lock -- */
+
+static ctx_dur_t ctx__service_notice(const ctx_service_t *service) {
+    return service->desc.notice > 0 ? service->desc.notice : 0;
+}
+
+/* When it must be cancelled to have its notice inside the budget. */
+static ctx_time_t ctx__stop_cut(const ctx__stop_t *stop, const ctx_service_t *service) {
+    ctx_dur_t notice = ctx__service_notice(service);
+    return ctx_time_add(stop->end, -(notice < stop->budget / 2 ? notice : stop->budget / 2));
+}
+
+static void ctx__stop_deadline(ctx__stop_t *stop, ctx_service_t *service, ctx_time_t deadline) {
+    service->deadline = deadline;
+    stop->earliest = ctx__min(stop->earliest, deadline);
+}
+
+static bool ctx__service_is_active(ctx_service_t *service) {
+    bool active;
+    ctx__lock(&ctx__services.mu);
+    active = service->active != 0;
+    ctx__unlock(&ctx__services.mu);
+    return active;
+}
+
+static void ctx__stop_over(ctx__stop_t *stop, ctx_service_t *service, bool late) {
+    ctx_service_t **need;
+    service->phase = CTX__OVER;
+    service->deadline = CTX_NO_DEADLINE;
+    service->late = late;
+    stop->left--;
+    /* What it needed and nobody else needs stops next: by way of the list of changes, for that chain may be long. */
+    ctx__lock(&ctx__services.mu);
+    for (need = service->needs; need && *need; need++)
+        if (--(*need)->dependents == 0) ctx__service_changed(*need);
+    ctx__unlock(&ctx__services.mu);
+}
+
+static void ctx__stop_cancel(ctx__stop_t *stop, ctx_service_t *service) {
+    service->phase = CTX__CANCELED;
+    service->cancelled = ctx_now();
+    ctx__cancel(service->ctx, CTX_CANCELED, stop->code ? stop->code : CTX_CANCELED, stop->what);
+    if (service->drain_ctx) ctx_cancel(service->drain_ctx);
+    if (!ctx__service_is_active(service)) ctx__stop_over(stop, service, false);
+    else ctx__stop_deadline(stop, service, ctx_time_add(service->cancelled, ctx__service_notice(service)));
+}
+
+static void ctx__stop_force(ctx__stop_t *stop, ctx_service_t *service) {
+    ctx_time_t now = ctx_now();
+    if (!service->desc.force) {
+        ctx__stop_over(stop, service, true);
+        return;
+    }
+    service->phase = CTX__FORCED;
+    service->forced = now;
+    ctx__stop_deadline(stop, service, ctx_time_add(now, ctx__service_notice(service)));
+    if (ctx__service_launch(service, ctx__service_force_job, NULL, false)) ctx__stop_over(stop, service, true);
+}
+
+/* The context of drain: detached, for the service's own may be done. Without a timer the supervisor cancels it. */
+static ctx_t *ctx__service_drain_ctx(ctx_service_t *service, ctx_time_t deadline) {
+    ctx__make_t make = ctx__make_plain;
+    ctx_t *node = (ctx_t *)service->drain_node;
+    make.detach = true;
+    make.name = service->desc.name;
+    make.site = "ctx_service_stop";
+    make.deadline = deadline;
+    if (ctx__timer_ready()) make.deadline = CTX_NO_DEADLINE;
+    service->drain_node = NULL;
+    service->drain_ctx = ctx__make(service->ctx, node, &make);
+    return service->drain_ctx;
+}
+
+static void ctx__stop_begin(ctx__stop_t *stop, ctx_service_t *service) {
+    ctx_time_t deadline = ctx__stop_cut(stop, service);
+    bool started;
+    service->began = ctx_now();
+    ctx__lock(&ctx__services.mu);
+    started = service->state == CTX__RUNNING;
+    service->state = CTX__STOPPING;
+    ctx__unlock(&ctx__services.mu);
+    if (!started || (!service->desc.refuse && !service->desc.drain)) {
+        ctx__stop_cancel(stop, service);
+        return;
+    }
+    if (service->desc.drain_budget > 0)
+        deadline = ctx__min(deadline, ctx_time_add(service->began, service->desc.drain_budget));
+    service->phase = CTX__QUIET;
+    ctx__stop_deadline(stop, service, deadline);
+    ctx__service_launch(service, ctx__service_quiet_job, ctx__service_drain_ctx(service, deadline), true);
+}
+
+/* Something has changed, or its deadline has passed. */
+static void ctx__stop_advance(ctx__stop_t *stop, ctx_service_t *service, ctx_time_t now) {
+    bool quiet, active, passed = now >= service->deadline;
+    ctx__lock(&ctx__services.mu);
+    quiet = service->quiet;
+    active = service->active != 0;
+    ctx__unlock(&ctx__services.mu);
+    if (service->phase == CTX__OVER) return;
+    if (service->phase == CTX__WAITING) {
+        if (service->dependents == 0) ctx__stop_begin(stop, service);
+    } else if (service->phase == CTX__QUIET) {
+        if (quiet || passed) ctx__stop_cancel(stop, service);
+    } else if (!active) {
+        ctx__stop_over(stop, service, false);
+    } else if (passed && service->phase == CTX__CANCELED) {
+        ctx__stop_force(stop, service);
+    } else if (passed) {
+        ctx__stop_over(stop, service, true);
+    }
+}
+
+/* The budget has passed, or a second signal came: all that are left go on to cancelled and forced. */
+static void ctx__stop_hurry(ctx__stop_t *stop) {
+    size_t i;
+    if (stop->hurry) return;
+    stop->hurry = true;
+    if (stop->app && stop->app->on_force && stop->left) stop->app->on_force(stop->app->user);
+    for (i = 0; i < stop->n; i++) {
+        ctx_service_t *service = stop->services[i];
+        if (service->phase == CTX__WAITING) {
+            service->began = ctx_now();
+            ctx__lock(&ctx__services.mu);
+            service->state = CTX__STOPPING;
+            ctx__unlock(&ctx__services.mu);
+        }
+        if (service->phase == CTX__WAITING || service->phase == CTX__QUIET) ctx__stop_cancel(stop, service);
+        if (service->phase == CTX__CANCELED && service->desc.force) ctx__stop_force(stop, service);
+    }
+}
+
+/* Deadlines that have passed; when the next one is. */
+static void ctx__stop_clock(ctx__stop_t *stop, ctx_time_t now) {
+    size_t i;
+    if (now >= stop->end) ctx__stop_hurry(stop);
+    stop->earliest = stop->hurry ? CTX_NO_DEADLINE : stop->end;
+    for (i = 0; i < stop->n; i++) {
+        ctx_service_t *service = stop->services[i];
+        if (service->phase == CTX__WAITING) {
+            /* Those that need it have not stopped in time. */
+            if (now >= ctx__stop_cut(stop, service)) ctx__stop_begin(stop, service);
+            else stop->earliest = ctx__min(stop->earliest, ctx__stop_cut(stop, service));
+        }
+        if (service->deadline <= now) ctx__stop_advance(stop, service, now);
+        stop->earliest = ctx__min(stop->earliest, service->deadline);
+    }
+}
+
+static ctx_service_t *ctx__stop_take_changed(ctx__stop_t *stop) {
+    ctx_service_t *service;
+    ctx__lock(&ctx__services.mu);
+    service = stop->changed;
+    if (service) {
+        stop->changed = service->next_changed;
+        service->changed = false;
+    }
+    ctx__unlock(&ctx__services.mu);
+    return service;
+}
+
+/* Bring all services of a stop to their end, as far as the time allows. */
+static void ctx__stop_run(ctx__stop_t *stop) {
+    ctx_service_t *service;
+    ctx__watch_t watch;
+    bool watching = stop->second && ctx__watch(&watch, stop->second, &stop->parker);
+    size_t i;
+    stop->earliest = stop->end;
+    for (i = 0; i < stop->n; i++)
+        if (stop->services[i]->dependents == 0) ctx__stop_begin(stop, stop->services[i]);
+    while (stop->left) {
+        ctx_time_t now = ctx_now();
+        while ((service = ctx__stop_take_changed(stop)) != NULL) ctx__stop_advance(stop, service, now);
+        if (stop->second && ctx_err(stop->second)) ctx__stop_hurry(stop);
+        if (now >= stop->earliest) ctx__stop_clock(stop, now);
+        if (!stop->left) break;
+        ctx__park(&stop->parker, stop->earliest);
+        ctx__parker_reset(&stop->parker);
+    }
+    if (watching) ctx__unwatch(&watch);
+}
+
+/* -- reports -- */
+
+static ctx_dur_t ctx__since(ctx_time_t start, ctx_time_t t) { return !t ? -1 : t > start ? t - start : 0; }
+
+/* [mu] When the last thing of it was over. */
+static ctx_time_t ctx__service_over_at(const ctx_service_t *service) {
+    return service->finished > service->cancelled ? service->finished : service->cancelled;
+}
+
+/* [mu] */
+static bool ctx__stop_held(const ctx__stop_t *stop) {
+    size_t i;
+    for (i = 0; i < stop->n; i++)
+        if (stop->services[i]->late || stop->services[i]->finished > stop->end) return false;
+    return true;
+}
+
+/* [mu] */
+static void ctx__service_part(const ctx_service_t *service, ctx_time_t start, ctx_shutdown_part_t *part) {
+    memset(part, 0, sizeof *part);
+    part->name = service->desc.name;
+    part->began = ctx__since(start, service->began);
+    part->noticed = ctx__since(start, service->noticed);
+    part->drained = ctx__since(start, service->drained);
+    part->cancelled = ctx__since(start, service->cancelled);
+    part->forced = ctx__since(start, service->forced);
+    part->finished = service->late ? -1 : ctx__since(start, ctx__service_over_at(service));
+    part->rc = service->rc;
+    part->dropped = __atomic_load_n(&service->tally.dropped, __ATOMIC_RELAXED);
+    part->stuck = __atomic_load_n(&service->tally.stuck, __ATOMIC_RELAXED);
+    part->late = service->late;
+}
+
+/* How long it held the stop up. */
+static ctx_dur_t ctx__service_held(const ctx_service_t *service) {
+    return service->late ? INT64_MAX : ctx__service_over_at(service) - service->began;
+}
+
+/* Mark the `most` of them that belong into a report. */
+static void ctx__stop_mark(const ctx__stop_t *stop, size_t most) {
+    size_t i;
+    for (i = 0; i < stop->n; i++) stop->services[i]->marked = stop->n <= most;
+    for (; stop->n > most && most; most--) {
+        ctx_service_t *slowest = NULL;
+        for (i = 0; i < stop->n; i++) {
+            ctx_service_t *service = stop->services[i];
+            if (!service->marked && (!slowest || ctx__service_held(service) > ctx__service_held(slowest)))
+                slowest = service;
+        }
+        slowest->marked = true;
+    }
+}
+
+static int ctx__part_compare(const ctx_shutdown_part_t *a, const ctx_shutdown_part_t *b) {
+    return a->began < b->began ? -1 : a->began > b->began;
+}
+
+static void ctx__parts_sort(ctx_shutdown_part_t *parts, size_t n) {
+    size_t i, at;
+    for (i = 1; i < n; i++) {
+        ctx_shutdown_part_t part = parts[i];
+        for (at = i; at > 0 && ctx__part_compare(&parts[at - 1], &part) > 0; at--) parts[at] = parts[at - 1];
+        parts[at] = part;
+    }
+}
+
+/* [mu] All but lame_duck and rc. */
+static void ctx__stop_report(const ctx__stop_t *stop, ctx_dur_t took, ctx_shutdown_t *report) {
+    ctx_time_t start = stop->start;
+    size_t i;
+    memset(report, 0, sizeof *report);
+    report->cause = stop->what;
+    report->budget = stop->budget;
+    report->took = took;
+    report->total = stop->n;
+    ctx__stop_mark(stop, CTX_SHUTDOWN_PARTS);
+    for (i = 0; i < stop->n; i++) {
+        const ctx_service_t *service = stop->services[i];
+        report->late += service->late;
+        report->dropped += __atomic_load_n(&service->tally.dropped, __ATOMIC_RELAXED);
+        if (service->marked) ctx__service_part(service, start, &report->parts[report->n++]);
+    }
+    report->held = ctx__stop_held(stop);
+    ctx__parts_sort(report->parts, report->n);
+}
+
+static const char *ctx__dur_text(char *text, size_t size, ctx_dur_t dur) {
+    double us = (double)dur / 1e3;
+    if (dur < 0) snprintf(text, size, "-");
+    else if (us < 1000) snprintf(text, size, "%.0f us", us);
+    else if (us < 1e6) snprintf(text, size, "%.1f ms", us / 1e3);
+    else snprintf(text, size, "%.2f s", us / 1e6);
+    return text;
+}
+
+#define CTX__BAR 40 /* columns of a time line */
+
+/* The column of a time. */
+static int ctx__bar_at(const ctx_shutdown_t *report, ctx_dur_t t) {
+    double at = report->took > 0 ? (double)t / (double)report->took * CTX__BAR : 0;
+    return at < 0 ? 0 : at > CTX__BAR ? CTX__BAR : (int)at;
+}
+
+/* Something that took no time still shows, in one column. */
+static void ctx__bar_fill(char *bar, const ctx_shutdown_t *report, ctx_dur_t from, ctx_dur_t to, char mark) {
+    int i = ctx__bar_at(report, from), end = to < 0 ? CTX__BAR : ctx__bar_at(report, to);
+    if (from < 0) return;
+    if (i == CTX__BAR) i--;
+    do bar[i++] = mark;
+    while (i < end);
+}
+
+static void ctx__part_print(const ctx_shutdown_t *report, const ctx_shutdown_part_t *part, FILE *file) {
+    char bar[CTX__BAR + 1], after[64], time[32];
+    int n;
+    memset(bar, ' ', CTX__BAR);
+    bar[CTX__BAR] = 0;
+    ctx__bar_fill(bar, report, part->began, part->finished, '=');
+    ctx__bar_fill(bar, report, part->cancelled, part->finished, '~');
+    ctx__bar_fill(bar, report, part->forced, part->finished, '!');
+    if (part->late) bar[CTX__BAR - 1] = '>';
+    n = snprintf(after, sizeof after, "%s", part->late ? "LATE" : ctx__dur_text(time, sizeof time, part->finished));
+    if (part->dropped && n < (int)sizeof after)
+        n += snprintf(after + n, sizeof after - (size_t)n, ", %llu dropped", (unsigned long long)part->dropped);
+    if (part->stuck && n < (int)sizeof after)
+        n += snprintf(after + n, sizeof after - (size_t)n, ", %llu stuck", (unsigned long long)part->stuck);
+    if (part->rc && n < (int)sizeof after)
+        snprintf(after + n, sizeof after - (size_t)n, ", %s", ctx_strerror(part->rc));
+    fprintf(file, "  %-16.16s |%s| %.36s\n", part->name ? part->name : "", bar, after);
+}
+
+CTXCANCEL_API int ctx_shutdown_print(const ctx_shutdown_t *report, FILE *file) {
+    char took[32], budget[32], duck[32];
+    size_t i, n;
+    if (!report || !file) return CTX_INVALID;
+    n = report->n < CTX_SHUTDOWN_PARTS ? report->n : CTX_SHUTDOWN_PARTS;
+    fprintf(file, "shutdown by %.24s: %s of %s, %s\n", report->cause ? report->cause : "request",
+            ctx__dur_text(took, sizeof took, report->took), ctx__dur_text(budget, sizeof budget, report->budget),
+            report->held ? "inside the budget" : report->late ? "some are late" : "over the budget");
+    fprintf(file, "  %llu components, %llu late, %llu dropped%s%s%s%s%.32s\n", (unsigned long long)report->total,
+            (unsigned long long)report->late, (unsigned long long)report->dropped,
+            report->forced ? ", forced by a second signal" : "", report->lame_duck > 0 ? ", ready off for " : "",
+            report->lame_duck > 0 ? ctx__dur_text(duck, sizeof duck, report->lame_duck) : "",
+            report->rc ? ", error: " : "", report->rc ? ctx_strerror(report->rc) : "");
+    if (n) fprintf(file, "  = refuse and drain   ~ cancelled   ! forced   > still running\n");
+    for (i = 0; i < n; i++) ctx__part_print(report, &report->parts[i], file);
+    if (report->total > n) fprintf(file, "  and %llu more\n", (unsigned long long)(report->total - n));
+    return fflush(file) || ferror(file) ? (errno ? -errno : -EIO) : 0;
+}
+
+CTXCANCEL_API void ctx_shutdown_dropped(uint64_t n) { ctx__tally_add(n, 0); }
+
+/* -- services -- */
+
+static ctx_service_t *ctx__service_make(ctx_t *parent, const ctx_service_desc_t *desc) {
+    ctx__make_t make = ctx__make_plain;
+    ctx_service_t *service;
+    errno = ENOMEM;
+    service = (ctx_service_t *)ctx__alloc(sizeof *service);
+    if (!service) return NULL;
+    ctx__me();
+    service->desc = *desc;
+    if (!service->desc.name) service->desc.name = "service";
+    if (!service->desc.notice) service->desc.notice = CTX_MS(100);
+    service->refs = 1;
+    service->deadline = CTX_NO_DEADLINE;
+    make.name = service->desc.name;
+    make.site = "ctx_service_new";
+    service->ctx = ctx__make(parent, NULL, &make);
+    service->drain_node = CTXCANCEL_MALLOC(sizeof(ctx_t));
+    service->parent = ctx_retain(parent);
+    if ((service->ctx->flags & CTX__F_FAILED) || !service->drain_node) {
+        ctx__service_unref(service);
+        errno = ENOMEM;
+        return NULL;
+    }
+    ctx__lock(&ctx__services.mu);
+    service->next = ctx__services.all;
+    service->pprev = &ctx__services.all;
+    if (service->next) service->next->pprev = &service->next;
+    ctx__services.all = service;
+    ctx__unlock(&ctx__services.mu);
+    return service;
+}
+
+/* [mu] The owner lets go of it. To be followed by ctx__service_unref() once `mu` is free. */
+static void ctx__service_unlist(ctx_service_t *service) {
+    *service->pprev = service->next;
+    if (service->next) service->next->pprev = service->pprev;
+    service->app = NULL;
+    service->stop = NULL;
+}
+
+CTXCANCEL_API ctx_service_t *ctx_service_new(ctx_t *parent, const ctx_service_desc_t *desc) {
+    errno = EINVAL;
+    if (!parent || !desc || desc->drain_budget < 0 || ctx__bad_parent(parent)) return NULL;
+    return ctx__service_make(parent, desc);
+}
+
+static int ctx__service_call_start(ctx_service_t *service) {
+    ctx_service_t *serving = ctx__serving;
+    int rc = ctx_err(service->ctx);
+    if (rc || !service->desc.start) return rc;
+    ctx__service_enter(service);
+    rc = service->desc.start(service->ctx, service->desc.user);
+    ctx__service_enter(serving);
+    return rc;
+}
+
+/* `start` has returned `rc`: go on to run, unless a stop has come between. */
+static int ctx__service_started(ctx_service_t *service, int rc) {
+    bool stopping;
+    if (!rc && service->desc.run && !ctx_err(service->ctx))
+        rc = ctx__service_launch(service, ctx__service_run_job, NULL, false);
+    ctx__lock(&ctx__services.mu);
+    stopping = service->state == CTX__STOPPING;
+    if (!stopping) service->state = rc ? CTX__NEW : CTX__RUNNING;
+    if (rc && stopping) ctx__service_note(service, rc == ctx_err(service->ctx) ? 0 : rc);
+    ctx__service_inactive(service);
+    ctx__unlock(&ctx__services.mu);
+    return rc ? rc : stopping ? CTX_CLOSED : 0;
+}
+
+CTXCANCEL_API int ctx_service_start(ctx_service_t *service) {
+    uint8_t state;
+    int rc;
+    if (!service) return CTX_INVALID;
+    ctx__lock(&ctx__services.mu);
+    state = service->state;
+    if (state == CTX__NEW) {
+        service->state = CTX__STARTING;
+        service->active++;
+    }
+    ctx__unlock(&ctx__services.mu);
+    if (state >= CTX__STOPPING) return CTX_CLOSED;
+    if (state != CTX__NEW) return CTX_BUSY;
+    __atomic_fetch_add(&service->refs, 1u, __ATOMIC_RELAXED);
+    rc = ctx__service_started(service, ctx__service_call_start(service));
+    ctx__service_unref(service);
+    return rc;
+}
+
+/* [mu] What the one stop came to, for each of its callers. */
+static int ctx__service_result(ctx_service_t *service, ctx_shutdown_t *report) {
+    ctx__stop_t stop;
+    if (!report) return service->stop_rc;
+    memset(&stop, 0, sizeof stop);
+    stop.services = &service;
+    stop.n = 1;
+    stop.start = service->stop_start;
+    stop.budget = service->stop_budget;
+    stop.end = ctx_time_add(stop.start, stop.budget);
+    stop.what = "request";
+    ctx__stop_report(&stop, service->stop_took, report);
+    report->rc = service->stop_rc;
+    return service->stop_rc;
+}
+
+static void ctx__service_supervise(ctx_service_t *service, ctx__stop_t *stop) {
+    stop->end = ctx_time_add(stop->start, stop->budget);
+    stop->what = "service stopped";
+    ctx__stop_run(stop);
+    ctx__lock(&ctx__services.mu);
+    service->stop = NULL;
+    service->changed = false;
+    service->state = CTX__STOPPED;
+    service->stop_start = stop->start;
+    service->stop_budget = stop->budget;
+    service->stop_took = ctx_now() - stop->start;
+    service->stop_rc = ctx__stop_held(stop) ? service->rc : CTX_DEADLINE_EXCEEDED;
+    ctx__waiters_wake(&service->waiters);
+    ctx__unlock(&ctx__services.mu);
+}
+
+CTXCANCEL_API int ctx_service_stop(ctx_service_t *service, ctx_dur_t budget, ctx_shutdown_t *report) {
+    ctx__waiter_t waiter;
+    ctx__stop_t stop;
+    bool mine;
+    int rc;
+    if (!service) return CTX_INVALID;
+    memset(&waiter, 0, sizeof waiter);
+    memset(&stop, 0, sizeof stop);
+    stop.services = &service;
+    stop.n = stop.left = 1;
+    stop.start = ctx_now();
+    stop.budget = budget > 0 ? budget : 0;
+    ctx__lock(&ctx__services.mu);
+    mine = !service->stop && service->state != CTX__STOPPED;
+    if (mine) {
+        if (ctx__serving == service && service->state == CTX__RUNNING && !service->excused) { /* from inside run */
+            service->excused = true;
+            service->active--;
+        }
+        service->stop = &stop;
+        ctx__unlock(&ctx__services.mu);
+        ctx__service_supervise(service, &stop);
+        ctx__lock(&ctx__services.mu);
+    }
+    while (service->state != CTX__STOPPED)
+        ctx__waiter_park(&service->waiters, &waiter, &ctx__services.mu, CTX_NO_DEADLINE);
+    rc = ctx__service_result(service, report);
+    ctx__unlock(&ctx__services.mu);
+    return rc;
+}
+
+CTXCANCEL_API void ctx_service_free(ctx_service_t *service) {
+    if (!service) return;
+    ctx_service_stop(service, 0, NULL);
+    ctx__lock(&ctx__services.mu);
+    ctx__service_unlist(service);
+    ctx__unlock(&ctx__services.mu);
+    ctx__service_unref(service);
+}
+
+/* -- apps -- */
+
+struct ctx_app {
+    ctx_t *parent;            /* [const] a reference */
+    ctx_t *ctx;               /* [const] detached from it: the services stop in order */
+    ctx_service_t **services; /* [owner thread] array of stb_ds.h */
+    int ready;                /* [atomic] */
+    int failed_rc;            /* [mu] of the first service that failed */
+    const char *failed;       /* [mu] its name */
+    ctx__parker_t parker;     /* of who runs it */
+    ctx_t *first, *second;    /* [owner thread] done at the first and at the second signal */
+};
+
+/* [mu] */
+static void ctx__app_failed(ctx_app_t *app, ctx_service_t *service, int rc) {
+    if (!app->failed_rc) {
+        app->failed_rc = rc;
+        app->failed = service->desc.name;
+    }
+    ctx__unpark(&app->parker);
+}
+
+CTXCANCEL_API ctx_app_t *ctx_app_new(ctx_t *parent) {
+    ctx__make_t make = ctx__make_plain;
+    ctx_app_t *app;
+    errno = EINVAL;
+    if (!parent || ctx__bad_parent(parent)) return NULL;
+    errno = ENOMEM;
+    app = (ctx_app_t *)ctx__alloc(sizeof *app);
+    if (!app) return NULL;
+    ctx__me();
+    make.name = "app";
+    make.site = "ctx_app_new";
+    make.detach = true;
+    app->ctx = ctx__make(parent, NULL, &make);
+    if (app->ctx->flags & CTX__F_FAILED) {
+        CTXCANCEL_FREE(app);
+        return NULL;
+    }
+    app->parent = ctx_retain(parent);
+    return app;
+}
+
+static ctx_service_t *ctx__app_find(const ctx_app_t *app, const char *name) {
+    size_t i;
+    for (i = 0; i < stbds_arrlenu(app->services); i++)
+        if (!strcmp(app->services[i]->desc.name, name)) return app->services[i];
+    return NULL;
+}
+
+CTXCANCEL_API int ctx_app_add(ctx_app_t *app, const ctx_service_desc_t *desc) {
+    ctx_service_t *service;
+    if (!app || !desc || !desc->name || desc->drain_budget < 0 || ctx__app_find(app, desc->name)) return CTX_INVALID;
+    if (!ctx__array_reserve((void **)&app->services, sizeof *app->services, 1)) return CTX_NO_MEMORY;
+    service = ctx__service_make(app->ctx, desc);
+    if (!service) return CTX_NO_MEMORY;
+    service->app = app; /* nothing of it runs yet */
+    stbds_arrput(app->services, service);
+    return 0;
+}
+
+CTXCANCEL_API bool ctx_app_ready(const ctx_app_t *app) {
+    return app && __atomic_load_n(&app->ready, __ATOMIC_ACQUIRE) != 0;
+}
+
+static void ctx__app_free(ctx_app_t *app) {
+    size_t i;
+    for (i = 0; i < stbds_arrlenu(app->services); i++) {
+        ctx__lock(&ctx__services.mu);
+        ctx__service_unlist(app->services[i]);
+        ctx__unlock(&ctx__services.mu);
+        ctx__service_unref(app->services[i]);
+    }
+    stbds_arrfree(app->services);
+    ctx_end(app->first);
+    ctx_end(app->second);
+    ctx_end(app->ctx);
+    ctx_release(app->parent);
+    CTXCANCEL_FREE(app);
+}
+
+/* Find what each service needs, and count who needs it. */
+static int ctx__app_resolve(ctx_app_t *app) {
+    size_t i, n, at;
+    for (i = 0; i < stbds_arrlenu(app->services); i++) {
+        ctx_service_t *service = app->services[i];
+        const char *const *after = service->desc.after;
+        for (n = 0; after && after[n]; n++) {}
+        service->needs = (ctx_service_t **)ctx__alloc((n + 1) * sizeof(ctx_service_t *));
+        if (!service->needs) return CTX_NO_MEMORY;
+        for (at = 0; at < n; at++) {
+            ctx_service_t *need = ctx__app_find(app, after[at]);
+            if (!need) return CTX_INVALID;
+            service->needs[at] = need;
+            need->dependents++;
+        }
+    }
+    return 0;
+}
+
+static bool ctx__app_may_start(const ctx_service_t *service) {
+    ctx_service_t **need;
+    if (service->marked) return false;
+    for (need = service->needs; *need; need++)
+        if (!(*need)->marked) return false;
+    return true;
+}
+
+/* Put the services into an order in which each comes after those that it needs. */
+static int ctx__app_order(ctx_app_t *app) {
+    size_t n = stbds_arrlenu(app->services), done = 0, i;
+    bool progress = true;
+    while (done < n && progress) {
+        progress = false;
+        for (i = done; i < n; i++) {
+            ctx_service_t *service = app->services[i];
+            if (!ctx__app_may_start(service)) continue;
+            service->marked = progress = true;
+            app->services[i] = app->services[done];
+            app->services[done++] = service;
+        }
+    }
+    return done == n ? 0 : CTX_INVALID;
+}
+
+static int ctx__app_signals(ctx_app_t *app, const int *signals) {
+    static const int usual[] = { SIGTERM, SIGINT, 0 };
+    size_t n = 0;
+    if (!signals) signals = usual;
+    while (signals[n]) n++;
+    app->second = ctx_with_cancel_at(&ctx__root, "ctx_app_run");
+    app->first = n ? ctx__notify_make(&ctx__root, signals, n, "ctx_app_run", app->second)
+                   : ctx_with_cancel_at(&ctx__root, "ctx_app_run");
+    if (app->second->flags & CTX__F_FAILED) return ctx_err(app->second);
+    return app->first->flags & CTX__F_FAILED ? ctx_err(app->first) : 0;
+}
+
+/* Is there a reason to shut down? Its text and code. */
+static bool ctx__app_over(ctx_app_t *app, const char **what, int *code) {
+    ctx_cause_t cause;
+    ctx__lock(&ctx__services.mu);
+    *what = app->failed;
+    *code = app->failed_rc;
+    ctx__unlock(&ctx__services.mu);
+    if (*code) return true;
+    cause = ctx_cause(ctx_err(app->first) ? app->first : app->parent);
+    *what = cause.what;
+    *code = cause.code;
+    return cause.what != NULL;
+}
+
+static void ctx__app_start_job(const ctx__job_t *job) {
+    ctx_service_t *service = (ctx_service_t *)job->owner;
+    int rc = ctx__service_started(service, ctx__service_call_start(service));
+    ctx__lock(&ctx__services.mu);
+    if (service->app && rc && rc != ctx_err(service->ctx) && rc != CTX_CLOSED)
+        ctx__app_failed(service->app, service, rc);
+    else if (service->app) ctx__unpark(&service->app->parker);
+    ctx__unlock(&ctx__services.mu);
+    ctx__service_unref(service);
+}
+
+static bool ctx__app_is_starting(ctx_service_t *service) {
+    bool starting;
+    ctx__lock(&ctx__services.mu);
+    starting = service->state == CTX__STARTING;
+    ctx__unlock(&ctx__services.mu);
+    return starting;
+}
+
+/* Start all in order, unless there is a reason to shut down before. Then wait for one. True: it had been ready. */
+static bool ctx__app_live(ctx_app_t *app, const char **what, int *code) {
+    ctx_service_t *starting = NULL;
+    size_t next = 0, n = stbds_arrlenu(app->services);
+    bool ready = false;
+    while (!ctx__app_over(app, what, code)) {
+        if (starting && ctx__app_is_starting(starting)) {
+            ctx__park(&app->parker, CTX_NO_DEADLINE);
+            ctx__parker_reset(&app->parker);
+        } else if (next < n) {
+            starting = app->services[next++];
+            ctx__lock(&ctx__services.mu);
+            starting->state = CTX__STARTING;
+            ctx__unlock(&ctx__services.mu);
+            ctx__service_launch(starting, ctx__app_start_job, NULL, true);
+        } else if (!ready) {
+            ready = true;
+            __atomic_store_n(&app->ready, 1, __ATOMIC_RELEASE);
+        } else {
+            ctx__park(&app->parker, CTX_NO_DEADLINE);
+            ctx__parker_reset(&app->parker);
+        }
+    }
+    __atomic_store_n(&app->ready, 0, __ATOMIC_RELEASE);
+    return ready;
+}
+
+static int ctx__app_shut_down(ctx_app_t *app, const ctx_app_desc_t *desc, ctx__stop_t *stop, bool was_ready) {
+    ctx_dur_t duck = 0;
+    size_t i;
+    int rc;
+    stop->services = app->services;
+    stop->n = stop->left = stbds_arrlenu(app->services);
+    stop->start = ctx_now();
+    stop->budget = desc->budget;
+    stop->end = ctx_time_add(stop->start, desc->budget);
+    stop->app = desc;
+    stop->second = app->second;
+    if (was_ready && desc->lame_duck > 0) {
+        ctx__wait_until(app->second, ctx__min(stop->end, ctx_time_add(stop->start, desc->lame_duck)));
+        duck = ctx_now() - stop->start;
+    }
+    ctx__lock(&ctx__services.mu);
+    for (i = 0; i < stop->n; i++) stop->services[i]->stop = stop;
+    ctx__unlock(&ctx__services.mu);
+    ctx__stop_run(stop);
+    ctx__lock(&ctx__services.mu);
+    rc = app->failed_rc;
+    for (i = 0; i < stop->n; i++) {
+        stop->services[i]->stop = NULL;
+        if (!rc) rc = stop->services[i]->rc;
+    }
+    if (!rc && !ctx__stop_held(stop)) rc = CTX_DEADLINE_EXCEEDED;
+    if (desc->report) {
+        ctx__stop_report(stop, ctx_now() - stop->start, desc->report);
+        desc->report->lame_duck = duck;
+        desc->report->forced = ctx_err(app->second) != 0;
+        desc->report->rc = rc;
+    }
+    ctx__unlock(&ctx__services.mu);
+    return rc;
+}
+
+CTXCANCEL_API int ctx_app_run(ctx_app_t *app, const ctx_app_desc_t *desc) {
+    ctx__watch_t on_first, on_parent;
+    bool live_first, live_parent, was_ready;
+    ctx_app_desc_t d;
+    ctx__stop_t stop;
+    int rc;
+    if (!app) return CTX_INVALID;
+    memset(&d, 0, sizeof d);
+    memset(&stop, 0, sizeof stop);
+    if (desc) d = *desc;
+    if (d.budget == 0) d.budget = CTX_S(25);
+    if (d.budget < 0) d.budget = 0;
+    if (d.report) memset(d.report, 0, sizeof *d.report);
+    rc = ctx__app_resolve(app);
+    if (!rc) rc = ctx__app_order(app);
+    if (!rc) rc = ctx__app_signals(app, d.signals);
+    if (!rc) {
+        live_first = ctx__watch(&on_first, app->first, &app->parker);
+        live_parent = ctx__watch(&on_parent, app->parent, &app->parker);
+        was_ready = ctx__app_live(app, &stop.what, &stop.code);
+        if (live_first) ctx__unwatch(&on_first);
+        if (live_parent) ctx__unwatch(&on_parent);
+        rc = ctx__app_shut_down(app, &d, &stop, was_ready);
+    }
+    ctx__app_free(app);
+    return rc;
+}
+
+/* -- cleanups -- */
+
+typedef struct ctx__cleanup_run {
+    ctx__parker_t parker;
+} ctx__cleanup_run_t;
+
+typedef struct ctx__cleanup_item {
+    ctx_cleanup_desc_t desc;        /* [const] */
+    struct ctx__cleanup_item *next; /* [mu while registered, then owner thread] */
+    void *node;                     /* memory for its context */
+    ctx_t *ctx;
+    ctx__cleanup_run_t *run;        /* [mu] who waits for it; NULL: it is late */
+    ctx_time_t began, deadline;     /* [const] once launched */
+    ctx_time_t finished;            /* [mu] 0: not yet */
+    int rc;                         /* [mu] */
+    ctx__tally_t tally;
+} ctx__cleanup_item_t;
+
+static void ctx__cleanup_item_free(ctx__cleanup_item_t *item) {
+    ctx_end(item->ctx);
+    CTXCANCEL_FREE(item->node);
+    CTXCANCEL_FREE(item);
+}
+
+CTXCANCEL_API int ctx_cleanup_add(ctx_cleanup_t *cleanup, const ctx_cleanup_desc_t *desc) {
+    ctx__cleanup_item_t *item;
+    if (!cleanup || !desc || !desc->fn || desc->deadline < 0) return CTX_INVALID;
+    item = (ctx__cleanup_item_t *)ctx__alloc(sizeof *item);
+    if (!item) return CTX_NO_MEMORY;
+    item->desc = *desc;
+    if (!item->desc.name) item->desc.name = "cleanup";
+    item->node = CTXCANCEL_MALLOC(sizeof(ctx_t));
+    if (!item->node) {
+        CTXCANCEL_FREE(item);
+        return CTX_NO_MEMORY;
+    }
+    ctx__lock(&ctx__services.mu);
+    if (cleanup->last) cleanup->last->next = item;
+    else cleanup->first = item;
+    cleanup->last = item;
+    ctx__unlock(&ctx__services.mu);
+    return 0;
+}
+
+static void ctx__cleanup_job(const ctx__job_t *job) {
+    ctx__cleanup_item_t *item = (ctx__cleanup_item_t *)job->owner;
+    ctx__tally_t *outer = ctx__tally;
+    bool late;
+    int rc;
+    ctx__tally = &item->tally;
+    rc = item->desc.fn(item->ctx, item->desc.arg);
+    ctx__tally = outer;
+    ctx__lock(&ctx__services.mu);
+    item->rc = rc;
+    item->finished = ctx_now();
+    late = item->run == NULL;
+    if (!late) ctx__unpark(&item->run->parker);
+    ctx__unlock(&ctx__services.mu);
+    if (!late) return; /* it is the run's now */
+    if (item->desc.on_late) item->desc.on_late(item->desc.name, rc, item->finished - item->began, item->desc.arg);
+    ctx__cleanup_item_free(item);
+}
+
+static void ctx__cleanup_launch(ctx__cleanup_item_t *item, ctx__cleanup_run_t *run, ctx_dur_t budget) {
+    ctx__make_t make = ctx__make_plain;
+    ctx__job_t job;
+    memset(&job, 0, sizeof job);
+    job.run = ctx__cleanup_job;
+    job.owner = item;
+    item->run = run;
+    item->began = ctx_now();
+    item->deadline = ctx_time_add(item->began, item->desc.deadline ? item->desc.deadline : budget);
+    make.name = item->desc.name;
+    make.site = "ctx_cleanup_run";
+    make.deadline = ctx__timer_ready() ? CTX_NO_DEADLINE : item->deadline;
+    item->ctx = ctx__make(&ctx__root, (ctx_t *)item->node, &make);
+    item->node = NULL;
+    if (ctx__run(&job)) ctx__cleanup_job(&job);
+}
+
+/* When the wait for these is over at the latest; 0: now. */
+static ctx_time_t ctx__cleanup_until(const ctx__cleanup_item_t *items, bool critical, ctx_time_t end) {
+    ctx_time_t until = 0;
+    ctx__lock(&ctx__services.mu);
+    for (; items; items = items->next) {
+        ctx_time_t its = items->desc.critical && critical ? ctx__min(items->deadline, end) : end;
+        if (items->began && !items->finished && its > until) until = its;
+    }
+    ctx__unlock(&ctx__services.mu);
+    return until;
+}
+
+static void ctx__cleanup_wait(const ctx__cleanup_item_t *items, ctx__cleanup_run_t *run, bool critical,
+                              ctx_time_t end) {
+    ctx_time_t until;
+    while ((until = ctx__cleanup_until(items, critical, end)) != 0) {
+        bool woken;
+        if (until <= ctx_now()) return;
+        woken = ctx__park(&run->parker, until);
+        if (woken) ctx__parker_reset(&run->parker);
+    }
+}
+
+/* [mu] */
+static void ctx__cleanup_part(const ctx__cleanup_item_t *item, ctx_time_t start, ctx_shutdown_part_t *part) {
+    memset(part, 0, sizeof *part);
+    part->name = item->desc.name;
+    part->began = ctx__since(start, item->began);
+    part->drained = part->forced = -1;
+    part->cancelled = item->finished > item->deadline || (!item->finished && ctx_err(item->ctx))
+                          ? ctx__since(start, item->deadline) : -1;
+    part->noticed = part->finished = ctx__since(start, item->finished);
+    part->rc = item->rc;
+    part->dropped = __atomic_load_n(&item->tally.dropped, __ATOMIC_RELAXED);
+    part->stuck = __atomic_load_n(&item->tally.stuck, __ATOMIC_RELAXED);
+    part->late = !item->finished;
+}
+
+/* [mu] The late ones first, for they matter most if there are too many. */
+static void ctx__cleanup_report(const ctx__cleanup_item_t *items, ctx_time_t start, ctx_shutdown_t *report) {
+    const ctx__cleanup_item_t *item;
+    int late;
+    for (late = 1; late >= 0; late--) {
+        for (item = items; item; item = item->next) {
+            if ((item->finished == 0) != late) continue;
+            report->total++;
+            report->late += (size_t)late;
+            report->dropped += __atomic_load_n(&item->tally.dropped, __ATOMIC_RELAXED);
+            if (report->n < CTX_SHUTDOWN_PARTS) ctx__cleanup_part(item, start, &report->parts[report->n++]);
+        }
+    }
+    ctx__parts_sort(report->parts, report->n);
+}
+
+/* [mu] Leave the late ones to themselves. The first error; `*done`: the others, to be freed. */
+static int ctx__cleanup_part_ways(ctx__cleanup_item_t *items, ctx__cleanup_item_t **done) {
+    ctx__cleanup_item_t *item, *next;
+    int rc = 0;
+    bool late = false;
+    for (item = items; item; item = next) {
+        next = item->next;
+        if (!rc) rc = item->rc;
+        if (item->finished) {
+            item->next = *done;
+            *done = item;
+        } else {
+            item->run = NULL;
+            late = true;
+        }
+    }
+    return rc ? rc : late ? CTX_DEADLINE_EXCEEDED : 0;
+}
+
+CTXCANCEL_API int ctx_cleanup_run(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_shutdown_t *report) {
+    ctx__cleanup_item_t *items, *item, *done = NULL;
+    ctx_time_t start = ctx_now(), end;
+    ctx__cleanup_run_t run;
+    int rc, critical;
+    if (report) memset(report, 0, sizeof *report);
+    if (!cleanup) return CTX_INVALID;
+    run.parker.state = CTX__EMPTY;
+    if (budget < 0) budget = 0;
+    end = ctx_time_add(start, budget);
+    ctx__lock(&ctx__services.mu);
+    items = cleanup->first;
+    cleanup->first = cleanup->last = NULL;
+    ctx__unlock(&ctx__services.mu);
+    for (critical = 1; critical >= 0; critical--) {
+        for (item = items; item; item = item->next)
+            if (item->desc.critical == (critical != 0)) ctx__cleanup_launch(item, &run, ctx_time_add(end, -ctx_now()));
+        ctx__cleanup_wait(items, &run, critical != 0, end);
+    }
+    ctx__lock(&ctx__services.mu);
+    if (report) ctx__cleanup_report(items, start, report);
+    rc = ctx__cleanup_part_ways(items, &done);
+    ctx__unlock(&ctx__services.mu);
+    while ((item = done) != NULL) {
+        done = item->next;
+        ctx__cleanup_item_free(item);
+    }
+    if (!report) return rc;
+    report->cause = "cleanup";
+    report->budget = budget;
+    report->took = ctx_now() - start;
+    report->held = report->late == 0;
+    report->rc = rc;
+    return rc;
 }
 
 #ifdef __cplusplus

@@ -103,7 +103,7 @@ declarations_emit_nothing() {
 
 public_part_includes_only_c_and_pthread() {
     declarations | sed -n 's/^#include <\(.*\)>.*/\1/p' | sort >"$tmp/includes"
-    refuse grep -vE '^(assert|errno|stdbool|stddef|stdint|pthread|limits|string|stdlib)\.h$' "$tmp/includes"
+    refuse grep -vE '^(assert|errno|stdbool|stddef|stdint|stdio|pthread|limits|string|stdlib)\.h$' "$tmp/includes"
 }
 
 for test in sections_agree sections_are_in_order banners_have_one_form every_section_explains_itself \
