@@ -1,8 +1,9 @@
 /* ctxcancel.h: cancellation, deadlines, request values and bounded work for C.
 
-   What Go programmers have in `context`, `semaphore` and worker pools, as one header for C99 and C++11:
-   a tree of contexts that can be cancelled, time out and carry values; polling that costs one load; a weighted
-   semaphore; a bounded pool that rejects early and drains on a budget; signals that cancel a context.
+   What Go programmers have in `context`, `errgroup`, `semaphore`, channels and worker pools, as one header for C99 and
+   C++11: a tree of contexts that can be cancelled, time out and carry values; polling that costs one load; a weighted
+   semaphore; a bounded pool that rejects early and drains on a budget; groups, channels, pipelines, batching, rate
+   limits and retries; signals that cancel a context; services that start in order and stop inside a budget.
 
        #define CTXCANCEL_IMPLEMENTATION           // in exactly one .c file; in strict -std=c11, the first include
        #include "ctxcancel.h"
@@ -34,7 +35,8 @@
      - A bad argument is CTX_INVALID where a caller can act on it. A program error (ending twice, releasing permits that
        nobody holds, no callback, asking about a NULL context) trips CTXCANCEL_ASSERT.
      - After fork() the child has all contexts, and their deadlines fire there too. Pools made before are closed in it;
-       callbacks and waits of threads that did not come along are forgotten.
+       callbacks and waits of threads that did not come along are forgotten. What else threads shared (semaphores,
+       groups, channels, batchers, services) is the parent's: make it anew.
      - Descriptions (`ctx_desc_t` and the like) are structs where zero means the default: name what you need,
        `&(ctx_desc_t){ .name = "fetch", .timeout = CTX_MS(50) }`.
 
@@ -50,7 +52,8 @@
 
    Sections, each found twice under the same banner, declarations first
      == 1. platform     == 2. time     == 3. context     == 4. values     == 5. timers     == 6. polling
-     == 7. waiting      == 8. semaphore     == 9. pool     == 13. system
+     == 7. waiting      == 8. semaphore     == 9. pool     == 10. group     == 11. channel     == 12. flow
+     == 13. system      == 14. service
 
    Licence: MIT, see the end of the file. */
 #ifndef CTXCANCEL_H
@@ -693,12 +696,12 @@ CTXCANCEL_API int ctx_batch_close(ctx_batch_t *batch, ctx_dur_t budget);
 /* Storage for a rate limiter: a token bucket. The fields are private. */
 typedef struct {
     int64_t full_at; /* [atomic] when the bucket would be full if nothing more were taken */
-    double cost;     /* [const] nanoseconds for one token */
+    int64_t cost;    /* [const] nanoseconds for one token */
     int64_t burst;   /* [const] */
 } ctx_limiter_t;
 
-/* Make a limiter of `per_second` tokens a second, whose bucket holds `burst` and is full at first. 0;
-   CTX_INVALID unless 0 < per_second <= 1e7 and 1 <= burst <= 1e9. Holds no memory. */
+/* Make a limiter of `per_second` tokens a second (each costs a whole number of nanoseconds), whose bucket holds `burst`
+   and is full at first. 0; CTX_INVALID unless 0 < per_second <= 1e7 and 1 <= burst <= 1e9. Holds no memory. */
 CTXCANCEL_API int ctx_limiter_init(ctx_limiter_t *limiter, double per_second, int64_t burst);
 
 /* Take `n` tokens if they are there now. One look at the clock and one atomic operation. */
@@ -4499,10 +4502,11 @@ CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_pe
 
 /* == 10. group ==================================================== */
 
-/* Runners are threads that are used again. An idle one stands on a stack, the last to come on top since its stack is
-   still warm; it watches its parker for a few microseconds, as long as that has paid, then sleeps, and ends after
-   CTX__RUNNER_IDLE. A job is handed to the runner on top, or to a new one: jobs never queue, so they may wait for each
-   other. Work of ctx_go() is counted under the same lock.
+/* Runners are threads that are used again. An idle one stands on a stack, the last to come on top; it watches its
+   parker for a few microseconds, as long as that has paid, then sleeps, and ends after CTX__RUNNER_IDLE. A job is
+   handed to the runner on top, or to a new one: jobs never queue, so they may wait for each other. But where jobs are
+   over sooner than a wake-up takes, who has one first looks out, for about as long, for a runner that comes back from
+   its last and watches: handing over to that costs no wake-up. Work of ctx_go() is counted under the same lock.
 
    A group on threads hands each task to a runner. A group on a pool keeps its tasks in a queue of its own and sends
    `turns` to the pool, at most as many as can run at once; a turn runs the group's tasks one after the other until
@@ -4516,7 +4520,9 @@ CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_pe
 #define CTX__RUNNER_IDLE CTX_S(10) /* of real time */
 
 enum {
-    CTX__RUNNER_SPIN_MAX = 32,
+    CTX__RUNNER_SPIN = 16,  /* turns of 8 pauses that an idle runner watches at most */
+    CTX__HANDOVER_SPIN = 8, /* turns of 8 pauses that who has a job looks out for one that watches */
+    CTX__HANDOVER_TRY = 64, /* jobs after which that is tried again though it has not paid */
     CTX__TURN_TASKS = 32 /* that a turn runs before it queues up again behind the pool's other tasks */
 };
 
@@ -4532,6 +4538,7 @@ typedef struct ctx__runner {
     struct ctx__runner *below; /* [mu] */
     ctx__job_t job;            /* [mu while idle, else owner thread] without `run`: end */
     bool idle;                 /* [mu] */
+    bool watches;              /* [mu] counted in `watching` */
     bool waits;                /* [mu] its work of ctx_go() is inside ctx_go_wait() */
     int spin;                  /* [owner thread] how much watching has paid lately */
     pthread_t thread;          /* [const] before it is first idle */
@@ -4541,8 +4548,12 @@ typedef struct ctx__runner {
 static struct {
     uint32_t mu;
     ctx__runner_t *idle;    /* [mu] */
+    unsigned watching;      /* [atomic, set under mu] idle runners that watch */
+    int handover;           /* [mu] how much looking out has paid lately */
+    unsigned missed;        /* [mu] jobs since it has not */
     size_t going;           /* [mu] work of ctx_go() */
     size_t waiting;         /* [mu] of that, inside ctx_go_wait() */
+    uint64_t emptied;       /* [mu] how often no other work was left */
     ctx__waiter_t *waiters; /* [mu] in ctx_go_wait() */
 } ctx__runners;
 
@@ -4551,22 +4562,42 @@ static void ctx__go_work(const ctx__job_t *job) {
     ctx_end(job->ctx);
 }
 
+/* [mu] Whoever waits now is through, also if there is work again when it has come to see. */
+static void ctx__go_emptied(void) {
+    if (ctx__runners.going > ctx__runners.waiting) return;
+    ctx__runners.emptied++;
+    ctx__waiters_wake(&ctx__runners.waiters);
+}
+
 /* [mu] */
 static void ctx__go_left(void) {
     ctx__runners.going--;
-    if (ctx__runners.going <= ctx__runners.waiting) ctx__waiters_wake(&ctx__runners.waiters);
+    ctx__go_emptied();
 }
 
 static bool ctx__runner_told(const ctx__runner_t *runner) {
     return __atomic_load_n(&runner->parker.state, __ATOMIC_ACQUIRE) == CTX__SET;
 }
 
+/* [mu] */
+static void ctx__runner_set_watches(ctx__runner_t *runner, bool watches) {
+    if (runner->watches == watches) return;
+    runner->watches = watches;
+    __atomic_store_n(&ctx__runners.watching, ctx__runners.watching + (watches ? 1u : -1u), __ATOMIC_RELAXED);
+}
+
+/* Watch for a job. */
 static void ctx__runner_watch(ctx__runner_t *runner) {
     int i;
-    for (i = runner->spin * 16; i > 0 && !ctx__runner_told(runner); i--) ctx__cpu_pause();
-    if (!ctx__runner_told(runner)) ctx__cpu_yield();
-    if (ctx__runner_told(runner)) runner->spin = CTX__RUNNER_SPIN_MAX;
-    else if (runner->spin > 0) runner->spin /= 2;
+    for (i = runner->spin * 8; i > 0 && !ctx__runner_told(runner); i--) ctx__cpu_pause();
+    if (ctx__runner_told(runner)) {
+        runner->spin = CTX__RUNNER_SPIN;
+        return;
+    }
+    runner->spin /= 2;
+    ctx__lock(&ctx__runners.mu);
+    ctx__runner_set_watches(runner, false);
+    ctx__unlock(&ctx__runners.mu);
 }
 
 /* Take a runner off the stack that has been idle for long. False: it has just been given a job. */
@@ -4609,6 +4640,8 @@ static void *ctx__runner_main(void *arg) {
         runner->idle = true;
         runner->below = ctx__runners.idle;
         ctx__runners.idle = runner;
+        if (runner->spin == 0) runner->spin = 1; /* a short look, for times change */
+        ctx__runner_set_watches(runner, true);
         ctx__unlock(&ctx__runners.mu);
         if (!ctx__runner_rest(runner)) break;
     }
@@ -4621,10 +4654,22 @@ static CTX__COLD int ctx__runner_start(const ctx__job_t *job) {
     pthread_t thread;
     if (!runner) return CTX_NO_MEMORY;
     runner->job = *job;
-    runner->spin = CTX__RUNNER_SPIN_MAX;
+    runner->spin = CTX__RUNNER_SPIN;
     if (!ctx__thread_start(&thread, ctx__runner_main, runner)) return 0;
     CTXCANCEL_FREE(runner);
     return CTX_NO_MEMORY;
+}
+
+/* No idle runner watches: look out for one, as long as that has paid. [mu], released meanwhile. */
+static void ctx__runner_look_out(void) {
+    int i = ctx__runners.handover * 8;
+    if (i == 0 && ++ctx__runners.missed % CTX__HANDOVER_TRY == 0) i = 8;
+    if (i == 0 || ctx__cpus == 1) return;
+    ctx__unlock(&ctx__runners.mu);
+    while (i-- > 0 && !__atomic_load_n(&ctx__runners.watching, __ATOMIC_RELAXED)) ctx__cpu_pause();
+    ctx__lock(&ctx__runners.mu);
+    if (ctx__runners.watching) ctx__runners.handover = CTX__HANDOVER_SPIN;
+    else ctx__runners.handover /= 2;
 }
 
 /* Run a job on an idle thread or a new one. 0, or CTX_NO_MEMORY. */
@@ -4632,11 +4677,14 @@ static int ctx__run(const ctx__job_t *job) {
     bool counted = job->run == ctx__go_work;
     ctx__runner_t *runner;
     int rc;
+    ctx__me();
     ctx__lock(&ctx__runners.mu);
+    if (!ctx__runners.watching) ctx__runner_look_out();
     runner = ctx__runners.idle;
     if (runner) {
         ctx__runners.idle = runner->below;
         runner->idle = false;
+        ctx__runner_set_watches(runner, false);
         runner->job = *job;
     }
     ctx__runners.going += counted;
@@ -4661,6 +4709,7 @@ static void ctx__runners_stop(void) {
     ctx__runners.idle = NULL;
     for (runner = all; runner; runner = runner->below) {
         runner->idle = false;
+        ctx__runner_set_watches(runner, false);
         runner->job.run = NULL;
     }
     ctx__unlock(&ctx__runners.mu);
@@ -4679,6 +4728,7 @@ static void ctx__runners_forget(void) {
         ctx__runners.idle = runner->below;
         CTXCANCEL_FREE(runner);
     }
+    ctx__runners.watching = 0;
     ctx__runners.going = self && self->job.run == ctx__go_work;
     ctx__runners.waiting = self && self->waits;
     ctx__runners.waiters = NULL;
@@ -4716,6 +4766,7 @@ CTXCANCEL_API int ctx_go_wait(ctx_t *ctx) {
     ctx__runner_t *self = (ctx__runner_t *)ctx__me()->runner;
     ctx__waiter_t waiter;
     ctx__watch_t watch;
+    uint64_t emptied;
     bool left;
     if (!ctx) return CTX_INVALID;
     memset(&waiter, 0, sizeof waiter);
@@ -4725,9 +4776,10 @@ CTXCANCEL_API int ctx_go_wait(ctx_t *ctx) {
     if (self) {
         self->waits = true;
         ctx__runners.waiting++;
-        ctx__waiters_wake(&ctx__runners.waiters);
+        ctx__go_emptied();
     }
-    while ((left = ctx__runners.going > ctx__runners.waiting) && !ctx_err(ctx))
+    emptied = ctx__runners.emptied;
+    while ((left = ctx__runners.going > ctx__runners.waiting && ctx__runners.emptied == emptied) && !ctx_err(ctx))
         ctx__waiter_park(&ctx__runners.waiters, &waiter, &ctx__runners.mu, CTX_NO_DEADLINE);
     if (self) {
         self->waits = false;
@@ -5738,6 +5790,7 @@ struct ctx_batch {
     ctx_time_t first_at;   /* [mu] when the first of these came */
     bool due;              /* [mu] flush that block as it is */
     bool turning;          /* [mu] a turn is on its way or at work */
+    bool queued;           /* [mu] the turn is in the pool's hands and has not begun */
     bool closed;           /* [mu] */
     bool armed;            /* [mu] the timer is, or is about to call */
     ctx__call_t timer;
@@ -5758,6 +5811,7 @@ static size_t ctx__batch_waiting(const ctx_batch_t *batch) { return batch->full 
 static bool ctx__batch_claim_turn(ctx_batch_t *batch) {
     if (batch->turning || !(batch->full || (batch->fill && batch->due))) return false;
     batch->turning = true;
+    batch->queued = batch->desc.pool != NULL;
     __atomic_fetch_add(&batch->refs, 1u, __ATOMIC_RELAXED);
     return true;
 }
@@ -5823,41 +5877,60 @@ static void ctx__batch_work(ctx_batch_t *batch) {
     ctx__batch_unref(batch);
 }
 
+/* Whether the work of a turn is the caller's: a close in a task of the pool may have taken it over. */
+static bool ctx__batch_take_turn(ctx_batch_t *batch) {
+    bool mine;
+    ctx__lock(&batch->mu);
+    mine = batch->queued;
+    batch->queued = false;
+    ctx__unlock(&batch->mu);
+    return mine;
+}
+
 static void ctx__batch_job(const ctx__job_t *job) { ctx__batch_work((ctx_batch_t *)job->owner); }
 
-/* Send a claimed turn on its way; with `here`, do its work in this thread if no other can be had. */
-static void ctx__batch_send_turn(ctx_batch_t *batch, bool here) {
+/* Have the pool take a claimed turn. 0, or why it does not: CTX_CLOSED if there is none. */
+static int ctx__batch_ask_pool(ctx_batch_t *batch) {
     void *arg = batch;
     ctx__task_t task;
-    ctx__job_t job;
-    int rc = CTX_CLOSED;
+    if (!batch->desc.pool) return CTX_CLOSED;
     task.fn = ctx__batch_turn;
     task.op = batch->desc.name;
-    if (batch->desc.pool) rc = ctx__pool_put(batch->desc.pool, &ctx__root, &task, &arg, 1, NULL, CTX_REJECT);
-    if (rc == CTX_QUEUE_FULL && !here) {
-        /* soon again */
-    } else if (rc) {
-        memset(&job, 0, sizeof job);
-        job.run = ctx__batch_job;
-        job.owner = batch;
-        rc = ctx__run(&job);
-    }
-    if (rc && here) {
-        ctx__batch_work(batch);
-    } else if (rc) {
-        ctx__lock(&batch->mu);
-        batch->turning = false;
-        ctx__waiters_wake(&batch->at_end);
-        if (!ctx__timer_ready()) ctx__batch_arm(batch, ctx_time_add(ctx_now(), CTX__BATCH_AGAIN));
-        ctx__unlock(&batch->mu);
-        ctx__batch_unref(batch);
-    }
+    return ctx__pool_put(batch->desc.pool, &ctx__root, &task, &arg, 1, NULL, CTX_REJECT);
+}
+
+static int ctx__batch_ask_runner(ctx_batch_t *batch) {
+    ctx__job_t job;
+    ctx__batch_take_turn(batch); /* the pool does not have it */
+    memset(&job, 0, sizeof job);
+    job.run = ctx__batch_job;
+    job.owner = batch;
+    return ctx__run(&job);
+}
+
+/* Send a claimed turn that must not be put off: to a runner, or else its work is done here. */
+static void ctx__batch_turn_now(ctx_batch_t *batch) {
+    if (ctx__batch_ask_runner(batch)) ctx__batch_work(batch);
+}
+
+/* Send a claimed turn: to the pool, or if that has ended to a runner. When neither can be had now, give it back. */
+static void ctx__batch_turn_soon(ctx_batch_t *batch) {
+    int rc = ctx__batch_ask_pool(batch);
+    if (rc && rc != CTX_QUEUE_FULL) rc = ctx__batch_ask_runner(batch);
+    if (!rc) return;
+    ctx__lock(&batch->mu);
+    batch->turning = batch->queued = false;
+    ctx__waiters_wake(&batch->at_end);
+    if (!ctx__timer_ready()) ctx__batch_arm(batch, ctx_time_add(ctx_now(), CTX__BATCH_AGAIN));
+    ctx__unlock(&batch->mu);
+    ctx__batch_unref(batch);
 }
 
 static int ctx__batch_turn(ctx_t *ctx, void *arg) {
     ctx_batch_t *batch = (ctx_batch_t *)arg;
-    if (ctx) ctx__batch_work(batch);
-    else ctx__batch_send_turn(batch, true); /* the pool has dropped it */
+    if (!ctx__batch_take_turn(batch)) ctx__batch_unref(batch);
+    else if (ctx) ctx__batch_work(batch);
+    else ctx__batch_turn_now(batch); /* the pool has dropped it */
     return 0;
 }
 
@@ -5876,7 +5949,7 @@ static void ctx__batch_tick(void *arg) {
     }
     claimed = ctx__batch_claim_turn(batch);
     ctx__unlock(&batch->mu);
-    if (claimed) ctx__batch_send_turn(batch, false);
+    if (claimed) ctx__batch_turn_soon(batch);
     ctx__batch_unref(batch);
 }
 
@@ -5967,24 +6040,29 @@ CTXCANCEL_API int ctx_batch_add(ctx_batch_t *batch, const void *item) {
     if (!rc) ctx__batch_put(batch, item);
     if (rc != CTX_CLOSED) claimed = ctx__batch_claim_turn(batch);
     ctx__unlock(&batch->mu);
-    if (claimed) ctx__batch_send_turn(batch, false);
+    if (claimed) ctx__batch_turn_soon(batch);
     return rc;
 }
 
 CTXCANCEL_API int ctx_batch_add_wait(ctx_batch_t *batch, ctx_t *ctx, const void *item) {
     ctx__waiter_t waiter;
     ctx__watch_t watch;
+    bool held = false;
     int rc;
     if (!batch || !ctx || !item) return CTX_INVALID;
     while ((rc = ctx_err(ctx)) == 0 && (rc = ctx_batch_add(batch, item)) == CTX_QUEUE_FULL) {
         memset(&waiter, 0, sizeof waiter);
         if (!ctx__watch(&watch, ctx, &waiter.parker)) continue;
         ctx__lock(&batch->mu);
-        if (!ctx__batch_refuses(batch) && ctx__batch_waiting(batch) >= batch->desc.queue)
+        if (!ctx__batch_refuses(batch) && ctx__batch_waiting(batch) >= batch->desc.queue) {
+            if (!held) __atomic_fetch_add(&batch->refs, 1u, __ATOMIC_RELAXED);
+            held = true;
             ctx__waiter_park(&batch->at_room, &waiter, &batch->mu, CTX_NO_DEADLINE);
+        }
         ctx__unlock(&batch->mu);
         ctx__unwatch(&watch);
     }
+    if (held) ctx__batch_unref(batch);
     return rc;
 }
 
@@ -5999,7 +6077,7 @@ CTXCANCEL_API int ctx_batch_flush(ctx_batch_t *batch) {
         claimed = ctx__batch_claim_turn(batch);
     }
     ctx__unlock(&batch->mu);
-    if (claimed) ctx__batch_send_turn(batch, false);
+    if (claimed) ctx__batch_turn_soon(batch);
     return rc;
 }
 
@@ -6009,9 +6087,17 @@ static bool ctx__batch_wait_empty(ctx_batch_t *batch, ctx_time_t until) {
     bool in_time = true;
     memset(&waiter, 0, sizeof waiter);
     while ((batch->turning || ctx__batch_waiting(batch)) && in_time) {
-        if (ctx__batch_claim_turn(batch)) { /* the last could not be had */
+        if (ctx__batch_claim_turn(batch)) {
             ctx__unlock(&batch->mu);
-            ctx__batch_send_turn(batch, true);
+            if (ctx__batch_ask_pool(batch)) ctx__batch_turn_now(batch);
+            ctx__lock(&batch->mu);
+            continue;
+        }
+        if (batch->queued && ctx__pool_runs_me(batch->desc.pool)) { /* which may have no other worker */
+            __atomic_fetch_add(&batch->refs, 1u, __ATOMIC_RELAXED);
+            ctx__unlock(&batch->mu);
+            if (ctx__batch_take_turn(batch)) ctx__batch_turn_now(batch);
+            else ctx__batch_unref(batch);
             ctx__lock(&batch->mu);
             continue;
         }
@@ -6085,9 +6171,10 @@ CTXCANCEL_API int ctx_batch_close(ctx_batch_t *batch, ctx_dur_t budget) {
    earliest; they are there once it is no further away than the cost of a whole bucket. Who takes on credit gets a place
    in time, so those who wait are in order without a queue. */
 
+#define CTX__SPAN_MAX (INT64_MAX / 2) /* 146 years */
+
 static ctx_dur_t ctx__limiter_span(const ctx_limiter_t *limiter, int64_t n) {
-    double span = (double)n * limiter->cost;
-    return span < 4e18 ? (ctx_dur_t)(span + 0.5) : (ctx_dur_t)4000000000000000000;
+    return n > CTX__SPAN_MAX / limiter->cost ? CTX__SPAN_MAX : n * limiter->cost;
 }
 
 /* Take `n` tokens if they are there at `latest`. `*at`: when they are; `*full_at`: what the word became. */
@@ -6104,18 +6191,27 @@ static bool ctx__limiter_take(ctx_limiter_t *limiter, int64_t n, ctx_time_t now,
     return true;
 }
 
-static void ctx__limiter_return(ctx_limiter_t *limiter, ctx_dur_t span) {
+/* Give back tokens after whose taking the word was `full_at`. What others have taken behind them stays where it is in
+   time, so only the rest can be given back. */
+static void ctx__limiter_return(ctx_limiter_t *limiter, ctx_dur_t span, int64_t full_at) {
     int64_t before = __atomic_load_n(&limiter->full_at, __ATOMIC_RELAXED);
-    while (span > 0 && !__atomic_compare_exchange_n(&limiter->full_at, &before, ctx_time_add(before, -span), true,
-                                                    __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {}
+    ctx_dur_t rest;
+    do {
+        rest = before > full_at ? span - (before - full_at) : span;
+    } while (rest > 0 && !__atomic_compare_exchange_n(&limiter->full_at, &before, ctx_time_add(before, -rest), true,
+                                                      __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
 }
 
 CTXCANCEL_API int ctx_limiter_init(ctx_limiter_t *limiter, double per_second, int64_t burst) {
+    double cost;
     CTXCANCEL_ASSERT(limiter != NULL);
     memset(limiter, 0, sizeof *limiter);
+    limiter->cost = 1;
     if (!(per_second > 0 && per_second <= 1e7) || burst < 1 || burst > 1000000000) return CTX_INVALID;
+    cost = 1e9 / per_second;
     limiter->full_at = INT64_MIN / 2;
-    limiter->cost = 1e9 / per_second;
+    limiter->cost = cost < (double)CTX__SPAN_MAX ? (int64_t)cost : CTX__SPAN_MAX;
+    if ((double)limiter->cost < cost) limiter->cost++; /* whole, so that the tokens of a bucket add up to it */
     limiter->burst = burst;
     return 0;
 }
@@ -6141,7 +6237,7 @@ CTXCANCEL_API ctx_dur_t ctx_limiter_reserve(ctx_limiter_t *limiter, int64_t n) {
 
 CTXCANCEL_API void ctx_limiter_cancel(ctx_limiter_t *limiter, int64_t n) {
     CTXCANCEL_ASSERT(limiter != NULL && n >= 0);
-    ctx__limiter_return(limiter, ctx__limiter_span(limiter, n));
+    ctx__limiter_return(limiter, ctx__limiter_span(limiter, n), INT64_MAX);
 }
 
 CTXCANCEL_API int ctx_limiter_wait(ctx_limiter_t *limiter, ctx_t *ctx, int64_t n) {
@@ -6156,17 +6252,14 @@ CTXCANCEL_API int ctx_limiter_wait(ctx_limiter_t *limiter, ctx_t *ctx, int64_t n
     if (!ctx__limiter_take(limiter, n, now, ctx_deadline(ctx), &at, &full_at)) return CTX_DEADLINE_EXCEEDED;
     if (at <= now) return 0;
     err = ctx__wait_until(ctx, at);
-    /* What others have reserved behind this stays where it is, so only the rest can be given back. */
-    if (err)
-        ctx__limiter_return(limiter, ctx__limiter_span(limiter, n) -
-                                         (__atomic_load_n(&limiter->full_at, __ATOMIC_RELAXED) - full_at));
+    if (err) ctx__limiter_return(limiter, ctx__limiter_span(limiter, n), full_at);
     return err;
 }
 
 /* -- retry -- */
 
 static ctx_dur_t ctx__retry_jitter(ctx_dur_t wait, double jitter) {
-    return (ctx_dur_t)((double)wait * (1 - jitter * ((double)ctx__random() / 4294967296.0)));
+    return wait - (ctx_dur_t)((double)wait * jitter * ((double)ctx__random() / 4294967296.0));
 }
 
 CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_fn fn, void *arg) {
@@ -7510,6 +7603,13 @@ static void ctx__app_start_job(const ctx__job_t *job) {
     ctx__service_unref(service);
 }
 
+static void ctx__app_start(ctx_service_t *service) {
+    ctx__lock(&ctx__services.mu);
+    service->state = CTX__STARTING;
+    ctx__unlock(&ctx__services.mu);
+    ctx__service_launch(service, ctx__app_start_job, NULL, true);
+}
+
 static bool ctx__app_is_starting(ctx_service_t *service) {
     bool starting;
     ctx__lock(&ctx__services.mu);
@@ -7529,10 +7629,7 @@ static bool ctx__app_live(ctx_app_t *app, const char **what, int *code) {
             ctx__parker_reset(&app->parker);
         } else if (next < n) {
             starting = app->services[next++];
-            ctx__lock(&ctx__services.mu);
-            starting->state = CTX__STARTING;
-            ctx__unlock(&ctx__services.mu);
-            ctx__service_launch(starting, ctx__app_start_job, NULL, true);
+            ctx__app_start(starting);
         } else if (!ready) {
             ready = true;
             __atomic_store_n(&app->ready, 1, __ATOMIC_RELEASE);
