@@ -622,7 +622,7 @@ CTXCANCEL_API int ctx_try_select(ctx_case_t *cases, size_t n);
 /* What a stage does when its context is done. */
 typedef enum {
     CTX_CANCEL_DROP,  /* stop: what was not received stays in `.in` */
-    CTX_CANCEL_DRAIN, /* stop, and hand what is in `.in` to `.dead_letter` */
+    CTX_CANCEL_DRAIN, /* stop, and hand what is in `.in`, or waits to be sent there, to `.dead_letter` */
     CTX_CANCEL_EMIT   /* go on until `.in` is closed and empty, for `.emit_budget` at most; then as CTX_CANCEL_DRAIN */
 } ctx_on_cancel_t;
 
@@ -641,12 +641,14 @@ typedef struct {
 } ctx_stage_desc_t;
 
 /* Run one step of a pipeline: receive items, call `fn`, send results, until `.in` is closed and empty; close `.out`;
-   return when every worker has, the caller being one of them. 0 when all items went through, the error of `fn`,
-   CTX_CLOSED if somebody else closed `.out`, the err of `ctx`, CTX_NO_MEMORY or CTX_INVALID. `fn` runs in several
-   threads if there are several workers. Each item goes on, is skipped or becomes a dead letter, exactly once; or it
-   stays in `.in`. After an error of `fn`, CTX_CANCEL_DROP and CTX_CANCEL_DRAIN mean the same as after a cancel, and
-   CTX_CANCEL_EMIT is like CTX_CANCEL_DRAIN. For a pipeline run each stage as a task of one group: the first that fails
-   stops the others. */
+   return when every worker has. The caller is one of them, save with CTX_CANCEL_EMIT; if threads cannot be had there
+   are fewer. `fn` runs in several threads if there are several workers.
+   0 when all items went through; the error of `fn`; CTX_CLOSED if somebody else closed `.out`; the err of `ctx`;
+   CTX_NO_MEMORY. CTX_INVALID leaves `.out` open.
+   Each item goes on, is skipped or becomes a dead letter, exactly once; or it stays in `.in`. A dead letter's reason is
+   what stopped the stage, for items in hand what stopped their own worker. After an error of `fn` CTX_CANCEL_DROP and
+   CTX_CANCEL_DRAIN mean the same as after a cancel, and CTX_CANCEL_EMIT is like CTX_CANCEL_DRAIN.
+   For a pipeline run each stage as a task of one group: the first that fails stops the others. */
 CTXCANCEL_API int ctx_stage_run(ctx_t *ctx, const ctx_stage_desc_t *desc);
 
 /* == 12. flow ===================================================== */
@@ -5119,7 +5121,10 @@ CTXCANCEL_API int ctx_race(ctx_t *a, ctx_t *b, ctx_task_fn fn, void *arg) {
 
 enum {
     CTX__CASES = 16, /* of a select that needs no allocation */
-    CTX__CHAN_SPIN_MAX = 64
+    CTX__CHAN_SPIN_MAX = 64,
+    CTX__GATHER = 64,     /* items that are enough to go on with */
+    CTX__GATHER_MAX = 16, /* turns of 4 pauses that gathering takes at most */
+    CTX__GATHER_TRY = 64  /* how seldom it is tried again where it has not paid */
 };
 
 typedef struct {
@@ -5145,6 +5150,7 @@ struct ctx_chan {
     char *ring;                 /* [const] */
     void *raw;                  /* [const] what to free */
     int spin[2];                /* [atomic] how much watching has paid lately for receivers and senders */
+    int gather[2];              /* [atomic] how much waiting for more than one has paid lately */
 
     CTX__ALIGNED uint32_t in;
     bool closed;               /* [in; changed under both] */
@@ -5171,6 +5177,7 @@ static void ctx__chan_unlock(ctx_chan_t *chan) {
 }
 
 static inline void ctx__chan_copy(const ctx_chan_t *chan, void *to, const void *from) {
+    __asm__("" : "+r"(to), "+r"(from)); /* else gcc warns of 8 bytes where it sees that an item is smaller */
     if (chan->item_size == sizeof(uint64_t) && to) memcpy(to, from, sizeof(uint64_t));
     else if (chan->item_size && to) memcpy(to, from, chan->item_size);
 }
@@ -5235,21 +5242,27 @@ static ctx__chan_op_t *ctx__chan_claim(ctx__chan_ops_t *ops) {
     return NULL;
 }
 
-/* [in and out] */
-static void ctx__chan_finish(ctx__chan_op_t *op, int rc) {
+/* [in and out] The address to wake once the locks are free, so that who wakes does not run into them; or NULL. It may
+   be gone by then: see section 1. */
+static uint32_t *ctx__chan_finish(ctx__chan_op_t *op, int rc) {
+    uint32_t *state = &op->wait->parker.state;
     op->wait->index = op->index;
     op->wait->rc = rc;
-    ctx__unpark(&op->wait->parker);
+    return __atomic_exchange_n(state, (uint32_t)CTX__SET, __ATOMIC_ACQ_REL) == CTX__PARKED ? state : NULL;
+}
+
+static void ctx__chan_wake(uint32_t *state) {
+    if (state) ctx__futex_wake(state, 1);
 }
 
 /* [in and out] */
-static int ctx__chan_send_locked(ctx_chan_t *chan, const void *item) {
+static int ctx__chan_send_locked(ctx_chan_t *chan, const void *item, uint32_t **wake) {
     ctx__chan_op_t *receiver;
     if (chan->closed) return CTX_CLOSED;
     receiver = ctx__chan_claim(&chan->receivers);
     if (receiver) {
         ctx__chan_copy(chan, receiver->item, item);
-        ctx__chan_finish(receiver, 0);
+        *wake = ctx__chan_finish(receiver, 0);
         return 0;
     }
     if (!ctx__chan_room(chan)) return CTX_QUEUE_FULL;
@@ -5258,7 +5271,7 @@ static int ctx__chan_send_locked(ctx_chan_t *chan, const void *item) {
 }
 
 /* [in and out] */
-static int ctx__chan_recv_locked(ctx_chan_t *chan, void *item) {
+static int ctx__chan_recv_locked(ctx_chan_t *chan, void *item, uint32_t **wake) {
     bool filled = ctx__chan_filled(chan);
     ctx__chan_op_t *sender;
     if (filled) ctx__chan_take(chan, item);
@@ -5266,14 +5279,15 @@ static int ctx__chan_recv_locked(ctx_chan_t *chan, void *item) {
     if (sender) {
         if (filled) ctx__chan_put(chan, sender->item);
         else ctx__chan_copy(chan, item, sender->item);
-        ctx__chan_finish(sender, 0);
+        *wake = ctx__chan_finish(sender, 0);
     }
     return filled || sender ? 0 : chan->closed ? CTX_CLOSED : CTX_BUSY;
 }
 
-/* [in and out] */
-static int ctx__chan_do_locked(ctx_chan_t *chan, int op, void *item) {
-    return op == CTX_SEND ? ctx__chan_send_locked(chan, item) : ctx__chan_recv_locked(chan, item);
+/* [in and out] `*wake`: see ctx__chan_finish(). */
+static int ctx__chan_do_locked(ctx_chan_t *chan, int op, void *item, uint32_t **wake) {
+    *wake = NULL;
+    return op == CTX_SEND ? ctx__chan_send_locked(chan, item, wake) : ctx__chan_recv_locked(chan, item, wake);
 }
 
 static bool ctx__chan_blocked(int rc) { return rc == CTX_QUEUE_FULL || rc == CTX_BUSY; }
@@ -5303,19 +5317,36 @@ static inline bool ctx__chan_do_fast(ctx_chan_t *chan, int op, const ctx_t *ctx,
 }
 
 static int ctx__chan_try(ctx_chan_t *chan, int op, void *item) {
+    uint32_t *wake;
     int rc;
     if (ctx__chan_do_fast(chan, op, NULL, item)) return 0;
     ctx__chan_lock(chan);
-    rc = ctx__chan_do_locked(chan, op, item);
+    rc = ctx__chan_do_locked(chan, op, item, &wake);
     ctx__chan_unlock(chan);
+    ctx__chan_wake(wake);
     return rc;
 }
 
-/* Could it be done now? Only a hint. */
-static bool ctx__chan_ready(const ctx_chan_t *chan, int op) {
+/* How often could it be done now? Only a hint. */
+static uint64_t ctx__chan_ready(const ctx_chan_t *chan, int op) {
     uint64_t head = __atomic_load_n(&chan->head, __ATOMIC_RELAXED);
     uint64_t tail = __atomic_load_n(&chan->tail, __ATOMIC_RELAXED);
-    return op == CTX_SEND ? tail - head < chan->capacity : tail != head;
+    return op == CTX_SEND ? chan->capacity - (tail - head) : tail - head;
+}
+
+/* There is something. Where items stream in, let a few gather, since each look at the other end costs both ends the
+   exchange of a cache line; where they come one by one, do not. */
+static void ctx__chan_gather(ctx_chan_t *chan, int op) {
+    int turns = __atomic_load_n(&chan->gather[op], __ATOMIC_RELAXED), i;
+    uint64_t enough = chan->capacity / 2 < CTX__GATHER ? chan->capacity / 2 : CTX__GATHER;
+    if (turns == 0 && ctx__random() % CTX__GATHER_TRY == 0) turns = 1;
+    if (turns == 0) return;
+    for (i = turns * 4; i > 0 && ctx__chan_ready(chan, op) < enough; i -= 8) {
+        int pause;
+        for (pause = 0; pause < 8; pause++) ctx__cpu_pause();
+    }
+    turns = ctx__chan_ready(chan, op) > 1 ? CTX__GATHER_MAX : turns / 2;
+    __atomic_store_n(&chan->gather[op], turns, __ATOMIC_RELAXED);
 }
 
 /* Watch the ring for a few microseconds, as long as that has paid, before sleeping. True: there may be something. */
@@ -5325,15 +5356,16 @@ static bool ctx__chan_watch(ctx_chan_t *chan, int op) {
     if (!chan->capacity) return false;
     for (turn = 0; turn < spin && !ready; turn++) {
         for (i = turn < 16 ? turn : 16; i >= 0; i--) ctx__cpu_pause();
-        ready = ctx__chan_ready(chan, op);
+        ready = ctx__chan_ready(chan, op) != 0;
     }
     if (ready) {
         __atomic_store_n(&chan->spin[op], CTX__CHAN_SPIN_MAX, __ATOMIC_RELAXED);
+        ctx__chan_gather(chan, op);
         return true;
     }
     __atomic_store_n(&chan->spin[op], spin / 2, __ATOMIC_RELAXED);
     ctx__cpu_yield();
-    return ctx__chan_ready(chan, op);
+    return ctx__chan_ready(chan, op) != 0;
 }
 
 static void ctx__chan_op_init(ctx__chan_op_t *op, ctx__chan_wait_t *wait, void *item, int index) {
@@ -5353,15 +5385,17 @@ static CTX__COLD int ctx__chan_block(ctx_chan_t *chan, int op, ctx_t *ctx, void 
     ctx__chan_wait_t wait;
     ctx__chan_op_t self;
     ctx__watch_t watch;
+    uint32_t *wake = NULL;
     int rc;
     memset(&wait, 0, sizeof wait);
     ctx__chan_op_init(&self, &wait, item, 0);
     if (!ctx__watch(&watch, ctx, &wait.parker)) return ctx_err(ctx);
     ctx__chan_lock(chan);
     rc = ctx_err(ctx);
-    if (!rc) rc = ctx__chan_do_locked(chan, op, item);
+    if (!rc) rc = ctx__chan_do_locked(chan, op, item, &wake);
     if (ctx__chan_blocked(rc)) ctx__chan_link(ctx__chan_ops(chan, op), &self);
     ctx__chan_unlock(chan);
+    ctx__chan_wake(wake);
     if (ctx__chan_blocked(rc)) {
         ctx__park(&wait.parker, CTX_NO_DEADLINE);
         ctx__chan_lock(chan);
@@ -5397,6 +5431,7 @@ CTXCANCEL_API ctx_chan_t *ctx_chan_new(size_t item_size, size_t capacity) {
     chan->ring = (char *)chan + head;
     chan->raw = raw;
     if (ctx__cpus > 1) chan->spin[CTX_RECV] = chan->spin[CTX_SEND] = CTX__CHAN_SPIN_MAX;
+    chan->gather[CTX_RECV] = chan->gather[CTX_SEND] = CTX__GATHER_MAX;
     return chan;
 }
 
@@ -5424,8 +5459,8 @@ CTXCANCEL_API int ctx_chan_close(ctx_chan_t *chan) {
     ctx__chan_lock(chan);
     rc = chan->closed ? CTX_CLOSED : 0;
     chan->closed = true;
-    while ((op = ctx__chan_claim(&chan->receivers)) != NULL) ctx__chan_finish(op, CTX_CLOSED);
-    while ((op = ctx__chan_claim(&chan->senders)) != NULL) ctx__chan_finish(op, CTX_CLOSED);
+    while ((op = ctx__chan_claim(&chan->receivers)) != NULL) ctx__chan_wake(ctx__chan_finish(op, CTX_CLOSED));
+    while ((op = ctx__chan_claim(&chan->senders)) != NULL) ctx__chan_wake(ctx__chan_finish(op, CTX_CLOSED));
     ctx__chan_unlock(chan);
     return rc;
 }
@@ -5436,6 +5471,17 @@ CTXCANCEL_API size_t ctx_chan_len(const ctx_chan_t *chan) {
     head = __atomic_load_n(&chan->head, __ATOMIC_ACQUIRE);
     tail = __atomic_load_n(&chan->tail, __ATOMIC_ACQUIRE);
     return tail - head < chan->capacity ? (size_t)(tail - head) : chan->capacity;
+}
+
+/* What is in the channel or waits to get in. */
+static uint64_t ctx__chan_pending(ctx_chan_t *chan) {
+    const ctx__chan_op_t *op;
+    uint64_t n;
+    ctx__chan_lock(chan);
+    n = chan->tail - chan->head;
+    for (op = chan->senders.first; op; op = op->next) n++;
+    ctx__chan_unlock(chan);
+    return n;
 }
 
 CTXCANCEL_API void ctx_chan_free(ctx_chan_t *chan) {
@@ -5452,6 +5498,7 @@ typedef struct {
     ctx__chan_op_t *ops;  /* one for each case */
     ctx_chan_t **chans;   /* those of the cases, each once, in the order of their addresses; n_chans of them */
     size_t n_chans;
+    uint32_t *wake;       /* by what was done under the locks of all */
     ctx__chan_wait_t wait;
 } ctx__select_t;
 
@@ -5461,13 +5508,16 @@ static int ctx__select_try(ctx__select_t *select, bool locked) {
     for (left = select->n; left > 0; left--) {
         /* The places of the ops serve to shuffle: those of the first `left` are still to be tried. */
         size_t pick = left > 1 ? ctx__random() % left : 0;
-        int i = select->ops[pick].index;
+        int i = select->ops[pick].index, rc;
         ctx_case_t *c = &select->cases[i];
         select->ops[pick].index = select->ops[left - 1].index;
         select->ops[left - 1].index = i;
         if (!c->chan) continue;
-        c->rc = locked ? ctx__chan_do_locked(c->chan, c->op, c->item) : ctx__chan_try(c->chan, c->op, c->item);
-        if (!ctx__chan_blocked(c->rc)) return i;
+        rc = locked ? ctx__chan_do_locked(c->chan, c->op, c->item, &select->wake)
+                    : ctx__chan_try(c->chan, c->op, c->item);
+        if (ctx__chan_blocked(rc)) continue;
+        c->rc = rc;
+        return i;
     }
     return CTX_BUSY;
 }
@@ -5503,6 +5553,7 @@ static int ctx__select_block(ctx__select_t *select, ctx_t *ctx) {
         }
     }
     for (i = select->n_chans; i > 0; i--) ctx__chan_unlock(select->chans[i - 1]);
+    ctx__chan_wake(select->wake);
     if (index == CTX_BUSY) {
         ctx__park(&select->wait.parker, CTX_NO_DEADLINE);
         for (i = 0; i < select->n; i++) {
@@ -5539,6 +5590,7 @@ static int ctx__select(ctx_t *ctx, ctx_case_t *cases, size_t n) {
     select.cases = cases;
     select.n = n;
     select.n_chans = 0;
+    select.wake = NULL;
     select.ops = many ? (ctx__chan_op_t *)(void *)many : few_ops;
     select.chans = many ? (ctx_chan_t **)(void *)(many + n * sizeof(ctx__chan_op_t)) : few_chans;
     for (i = 0; i < n; i++) select.ops[i].index = (int)i;
@@ -5630,6 +5682,7 @@ static void ctx__stage_pass_turn(ctx__stage_t *stage) {
 static int ctx__stage_item(ctx__stage_t *stage, const ctx__stage_worker_t *worker, uint64_t number) {
     ctx_chan_t *out = stage->desc.out;
     int rc = stage->desc.fn(stage->work, worker->in, out ? worker->out : NULL, stage->desc.user);
+    if (rc < 0) ctx__stage_stop(stage, rc); /* before its turn: those before it may need to know */
     if (stage->desc.ordered) ctx__stage_await_turn(stage, number);
     if (rc == 0 && out) rc = ctx_chan_send(out, stage->work, worker->out);
     if (rc < 0) ctx__stage_letter(stage, worker->in, rc);
@@ -5707,7 +5760,7 @@ static void ctx__stage_work(ctx__stage_t *stage, ctx_t *ctx) {
     ctx__stage_start(stage, emit ? 0 : 1);
     if (emit) {
         ctx__stage_await(stage, ctx, CTX_NO_DEADLINE);
-        ctx__stage_await(stage, NULL, ctx__from_now(stage->desc.emit_budget > 0 ? stage->desc.emit_budget : 0));
+        ctx__stage_await(stage, NULL, ctx__from_now(stage->desc.emit_budget));
         ctx_cancel_cause(stage->work, CTX_DEADLINE_EXCEEDED, "emit budget");
     } else {
         ctx__stage_worker_t worker;
@@ -5719,10 +5772,13 @@ static void ctx__stage_work(ctx__stage_t *stage, ctx_t *ctx) {
 
 /* All workers have returned: what becomes of the rest, and what the result is. */
 static int ctx__stage_finish(ctx__stage_t *stage, ctx_t *ctx) {
-    int err = ctx_err(ctx), rc = stage->rc ? stage->rc : stage->through ? 0 : err, reason = rc;
+    int err = ctx_err(ctx), rc = stage->rc ? stage->rc : stage->through ? 0 : err;
+    uint64_t rest = 0;
+    if (rc && stage->desc.on_cancel != CTX_CANCEL_DROP && stage->desc.dead_letter)
+        rest = ctx__chan_pending(stage->desc.in);
+    while (rest-- > 0 && ctx_chan_try_recv(stage->desc.in, stage->items) == 0)
+        ctx__stage_letter(stage, stage->items, rc);
     if (stage->desc.on_cancel == CTX_CANCEL_EMIT && rc == CTX_DEADLINE_EXCEEDED && err) rc = err;
-    if (reason && stage->desc.on_cancel != CTX_CANCEL_DROP && stage->desc.dead_letter)
-        while (ctx_chan_try_recv(stage->desc.in, stage->items) == 0) ctx__stage_letter(stage, stage->items, reason);
     if (stage->desc.out) ctx_chan_close(stage->desc.out);
     return rc;
 }
@@ -5736,13 +5792,14 @@ CTXCANCEL_API int ctx_stage_run(ctx_t *ctx, const ctx_stage_desc_t *desc) {
     memset(&stage, 0, sizeof stage);
     stage.desc = *desc;
     if (!stage.desc.workers) stage.desc.workers = 1;
+    if (desc->on_cancel == CTX_CANCEL_EMIT && desc->emit_budget <= 0) stage.desc.on_cancel = CTX_CANCEL_DRAIN;
     stage.left = stage.desc.workers;
     stage.in_room = ctx__round_up(desc->in->item_size + 1, 2 * sizeof(void *));
     stage.room = stage.in_room + ctx__round_up(desc->out ? desc->out->item_size : 0, 2 * sizeof(void *));
     ctx_sem_init(&stage.letters, 1);
     ctx_sem_init(&stage.receiving, 1);
-    stage.work = desc->on_cancel == CTX_CANCEL_EMIT ? ctx_without_cancel_at(ctx, "ctx_stage_run")
-                                                     : ctx_with_cancel_at(ctx, "ctx_stage_run");
+    stage.work = stage.desc.on_cancel == CTX_CANCEL_EMIT ? ctx_without_cancel_at(ctx, "ctx_stage_run")
+                                                          : ctx_with_cancel_at(ctx, "ctx_stage_run");
     stage.items = (char *)CTXCANCEL_MALLOC((size_t)stage.desc.workers * stage.room);
     if ((stage.work->flags & CTX__F_FAILED) || !stage.items) {
         rc = stage.items ? ctx_err(stage.work) : CTX_NO_MEMORY;
