@@ -16,8 +16,9 @@ test_programs = $(tests:tests/%.c=build/test/%)
 nofutex_programs = $(tests:tests/%.c=build/nofutex/%)
 example_programs = $(examples:docs/examples/%.c=build/examples/%)
 programs = $(test_programs) $(nofutex_programs) $(example_programs)
-# An example passes by ending with status 0 when run without arguments. treesum wants some: tests/test_treesum.sh.
-runnable_examples = $(filter-out build/examples/treesum,$(example_programs))
+# An example passes by ending with status 0 when run without arguments. Two want some: tests/test_treesum.sh and
+# tests/test_ingest.sh run them.
+runnable_examples = $(filter-out build/examples/treesum build/examples/ingest,$(example_programs))
 
 compile = @mkdir -p $(@D); echo "cc $@"; $(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS)
 
@@ -59,6 +60,7 @@ build/examples/%: docs/examples/%.c ctxcancel.h
 	$(compile) $< -o $@ $(LDLIBS)
 
 build/examples/treesum: LDLIBS = -lcrypto
+build/examples/ingest: LDLIBS = -lsqlite3
 
 check: deps-dev
 	@tests/check.sh
@@ -73,7 +75,7 @@ install:
 	install -d "$(DESTDIR)$(PREFIX)/include" "$(DESTDIR)$(PREFIX)/share/pkgconfig"
 	install -m 644 ctxcancel.h "$(DESTDIR)$(PREFIX)/include/ctxcancel.h"
 	printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' '' 'Name: ctxcancel' \
-	    'Description: Cancellation, deadlines, request values and bounded work for C' 'Version: $(VERSION)' \
+	    'Description: Cancellation, deadlines, structured concurrency and graceful shutdown for C' 'Version: $(VERSION)' \
 	    'Cflags: -I$${includedir} -pthread' 'Libs: -pthread' \
 	    > "$(DESTDIR)$(PREFIX)/share/pkgconfig/ctxcancel.pc"
 

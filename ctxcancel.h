@@ -700,6 +700,7 @@ typedef struct {
     int64_t full_at; /* [atomic] when the bucket would be full if nothing more were taken */
     int64_t cost;    /* [const] nanoseconds for one token */
     int64_t burst;   /* [const] */
+    int64_t bucket;  /* [const] the cost of a burst */
 } ctx_limiter_t;
 
 /* Make a limiter of `per_second` tokens a second (each costs a whole number of nanoseconds), whose bucket holds `burst`
@@ -817,9 +818,9 @@ CTXCANCEL_API int ctx_service_start(ctx_service_t *service);
 
 /* Stop in phases: refuse; drain, for `.drain_budget` and at most until the notice time before the end of the budget;
    cancel; and if it still goes on after the notice time, force. Each callback runs on a thread of its own, so none can
-   hold this up: it returns after budget + notice at the latest. 0, CTX_DEADLINE_EXCEEDED if it was not finished inside
-   the budget, else the first error of `run` or `drain`. Any number of callers, at any time, wait for the one stop and
-   get its result; one that was never started is stopped at once. `report` may be NULL. */
+   hold this up: it returns when all have, after budget + notice at the latest. 0, CTX_DEADLINE_EXCEEDED if it was
+   not finished inside the budget, else the first error of `run` or `drain`. Any number of callers, at any time, wait
+   for the one stop and get its result; one that was never started is stopped at once. `report` may be NULL. */
 CTXCANCEL_API int ctx_service_stop(ctx_service_t *service, ctx_dur_t budget, ctx_shutdown_t *report);
 
 /* Stop with no budget unless that is done, and free. What a stuck `run` touches of it lives until that ends. NULL is
@@ -848,10 +849,10 @@ CTXCANCEL_API int ctx_app_add(ctx_app_t *app, const ctx_service_desc_t *desc);
 
 /* Start the services, each after those that it needs; wait for a signal, the end of the parent, or the first failure;
    then turn the readiness off, wait for `.lame_duck`, and stop them, each as ctx_service_stop() does, as soon as those
-   that need it have stopped, all inside one budget. Once that has passed, or a second signal came, all that are left
-   are cancelled and forced. Frees the app. 0 when everything stopped inside the budget, else the first failure of a
-   component, or CTX_DEADLINE_EXCEEDED; at once CTX_INVALID if an `.after` names no service or goes in a circle.
-   `desc` may be NULL. */
+   that need it have stopped or are overdue after their notice, all inside one budget. Once that has passed, or a second
+   signal came, all that are left are cancelled and forced. Frees the app. 0 when everything stopped inside the budget,
+   else the first failure of a component, or CTX_DEADLINE_EXCEEDED; at once CTX_INVALID if an `.after` names no service
+   or goes in a circle. `desc` may be NULL. */
 CTXCANCEL_API int ctx_app_run(ctx_app_t *app, const ctx_app_desc_t *desc);
 
 /* For a health check, as long as the app is running: everything has started and no shutdown has begun. */
@@ -3554,7 +3555,7 @@ struct ctx_pool {
     uint32_t refs;        /* [atomic] */
 
     CTX__ALIGNED uint32_t in;
-    bool closed;           /* [in] */
+    bool closed;           /* [atomic, set under in] */
     bool quit;             /* [in] workers shall end */
     uint64_t tail;         /* [atomic, set under in] tasks ever put */
     uint64_t head_seen;    /* [in] */
@@ -4416,7 +4417,7 @@ static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t notice,
     int rc;
     memset(&r, 0, sizeof r);
     ctx__lock(&pool->in);
-    pool->closed = true;
+    __atomic_store_n(&pool->closed, true, __ATOMIC_RELEASE);
     pool->drain_tasks += self;
     ctx__waiters_wake(&pool->blocked);
     ctx__waiters_wake(&pool->drainers);
@@ -4515,7 +4516,7 @@ CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_pe
    there are none. So the group's threads that wait, for room or for the end, can take tasks from that queue themselves:
    what has no thread is run by whoever waits for it, and what has one goes on by itself, so groups of groups never lock
    up, however small the pool. `turns` counts a turn once the pool has taken it, so it is never more than there are; who
-   adds a task and then finds it 0, because the pool would not take a turn, takes that task back.
+   adds a task and then finds it 0, because the pool would not take a turn, sees to it itself.
 
    The group lives until its owner has waited and its last turn has come back. A pool that drops a turn tells it. */
 
@@ -4591,7 +4592,10 @@ static void ctx__runner_set_watches(ctx__runner_t *runner, bool watches) {
 /* Watch for a job. */
 static void ctx__runner_watch(ctx__runner_t *runner) {
     int i;
-    for (i = runner->spin * 8; i > 0 && !ctx__runner_told(runner); i--) ctx__cpu_pause();
+    for (i = runner->spin * 8; i > 0 && !ctx__runner_told(runner); i--) {
+        if (i % 64 == 0) ctx__cpu_yield(); /* runners just woken may be waiting for this very core */
+        ctx__cpu_pause();
+    }
     if (ctx__runner_told(runner)) {
         runner->spin = CTX__RUNNER_SPIN;
         return;
@@ -4812,6 +4816,7 @@ struct ctx_group {
     int rc;             /* [mu] of the first task that failed */
     size_t live;        /* [mu] tasks taken that have not returned */
     uint64_t taken;     /* [mu] tasks ever queued */
+    bool awaited;       /* [mu] its owner waits, and runs what is queued */
     int turns;          /* [mu] that the pool has; less for a moment, never more */
     ctx__cell_t *first, *last; /* [mu] tasks that no thread has begun */
     ctx__cell_t *spare; /* [mu] */
@@ -4937,9 +4942,9 @@ CTXCANCEL_API ctx_group_t *ctx_group_new(ctx_t *parent, const ctx_group_desc_t *
     if (desc->name) group->ctx->name = desc->name;
     group->name = desc->name ? desc->name : "group";
     group->pool = desc->pool;
-    group->limit = desc->limit ? (size_t)desc->limit : SIZE_MAX;
+    group->limit = desc->limit ? (size_t)desc->limit : desc->pool ? desc->pool->desc.queue : SIZE_MAX;
     if (group->pool) group->most_turns = group->pool->desc.workers;
-    if ((size_t)group->most_turns > group->limit) group->most_turns = desc->limit;
+    if ((size_t)group->most_turns > group->limit) group->most_turns = (int)group->limit;
     group->refs = 1;
     return group;
 }
@@ -4954,7 +4959,10 @@ static int ctx__group_enter(ctx_group_t *group, bool wait) {
     ctx__waiter_t waiter;
     ctx__watch_t watch;
     int err;
-    while ((err = ctx_err(group->ctx)) == 0 && group->live >= group->limit) {
+    for (;;) {
+        err = ctx_err(group->ctx);
+        if (!err && group->pool && __atomic_load_n(&group->pool->closed, __ATOMIC_ACQUIRE)) err = CTX_CLOSED;
+        if (err || group->live < group->limit) break;
         if (!wait) return CTX_QUEUE_FULL;
         if (ctx__group_run_next(group)) continue;
         ctx__unlock(&group->mu);
@@ -4988,22 +4996,23 @@ static int ctx__group_go_thread(ctx_group_t *group, ctx_task_fn fn, void *arg) {
     return rc;
 }
 
-/* The pool did not take the turn that the queued task `number` in `cell` wants. If none is under way the task is taken
-   back, if nobody has begun it: run here if the pool is only full. */
+/* The pool did not take the turn that the queued task `number` in `cell` wants. If nobody else will come for it, this
+   thread takes a turn if the pool is only full, or takes the task back. A turn, and not just this task: so tasks that
+   add tasks do so below one turn and not below each other. */
 static CTX__COLD int ctx__group_take_back(ctx_group_t *group, ctx__cell_t *cell, uint64_t number, int rc, bool wait) {
     ctx__lock(&group->mu);
-    if (group->turns > 0 || cell->number != number) {
+    if (group->turns > 0 || group->awaited || cell->number != number) {
         rc = 0;
+    } else if (rc == CTX_QUEUE_FULL && wait) {
+        __atomic_fetch_add(&group->refs, 1u, __ATOMIC_RELAXED);
+        group->turns++;
+        ctx__unlock(&group->mu);
+        return ctx__group_turn(group->ctx, group);
     } else {
         ctx__group_unqueue(group, cell);
-        if (rc == CTX_QUEUE_FULL && wait) {
-            ctx__group_run(group, cell);
-            rc = 0;
-        } else {
-            cell->next = group->spare;
-            group->spare = cell;
-            ctx__group_left(group);
-        }
+        cell->next = group->spare;
+        group->spare = cell;
+        ctx__group_left(group);
     }
     ctx__unlock(&group->mu);
     return rc;
@@ -5075,6 +5084,7 @@ CTXCANCEL_API int ctx_group_wait(ctx_group_t *group) {
     if (!group) return CTX_INVALID;
     memset(&waiter, 0, sizeof waiter);
     ctx__lock(&group->mu);
+    group->awaited = true;
     while (group->live)
         if (!ctx__group_run_next(group))
             ctx__waiter_park(&group->at_end, &waiter, &group->mu, CTX_NO_DEADLINE);
@@ -5094,7 +5104,7 @@ CTXCANCEL_API int ctx_race(ctx_t *a, ctx_t *b, ctx_task_fn fn, void *arg) {
     if (!rc) {
         rc = fn(both, arg);
         err = ctx_err(both);
-        if (err) rc = err;
+        if (err && (ctx_err(a) || ctx_err(b))) rc = err;
     }
     ctx_end(both);
     return rc;
@@ -6231,13 +6241,14 @@ CTXCANCEL_API int ctx_batch_close(ctx_batch_t *batch, ctx_dur_t budget) {
 #define CTX__SPAN_MAX (INT64_MAX / 2) /* 146 years */
 
 static ctx_dur_t ctx__limiter_span(const ctx_limiter_t *limiter, int64_t n) {
+    if (limiter->bucket < CTX__SPAN_MAX) return n * limiter->cost; /* n <= burst */
     return n > CTX__SPAN_MAX / limiter->cost ? CTX__SPAN_MAX : n * limiter->cost;
 }
 
 /* Take `n` tokens if they are there at `latest`. `*at`: when they are; `*full_at`: what the word became. */
 static bool ctx__limiter_take(ctx_limiter_t *limiter, int64_t n, ctx_time_t now, ctx_time_t latest, ctx_time_t *at,
                               int64_t *full_at) {
-    ctx_dur_t span = ctx__limiter_span(limiter, n), bucket = ctx__limiter_span(limiter, limiter->burst);
+    ctx_dur_t span = ctx__limiter_span(limiter, n), bucket = limiter->bucket;
     int64_t before = __atomic_load_n(&limiter->full_at, __ATOMIC_RELAXED);
     do {
         *full_at = ctx_time_add(before > now ? before : now, span);
@@ -6270,6 +6281,7 @@ CTXCANCEL_API int ctx_limiter_init(ctx_limiter_t *limiter, double per_second, in
     limiter->cost = cost < (double)CTX__SPAN_MAX ? (int64_t)cost : CTX__SPAN_MAX;
     if ((double)limiter->cost < cost) limiter->cost++; /* whole, so that the tokens of a bucket add up to it */
     limiter->burst = burst;
+    limiter->bucket = burst > CTX__SPAN_MAX / limiter->cost ? CTX__SPAN_MAX : burst * limiter->cost;
     return 0;
 }
 
@@ -6294,6 +6306,7 @@ CTXCANCEL_API ctx_dur_t ctx_limiter_reserve(ctx_limiter_t *limiter, int64_t n) {
 
 CTXCANCEL_API void ctx_limiter_cancel(ctx_limiter_t *limiter, int64_t n) {
     CTXCANCEL_ASSERT(limiter != NULL && n >= 0);
+    if (n > limiter->burst) n = limiter->burst;
     ctx__limiter_return(limiter, ctx__limiter_span(limiter, n), INT64_MAX);
 }
 
@@ -6795,16 +6808,19 @@ CTXCANCEL_API void ctx_runtime_stop(void) {
      QUIET     refuse and drain are at work, until `deadline`
      CANCELED  its context is done; what is active gets until `deadline`
      FORCED    force was called; the same once more
-     OVER      nothing is active any more, or it is late: the supervisor goes on without it
-   A service has `notice` before the end of the budget to be cancelled, so one that stops when it is told does so inside
-   the budget. When the budget has passed, or in a hurry, everything is cancelled and forced without waiting for
+     OVERDUE   what it needs goes on to stop, as if it had stopped; it may still do so inside the budget
+     OVER      nothing is active any more, or it is late
+   A service is cancelled `notice` before the end of the budget at the latest, so one that stops when it is told does so
+   inside the budget. When the budget has passed, or in a hurry, everything is cancelled and forced without waiting for
    anything else. The fields of a phase belong to the supervisor.
 
    A service is counted: its owner and each active callback hold it. So a stuck one is left behind and nothing that it
    touches is freed. What a stop needs is allocated with the service: the context of the drain too. */
 
+#define CTX__NEVER INT64_MIN /* the time of what has not happened */
+
 enum { CTX__NEW, CTX__STARTING, CTX__RUNNING, CTX__STOPPING, CTX__STOPPED };
-enum { CTX__WAITING, CTX__QUIET, CTX__CANCELED, CTX__FORCED, CTX__OVER };
+enum { CTX__WAITING, CTX__QUIET, CTX__CANCELED, CTX__FORCED, CTX__OVERDUE, CTX__OVER };
 
 typedef struct ctx__stop ctx__stop_t;
 
@@ -6820,16 +6836,19 @@ struct ctx_service {
     ctx__stop_t *stop;           /* [mu] who supervises */
     ctx_service_t *next_changed; /* [mu] */
     bool changed;                /* [mu] on the list of changes */
+    ctx__parker_t start_over;    /* the thread of `run` waits here for `start` */
+    int start_rc;                /* [const] once that is over: 0 if `run` shall run */
     bool excused;                /* [mu] `run` itself stops the service: it is not waited for */
     uint8_t state;               /* [mu] */
     int active;                  /* [mu] */
     bool quiet;                  /* [mu] refuse and drain have returned */
-    ctx_time_t noticed, drained, finished; /* [mu] 0: not yet */
+    ctx_time_t noticed, drained, finished; /* [mu] CTX__NEVER: not yet */
     int rc;                      /* [mu] the first error */
     ctx__tally_t tally;
     uint8_t phase;               /* [supervisor] from here on */
     ctx_time_t began, cancelled, forced, deadline;
     bool late;
+    bool released;               /* what it needs has been told that it does not need that any more */
     ctx_service_t **needs;       /* [const while an app runs] what `.after` names, ended by NULL */
     size_t dependents;           /* services that need this one and are not over */
     bool marked;                 /* scratch of who goes over all services */
@@ -6894,13 +6913,16 @@ static void ctx__service_enter(ctx_service_t *service) {
 
 /* [mu] */
 static void ctx__service_note(ctx_service_t *service, int rc) {
-    if (!service->noticed) service->noticed = ctx_now();
+    if (service->noticed == CTX__NEVER) service->noticed = ctx_now();
     if (rc && !service->rc) service->rc = rc;
 }
 
 /* [mu] A callback has returned for good. */
 static void ctx__service_inactive(ctx_service_t *service) {
-    if (--service->active == 0) service->finished = ctx_now();
+    if (--service->active == 0) {
+        service->finished = ctx_now();
+        ctx__waiters_wake(&service->waiters);
+    }
     ctx__service_changed(service);
 }
 
@@ -6922,18 +6944,22 @@ static void ctx__service_cancel_siblings(ctx_service_t *service, int rc) {
     }
 }
 
+/* Its thread is there before `start` is called, so that a start which went well cannot fail for want of one. */
 static void ctx__service_run_job(const ctx__job_t *job) {
     ctx_service_t *service = (ctx_service_t *)job->owner;
     bool alone = false;
-    int rc;
-    ctx__service_enter(service);
-    rc = service->desc.run(service->ctx, service->desc.user);
-    ctx__service_enter(NULL);
+    int rc = 0;
+    ctx__park_real(&service->start_over, CTX_NO_DEADLINE);
+    if (service->start_rc == 0) {
+        ctx__service_enter(service);
+        rc = service->desc.run(service->ctx, service->desc.user);
+        ctx__service_enter(NULL);
+    }
     if (rc && rc == ctx_err(service->ctx)) rc = 0; /* it was told to stop */
     ctx__lock(&ctx__services.mu);
     if (service->state == CTX__STOPPING || rc) ctx__service_note(service, rc);
     if (rc && service->app) ctx__app_failed(service->app, service, rc);
-    else alone = rc && service->state == CTX__RUNNING;
+    else alone = rc && service->state <= CTX__RUNNING;
     ctx__unlock(&ctx__services.mu);
     if (alone) ctx__service_cancel_siblings(service, rc);
     ctx__lock(&ctx__services.mu);
@@ -7011,6 +7037,7 @@ static ctx_dur_t ctx__service_notice(const ctx_service_t *service) {
 /* When it must be cancelled to have its notice inside the budget. */
 static ctx_time_t ctx__stop_cut(const ctx__stop_t *stop, const ctx_service_t *service) {
     ctx_dur_t notice = ctx__service_notice(service);
+    if (stop->end == CTX_NO_DEADLINE) return CTX_NO_DEADLINE;
     return ctx_time_add(stop->end, -(notice < stop->budget / 2 ? notice : stop->budget / 2));
 }
 
@@ -7027,17 +7054,34 @@ static bool ctx__service_is_active(ctx_service_t *service) {
     return active;
 }
 
-static void ctx__stop_over(ctx__stop_t *stop, ctx_service_t *service, bool late) {
+/* What it needed and nobody else needs stops next: by way of the list of changes, for that chain may be long. */
+static void ctx__stop_release(ctx_service_t *service) {
     ctx_service_t **need;
-    service->phase = CTX__OVER;
-    service->deadline = CTX_NO_DEADLINE;
-    service->late = late;
-    stop->left--;
-    /* What it needed and nobody else needs stops next: by way of the list of changes, for that chain may be long. */
+    if (service->released) return;
+    service->released = true;
     ctx__lock(&ctx__services.mu);
     for (need = service->needs; need && *need; need++)
         if (--(*need)->dependents == 0) ctx__service_changed(*need);
     ctx__unlock(&ctx__services.mu);
+}
+
+static void ctx__stop_over(ctx__stop_t *stop, ctx_service_t *service, bool late) {
+    service->phase = CTX__OVER;
+    service->deadline = CTX_NO_DEADLINE;
+    service->late = late;
+    stop->left--;
+    ctx__stop_release(service);
+}
+
+/* Its last notice has passed. */
+static void ctx__stop_overdue(ctx__stop_t *stop, ctx_service_t *service, ctx_time_t now) {
+    if (stop->hurry || now >= stop->end) {
+        ctx__stop_over(stop, service, true);
+        return;
+    }
+    service->phase = CTX__OVERDUE;
+    ctx__stop_deadline(stop, service, stop->end);
+    ctx__stop_release(service);
 }
 
 static void ctx__stop_cancel(ctx__stop_t *stop, ctx_service_t *service) {
@@ -7050,15 +7094,10 @@ static void ctx__stop_cancel(ctx__stop_t *stop, ctx_service_t *service) {
 }
 
 static void ctx__stop_force(ctx__stop_t *stop, ctx_service_t *service) {
-    ctx_time_t now = ctx_now();
-    if (!service->desc.force) {
-        ctx__stop_over(stop, service, true);
-        return;
-    }
     service->phase = CTX__FORCED;
-    service->forced = now;
-    ctx__stop_deadline(stop, service, ctx_time_add(now, ctx__service_notice(service)));
-    if (ctx__service_launch(service, ctx__service_force_job, NULL, false)) ctx__stop_over(stop, service, true);
+    service->forced = ctx_now();
+    ctx__stop_deadline(stop, service, ctx_time_add(ctx__min(service->forced, stop->end), ctx__service_notice(service)));
+    ctx__service_launch(service, ctx__service_force_job, NULL, true);
 }
 
 /* The context of drain: detached, for the service's own may be done. Without a timer the supervisor cancels it. */
@@ -7108,19 +7147,19 @@ static void ctx__stop_advance(ctx__stop_t *stop, ctx_service_t *service, ctx_tim
         if (quiet || passed) ctx__stop_cancel(stop, service);
     } else if (!active) {
         ctx__stop_over(stop, service, false);
-    } else if (passed && service->phase == CTX__CANCELED) {
+    } else if (passed && service->phase == CTX__CANCELED && service->desc.force) {
         ctx__stop_force(stop, service);
     } else if (passed) {
-        ctx__stop_over(stop, service, true);
+        ctx__stop_overdue(stop, service, now);
     }
 }
 
-/* The budget has passed, or a second signal came: all that are left go on to cancelled and forced. */
+/* The budget of an app has passed, or a second signal came: all that are left go on to cancelled and forced. */
 static void ctx__stop_hurry(ctx__stop_t *stop) {
     size_t i;
-    if (stop->hurry) return;
+    if (stop->hurry || !stop->app) return;
     stop->hurry = true;
-    if (stop->app && stop->app->on_force && stop->left) stop->app->on_force(stop->app->user);
+    if (stop->app->on_force) stop->app->on_force(stop->app->user);
     for (i = 0; i < stop->n; i++) {
         ctx_service_t *service = stop->services[i];
         if (service->phase == CTX__WAITING) {
@@ -7129,8 +7168,10 @@ static void ctx__stop_hurry(ctx__stop_t *stop) {
             service->state = CTX__STOPPING;
             ctx__unlock(&ctx__services.mu);
         }
-        if (service->phase == CTX__WAITING || service->phase == CTX__QUIET) ctx__stop_cancel(stop, service);
+        if (service->phase <= CTX__QUIET) ctx__stop_cancel(stop, service);
         if (service->phase == CTX__CANCELED && service->desc.force) ctx__stop_force(stop, service);
+        if (service->phase == CTX__OVERDUE)
+            ctx__stop_deadline(stop, service, ctx__min(service->deadline, ctx__from_now(ctx__service_notice(service))));
     }
 }
 
@@ -7138,7 +7179,7 @@ static void ctx__stop_hurry(ctx__stop_t *stop) {
 static void ctx__stop_clock(ctx__stop_t *stop, ctx_time_t now) {
     size_t i;
     if (now >= stop->end) ctx__stop_hurry(stop);
-    stop->earliest = stop->hurry ? CTX_NO_DEADLINE : stop->end;
+    stop->earliest = now < stop->end ? stop->end : CTX_NO_DEADLINE;
     for (i = 0; i < stop->n; i++) {
         ctx_service_t *service = stop->services[i];
         if (service->phase == CTX__WAITING) {
@@ -7186,7 +7227,9 @@ static void ctx__stop_run(ctx__stop_t *stop) {
 
 /* -- reports -- */
 
-static ctx_dur_t ctx__since(ctx_time_t start, ctx_time_t t) { return !t ? -1 : t > start ? t - start : 0; }
+static ctx_dur_t ctx__since(ctx_time_t start, ctx_time_t t) {
+    return t == CTX__NEVER ? -1 : t > start ? t - start : 0;
+}
 
 /* [mu] When the last thing of it was over. */
 static ctx_time_t ctx__service_over_at(const ctx_service_t *service) {
@@ -7323,11 +7366,12 @@ CTXCANCEL_API int ctx_shutdown_print(const ctx_shutdown_t *report, FILE *file) {
     fprintf(file, "shutdown by %.24s: %s of %s, %s\n", report->cause ? report->cause : "request",
             ctx__dur_text(took, sizeof took, report->took), ctx__dur_text(budget, sizeof budget, report->budget),
             report->held ? "inside the budget" : report->late ? "some are late" : "over the budget");
-    fprintf(file, "  %llu components, %llu late, %llu dropped%s%s%s%s%.32s\n", (unsigned long long)report->total,
-            (unsigned long long)report->late, (unsigned long long)report->dropped,
-            report->forced ? ", forced by a second signal" : "", report->lame_duck > 0 ? ", ready off for " : "",
-            report->lame_duck > 0 ? ctx__dur_text(duck, sizeof duck, report->lame_duck) : "",
-            report->rc ? ", error: " : "", report->rc ? ctx_strerror(report->rc) : "");
+    fprintf(file, "  %llu components, %llu late, %llu dropped\n", (unsigned long long)report->total,
+            (unsigned long long)report->late, (unsigned long long)report->dropped);
+    if (report->lame_duck > 0)
+        fprintf(file, "  not ready for %s before that\n", ctx__dur_text(duck, sizeof duck, report->lame_duck));
+    if (report->forced) fprintf(file, "  forced by a second signal\n");
+    if (report->rc) fprintf(file, "  error: %.80s\n", ctx_strerror(report->rc));
     if (n) fprintf(file, "  = refuse and drain   ~ cancelled   ! forced   > still running\n");
     for (i = 0; i < n; i++) ctx__part_print(report, &report->parts[i], file);
     if (report->total > n) fprintf(file, "  and %llu more\n", (unsigned long long)(report->total - n));
@@ -7349,6 +7393,8 @@ static ctx_service_t *ctx__service_make(ctx_t *parent, const ctx_service_desc_t 
     if (!service->desc.name) service->desc.name = "service";
     if (!service->desc.notice) service->desc.notice = CTX_MS(100);
     service->refs = 1;
+    service->noticed = service->drained = service->finished = CTX__NEVER;
+    service->began = service->cancelled = service->forced = CTX__NEVER;
     service->deadline = CTX_NO_DEADLINE;
     make.name = service->desc.name;
     make.site = "ctx_service_new";
@@ -7393,16 +7439,26 @@ static int ctx__service_call_start(ctx_service_t *service) {
     return rc;
 }
 
-/* `start` has returned `rc`: go on to run, unless a stop has come between. */
-static int ctx__service_started(ctx_service_t *service, int rc) {
+/* Call start and let run go on, unless a stop has come between. The state is STARTING and this is counted as active.
+   After an error it may be tried again, once the thread for run has gone. */
+static int ctx__service_do_start(ctx_service_t *service) {
+    ctx__waiter_t waiter;
     bool stopping;
-    if (!rc && service->desc.run && !ctx_err(service->ctx))
-        rc = ctx__service_launch(service, ctx__service_run_job, NULL, false);
+    int rc;
+    memset(&waiter, 0, sizeof waiter);
+    ctx__parker_reset(&service->start_over);
+    rc = service->desc.run ? ctx__service_launch(service, ctx__service_run_job, NULL, false) : 0;
+    if (!rc) rc = ctx__service_call_start(service);
     ctx__lock(&ctx__services.mu);
-    stopping = service->state == CTX__STOPPING;
-    if (!stopping) service->state = rc ? CTX__NEW : CTX__RUNNING;
+    stopping = service->state >= CTX__STOPPING;
+    service->start_rc = stopping ? CTX_CLOSED : rc;
+    ctx__unpark(&service->start_over);
     if (rc && stopping) ctx__service_note(service, rc == ctx_err(service->ctx) ? 0 : rc);
+    if (!rc && !stopping) service->state = CTX__RUNNING;
     ctx__service_inactive(service);
+    while (service->state == CTX__STARTING && service->active)
+        ctx__waiter_park(&service->waiters, &waiter, &ctx__services.mu, CTX_NO_DEADLINE);
+    if (service->state == CTX__STARTING) service->state = CTX__NEW;
     ctx__unlock(&ctx__services.mu);
     return rc ? rc : stopping ? CTX_CLOSED : 0;
 }
@@ -7421,7 +7477,7 @@ CTXCANCEL_API int ctx_service_start(ctx_service_t *service) {
     if (state >= CTX__STOPPING) return CTX_CLOSED;
     if (state != CTX__NEW) return CTX_BUSY;
     __atomic_fetch_add(&service->refs, 1u, __ATOMIC_RELAXED);
-    rc = ctx__service_started(service, ctx__service_call_start(service));
+    rc = ctx__service_do_start(service);
     ctx__service_unref(service);
     return rc;
 }
@@ -7651,7 +7707,7 @@ static bool ctx__app_over(ctx_app_t *app, const char **what, int *code) {
 
 static void ctx__app_start_job(const ctx__job_t *job) {
     ctx_service_t *service = (ctx_service_t *)job->owner;
-    int rc = ctx__service_started(service, ctx__service_call_start(service));
+    int rc = ctx__service_do_start(service);
     ctx__lock(&ctx__services.mu);
     if (service->app && rc && rc != ctx_err(service->ctx) && rc != CTX_CLOSED)
         ctx__app_failed(service->app, service, rc);
@@ -7776,7 +7832,7 @@ typedef struct ctx__cleanup_item {
     ctx_t *ctx;
     ctx__cleanup_run_t *run;        /* [mu] who waits for it; NULL: it is late */
     ctx_time_t began, deadline;     /* [const] once launched */
-    ctx_time_t finished;            /* [mu] 0: not yet */
+    ctx_time_t finished;            /* [mu] CTX__NEVER: not yet */
     int rc;                         /* [mu] */
     ctx__tally_t tally;
 } ctx__cleanup_item_t;
@@ -7793,6 +7849,7 @@ CTXCANCEL_API int ctx_cleanup_add(ctx_cleanup_t *cleanup, const ctx_cleanup_desc
     item = (ctx__cleanup_item_t *)ctx__alloc(sizeof *item);
     if (!item) return CTX_NO_MEMORY;
     item->desc = *desc;
+    item->began = item->finished = CTX__NEVER;
     if (!item->desc.name) item->desc.name = "cleanup";
     item->node = CTXCANCEL_MALLOC(sizeof(ctx_t));
     if (!item->node) {
@@ -7843,13 +7900,13 @@ static void ctx__cleanup_launch(ctx__cleanup_item_t *item, ctx__cleanup_run_t *r
     if (ctx__run(&job)) ctx__cleanup_job(&job);
 }
 
-/* When the wait for these is over at the latest; 0: now. */
+/* When the wait for these is over at the latest; CTX__NEVER: it is. */
 static ctx_time_t ctx__cleanup_until(const ctx__cleanup_item_t *items, bool critical, ctx_time_t end) {
-    ctx_time_t until = 0;
+    ctx_time_t until = CTX__NEVER;
     ctx__lock(&ctx__services.mu);
     for (; items; items = items->next) {
         ctx_time_t its = items->desc.critical && critical ? ctx__min(items->deadline, end) : end;
-        if (items->began && !items->finished && its > until) until = its;
+        if (items->began != CTX__NEVER && items->finished == CTX__NEVER && its > until) until = its;
     }
     ctx__unlock(&ctx__services.mu);
     return until;
@@ -7858,7 +7915,7 @@ static ctx_time_t ctx__cleanup_until(const ctx__cleanup_item_t *items, bool crit
 static void ctx__cleanup_wait(const ctx__cleanup_item_t *items, ctx__cleanup_run_t *run, bool critical,
                               ctx_time_t end) {
     ctx_time_t until;
-    while ((until = ctx__cleanup_until(items, critical, end)) != 0) {
+    while ((until = ctx__cleanup_until(items, critical, end)) != CTX__NEVER) {
         bool woken;
         if (until <= ctx_now()) return;
         woken = ctx__park(&run->parker, until);
@@ -7872,13 +7929,13 @@ static void ctx__cleanup_part(const ctx__cleanup_item_t *item, ctx_time_t start,
     part->name = item->desc.name;
     part->began = ctx__since(start, item->began);
     part->drained = part->forced = -1;
-    part->cancelled = item->finished > item->deadline || (!item->finished && ctx_err(item->ctx))
+    part->late = item->finished == CTX__NEVER;
+    part->cancelled = item->finished > item->deadline || (part->late && ctx_err(item->ctx))
                           ? ctx__since(start, item->deadline) : -1;
     part->noticed = part->finished = ctx__since(start, item->finished);
     part->rc = item->rc;
     part->dropped = __atomic_load_n(&item->tally.dropped, __ATOMIC_RELAXED);
     part->stuck = __atomic_load_n(&item->tally.stuck, __ATOMIC_RELAXED);
-    part->late = !item->finished;
 }
 
 /* [mu] The late ones first, for they matter most if there are too many. */
@@ -7887,7 +7944,7 @@ static void ctx__cleanup_report(const ctx__cleanup_item_t *items, ctx_time_t sta
     int late;
     for (late = 1; late >= 0; late--) {
         for (item = items; item; item = item->next) {
-            if ((item->finished == 0) != late) continue;
+            if ((item->finished == CTX__NEVER) != late) continue;
             report->total++;
             report->late += (size_t)late;
             report->dropped += __atomic_load_n(&item->tally.dropped, __ATOMIC_RELAXED);
@@ -7900,12 +7957,16 @@ static void ctx__cleanup_report(const ctx__cleanup_item_t *items, ctx_time_t sta
 /* [mu] Leave the late ones to themselves. The first error; `*done`: the others, to be freed. */
 static int ctx__cleanup_part_ways(ctx__cleanup_item_t *items, ctx__cleanup_item_t **done) {
     ctx__cleanup_item_t *item, *next;
+    ctx_time_t first = 0;
     int rc = 0;
     bool late = false;
     for (item = items; item; item = next) {
         next = item->next;
-        if (!rc) rc = item->rc;
-        if (item->finished) {
+        if (item->rc && (!rc || item->finished < first)) {
+            rc = item->rc;
+            first = item->finished;
+        }
+        if (item->finished != CTX__NEVER) {
             item->next = *done;
             *done = item;
         } else {

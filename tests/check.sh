@@ -80,7 +80,16 @@ together() {
     wait
 }
 
-# suite NAME COMPILER FLAG...: compile each test and run it.  $tests: which ones, if not all; $link: more objects.
+# Tests that need the implementation in their own file: they look inside it, or configure it.
+own_implementation=$(grep -lE 'fault\.h|ctx__|CTXCANCEL_(STATIC|MALLOC|ASSERT)' tests/test_*.c)
+
+# The other tests ask for the implementation too, so to have them without they are given a ctxcancel.h that takes this
+# back.
+mkdir -p $dir/apart
+printf '#undef CTXCANCEL_IMPLEMENTATION\n#include "../../../ctxcancel.h"\n' >$dir/apart/ctxcancel.h
+
+# suite NAME COMPILER FLAG...: compile each test with its own implementation and run it.  $tests: which ones, if not
+# all; $link: what to link.
 suite() {
     local out=$dir/$1 list=${tests:-$(echo tests/test_*.c)} test status=0
     local compiler=("${@:2}")
@@ -95,23 +104,33 @@ suite() {
     return $status
 }
 
-compile_test() { timeout 300 "${compiler[@]}" -pthread -I. -Itests "$1" -o "$out/$(basename "$1" .c)" ${link:-}; }
+compile_test() {
+    local apart= objects=${link:-}
+    if [[ " ${own_implementation//$'\n'/ } " == *" $1 "* ]]; then objects=; elif [ -n "$objects" ]; then apart=-I$dir/apart; fi
+    timeout 300 "${compiler[@]}" -pthread $apart -I. -Itests "$1" -o "$out/$(basename "$1" .c)" $objects
+}
 run_test() { tests/run.sh "$out/$(basename "$1" .c)" >"$out/$(basename "$1" .c).log" 2>&1; }
 
-quick() { TEST_QUICK=1 suite "$@"; }
+# The same with less to do in each test, and the implementation compiled once for all.
+quick() {
+    local name=$1 link=$dir/$1.o
+    shift
+    "$@" -pthread -I. -c $dir/impl.c -o "$link" || return 1
+    TEST_QUICK=1 suite "$name" "$@"
+}
 
-# apart NAME COMPILER SUFFIX IMPLEMENTER FLAG...: the same with the implementation in an object of its own, made by
-# another compiler or with other flags. The tests are C and ask for the implementation themselves, so they are given
-# a ctxcancel.h that takes this back; those that need it in their own file stay out.
+# The same, each test with its own.
+quick_whole() { TEST_QUICK=1 suite "$@"; }
+
+# apart NAME COMPILER SUFFIX IMPLEMENTER FLAG...: tests by one compiler, the implementation by another or with other
+# flags.
 apart() {
     local name=$1 tester=$2 suffix=$3 tests
     shift 3
     local link=$dir/$name.o
     "$@" -pthread -I. -c $dir/impl.$suffix -o "$link" || return 1
-    mkdir -p $dir/apart
-    printf '#undef CTXCANCEL_IMPLEMENTATION\n#include "../../../ctxcancel.h"\n' >$dir/apart/ctxcancel.h
-    tests=$(grep -LE 'fault\.h|ctx__|CTXCANCEL_(STATIC|MALLOC|ASSERT)' tests/test_*.c)
-    quick "$name" "$tester" -std=gnu11 -O2 -g -I$dir/apart
+    tests=$(ls tests/test_*.c | grep -vxF "$own_implementation")
+    TEST_QUICK=1 suite "$name" "$tester" -std=gnu11 -O2 -g
 }
 
 # -- the header alone ----------------------------------------------------------------------------------------------
@@ -238,13 +257,13 @@ cell seeded-leak-clang-leak clang seeded_leak clang-lsan "" clang -fsanitize=lea
 cell seeded-leak-memcheck "gcc valgrind" seeded_leak memcheck "$memcheck_lost" gcc
 cell forgotten-context-memcheck "gcc valgrind" seeded_leak memcheck "$memcheck_left" gcc -DLEAK_A_CONTEXT
 
-cell gcc-c99-O0 gcc quick gcc-c99-O0 gcc -std=c99 -O0 -g $cwarn
+cell gcc-c99-O0 gcc quick_whole gcc-c99-O0 gcc -std=c99 -O0 -g $cwarn
 cell gcc-c17-O3-lto gcc suite gcc-c17-O3-lto gcc -std=c17 -O3 -flto=auto $cwarn
 cell clang-c11-O2 clang quick clang-c11-O2 clang -std=c11 -O2 -g $cwarn
 cell clang-c99-O3-lto "clang ld.lld" quick clang-c99-O3-lto clang -std=c99 -O3 -flto -fuse-ld=lld $cwarn
 cell g++-c++11 g++ apart g++-c++11 gcc cpp g++ -std=c++11 -O2 -g $warn
 cell clang++-c++20 clang++ apart clang++-c++20 clang cpp clang++ -std=c++20 -O2 -g $warn
-cell static gcc quick static gcc -std=c11 -O2 -DCTXCANCEL_STATIC $cwarn
+cell static gcc quick_whole static gcc -std=c11 -O2 -DCTXCANCEL_STATIC $cwarn
 cell no-sites gcc apart no-sites gcc c gcc -std=c11 -O2 -DCTXCANCEL_NO_SITES $cwarn
 
 sanitize="-O1 -g -fno-omit-frame-pointer"

@@ -14,6 +14,7 @@ base_missing() {
     has_header stdio.h || echo libc6-dev
     has_header stb/stb_ds.h || has_header stb_ds.h || echo libstb-dev
     has_header openssl/evp.h || echo libssl-dev
+    has_header sqlite3.h || echo libsqlite3-dev
 }
 
 # gcc-12-multilib and not gcc-multilib: that one would remove the cross compilers.
@@ -49,6 +50,7 @@ manual() {
     echo "$2, so install these yourself (the names are Debian's packages)." >&2
     case $1 in *libstb-dev*) echo "libstb-dev is one file: put stb_ds.h on the include path." >&2 ;; esac
     case $1 in *libssl-dev*) echo "libssl-dev is OpenSSL's libcrypto with its headers." >&2 ;; esac
+    case $1 in *libsqlite3-dev*) echo "libsqlite3-dev is SQLite 3 with its header." >&2 ;; esac
     [ "$mode" = base ] && exit 2
     echo "What needs them is skipped." >&2
     exit 0

@@ -1,0 +1,339 @@
+/* Section 10 when memory or threads cannot be had: what is accepted runs, what is refused never does, nothing leaks. */
+#define FAULT_THREADS
+#include "fault.h"
+
+#define CTXCANCEL_IMPLEMENTATION
+#include "ctxcancel.h"
+#include "test.h"
+#include "race.h"
+
+/* -- what the tests share --------------------------------------------------------------------------------------- */
+
+static long settled_blocks(void) {
+    EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
+    for (int i = 0; i < 2000; i++) { /* threads of groups are idle a moment after their group has ended */
+        ctx_runtime_stop();
+        if (fault_live() == 0) break;
+        test_sleep_ms(1);
+    }
+    return fault_live();
+}
+
+static int counts(ctx_t *ctx, void *arg) {
+    (void)ctx;
+    add((int *)arg, 1);
+    return 0;
+}
+
+static int passes_gate(ctx_t *ctx, void *arg) {
+    (void)ctx;
+    gate_pass((gate_t *)arg);
+    return 0;
+}
+
+/* Workers of the pool that a group is on; 0 is threads. */
+static const int venues[] = {0, 1, 3};
+enum { VENUES = sizeof venues / sizeof venues[0] };
+
+static ctx_pool_t *pool_of(int workers, size_t queue) {
+    ctx_pool_desc_t desc;
+    memset(&desc, 0, sizeof desc);
+    desc.workers = workers;
+    desc.queue = queue;
+    return workers ? ctx_pool_new(ctx_background(), &desc) : NULL;
+}
+
+static ctx_group_t *group_on(ctx_t *parent, ctx_pool_t *pool, int limit) {
+    ctx_group_desc_t desc;
+    memset(&desc, 0, sizeof desc);
+    desc.pool = pool;
+    desc.limit = limit;
+    return ctx_group_new(parent, &desc);
+}
+
+static void pool_end(ctx_pool_t *pool) {
+    if (pool) ctx_pool_drain(pool, CTX_FOREVER, NULL);
+    ctx_pool_free(pool);
+}
+
+/* 1 if it was accepted, 0 if there was nothing to run it with. */
+static int accepts(ctx_group_t *group, ctx_task_fn fn, void *arg, bool wait) {
+    int rc = wait ? ctx_group_go(group, fn, arg) : ctx_group_try_go(group, fn, arg);
+    EXPECT(rc == 0 || rc == CTX_NO_MEMORY || (!wait && rc == CTX_QUEUE_FULL));
+    return rc == 0;
+}
+
+/* -- work on threads of its own --------------------------------------------------------------------------------- */
+
+TEST(work_is_refused_at_each_allocation_that_fails) {
+    int refused = 0;
+    for (long n = 0;; n++) {
+        int ran = 0;
+        ctx_t *parent = ctx_with_cancel(ctx_background());
+        ctx_runtime_stop(); /* no idle thread, no cache */
+        fault_after(n);
+        int rc = ctx_go(parent, "work", counts, &ran);
+        bool injected = fault_off();
+        EXPECT(rc == 0 || (injected && rc == CTX_NO_MEMORY));
+        EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
+        EXPECT_EQ(ctx_go_count(), 0);
+        EXPECT_EQ(ran, rc == 0 ? 1 : 0);
+        refused += rc != 0;
+        EXPECT_EQ(ctx_err(parent), 0);
+        ctx_end(parent);
+        EXPECT_EQ(settled_blocks(), 0);
+        if (!injected) break;
+        CHECK(n < 100);
+    }
+    EXPECT(refused > 0);
+}
+
+TEST(without_a_new_thread_work_runs_on_an_idle_one_or_not_at_all) {
+    int ran = 0;
+    gate_t gate;
+    gate_init(&gate);
+    EXPECT_EQ(settled_blocks(), 0);
+    fault_threads_all_after(0);
+    EXPECT_EQ(ctx_go(ctx_background(), "work", counts, &ran), CTX_NO_MEMORY);
+    EXPECT_EQ(ctx_go_count(), 0);
+    EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
+    EXPECT_EQ(ran, 0);
+    EXPECT(fault_threads_off());
+    EXPECT_EQ(ctx_go(ctx_background(), "work", counts, &ran), 0);
+    EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
+    fault_threads_all_after(0);
+    EXPECT_EQ(ctx_go(ctx_background(), "work", passes_gate, &gate), 0);
+    EXPECT_EQ(ctx_go(ctx_background(), "work", counts, &ran), CTX_NO_MEMORY); /* the only thread is busy */
+    EXPECT_EQ(ctx_go_count(), 1);
+    gate_open(&gate);
+    EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
+    EXPECT_EQ(ran, 1);
+    EXPECT(fault_threads_off());
+    EXPECT_EQ(settled_blocks(), 0);
+    gate_destroy(&gate);
+}
+
+/* -- groups ----------------------------------------------------------------------------------------------------- */
+
+TEST(a_group_that_cannot_be_had_is_null_and_leaks_nothing) {
+    for (int v = 0; v < VENUES; v++) {
+        int failed = 0;
+        for (long n = 0;; n++) {
+            ctx_t *parent = ctx_with_cancel(ctx_background());
+            ctx_pool_t *pool = pool_of(venues[v], 8);
+            ctx_runtime_stop();
+            errno = 0;
+            fault_after(n);
+            ctx_group_t *group = group_on(parent, pool, 0);
+            int err = errno;
+            bool injected = fault_off();
+            EXPECT(group || (injected && err == ENOMEM));
+            failed += !group;
+            if (group) EXPECT_EQ(ctx_group_wait(group), 0);
+            EXPECT_EQ(ctx_err(parent), 0);
+            pool_end(pool);
+            ctx_end(parent);
+            EXPECT_EQ(settled_blocks(), 0);
+            if (!injected) break;
+            CHECK(n < 100);
+        }
+        EXPECT(failed > 0);
+    }
+}
+
+/* Ten tasks while memory or threads run out; what could not be accepted is no failure of the group. */
+static bool ten_tasks(int workers, void (*arm)(long n), bool (*disarm)(void), long n) {
+    int ran = 0, accepted = 0;
+    ctx_pool_t *pool = pool_of(workers, 4);
+    ctx_group_t *group = group_on(ctx_background(), pool, 3);
+    ctx_runtime_stop();
+    arm(n);
+    for (int i = 0; i < 10; i++) accepted += accepts(group, counts, &ran, i % 3 != 0);
+    EXPECT_EQ(ctx_err(ctx_group_ctx(group)), 0);
+    EXPECT_EQ(ctx_group_wait(group), 0);
+    bool injected = disarm();
+    EXPECT_EQ(ran, accepted);
+    pool_end(pool);
+    EXPECT_EQ(settled_blocks(), 0);
+    return injected;
+}
+
+TEST(accepted_tasks_run_whichever_allocation_fails) {
+    for (int v = 0; v < VENUES; v++) {
+        for (long n = 0; ten_tasks(venues[v], fault_after, fault_off, n); n++) CHECK(n < 200);
+        for (long n = 0; n < 12; n++) ten_tasks(venues[v], fault_all_after, fault_off, n);
+    }
+}
+
+TEST(accepted_tasks_run_whichever_thread_does_not_start) {
+    for (int v = 0; v < VENUES; v++) {
+        for (long n = 0; ten_tasks(venues[v], fault_threads_after, fault_threads_off, n); n++) CHECK(n < 200);
+        for (long n = 0; n < 4; n++) ten_tasks(venues[v], fault_threads_all_after, fault_threads_off, n);
+    }
+}
+
+static int waits_then_fails(ctx_t *ctx, void *arg) {
+    gate_pass((gate_t *)arg);
+    ctx_wait(ctx, CTX_FOREVER);
+    return -5;
+}
+
+TEST(cancelling_failing_and_waiting_need_no_memory_and_no_thread) {
+    for (int v = 0; v < VENUES; v++) {
+        int n = venues[v] ? venues[v] : 4;
+        gate_t gate;
+        gate_init(&gate);
+        ctx_pool_t *pool = pool_of(venues[v], 8);
+        ctx_group_t *group = group_on(ctx_background(), pool, 0);
+        for (int i = 0; i < n; i++) {
+            EXPECT_EQ(ctx_group_go(group, waits_then_fails, &gate), 0);
+            gate_await(&gate, i + 1);
+        }
+        fault_all_after(0);
+        fault_threads_all_after(0);
+        gate_open(&gate);
+        EXPECT(ctx_cancel(ctx_group_ctx(group)));
+        EXPECT_EQ(ctx_group_wait(group), -5);
+        EXPECT_EQ(fault_calls(), 0);
+        fault_off();
+        EXPECT(!fault_threads_off());
+        pool_end(pool);
+        EXPECT_EQ(settled_blocks(), 0);
+        gate_destroy(&gate);
+    }
+}
+
+typedef struct {
+    ctx_group_t *group;
+    int ran;           /* [atomic] */
+    int tid, accepted; /* [atomic] */
+} adder_t;
+
+static void *adds(void *arg) {
+    adder_t *adder = (adder_t *)arg;
+    store(&adder->tid, thread_id());
+    adder->accepted = accepts(adder->group, counts, &adder->ran, true);
+    return NULL;
+}
+
+TEST(go_that_waits_at_the_limit_returns_also_without_memory_and_threads) {
+    for (int v = 0; v < VENUES; v++) {
+        gate_t gate;
+        adder_t adder;
+        gate_init(&gate);
+        memset(&adder, 0, sizeof adder);
+        ctx_pool_t *pool = pool_of(venues[v], 8);
+        adder.group = group_on(ctx_background(), pool, 1);
+        EXPECT_EQ(ctx_group_go(adder.group, passes_gate, &gate), 0);
+        gate_await(&gate, 1);
+        pthread_t thread = thread_start(adds, &adder);
+        until_asleep(&adder.tid);
+        fault_all_after(0);
+        fault_threads_all_after(0);
+        gate_open(&gate);
+        thread_join(thread);
+        EXPECT_EQ(ctx_group_wait(adder.group), 0);
+        fault_off();
+        fault_threads_off();
+        EXPECT_EQ(adder.ran, adder.accepted);
+        pool_end(pool);
+        EXPECT_EQ(settled_blocks(), 0);
+        gate_destroy(&gate);
+    }
+}
+
+TEST(a_race_without_memory_runs_nothing) {
+    for (long n = 0;; n++) {
+        int ran = 0;
+        ctx_t *a = ctx_with_timeout(ctx_background(), CTX_S(100));
+        ctx_t *b = ctx_with_timeout(ctx_background(), CTX_S(50));
+        ctx_runtime_stop();
+        fault_after(n);
+        int rc = ctx_race(a, b, counts, &ran);
+        bool injected = fault_off();
+        EXPECT_EQ(rc, injected ? CTX_NO_MEMORY : 0);
+        EXPECT_EQ(ran, injected ? 0 : 1);
+        EXPECT_EQ(ctx_err(a), 0);
+        EXPECT_EQ(ctx_err(b), 0);
+        ctx_end(a);
+        ctx_end(b);
+        EXPECT_EQ(settled_blocks(), 0);
+        if (!injected) break;
+        CHECK(n < 100);
+    }
+}
+
+/* -- failures in the crowd -------------------------------------------------------------------------------------- */
+
+enum { ADDERS = 8 };
+
+typedef struct {
+    ctx_pool_t *pool;
+    ctx_group_t *group;
+    int each;
+    int over;          /* [atomic] */
+    int accepted, ran; /* [atomic] tasks */
+    int went, work;    /* [atomic] work of ctx_go() accepted and run */
+    int subgroups;     /* [atomic] that could be had */
+} famine_t;
+
+/* A task with a group of its own below, if there is memory for one. */
+static int runs_in_famine(ctx_t *ctx, void *arg) {
+    famine_t *famine = (famine_t *)arg;
+    if (add(&famine->ran, 1) % 8) return 0;
+    ctx_group_t *group = group_on(ctx, famine->pool, 2);
+    if (!group) return 0;
+    int accepted = 0, ran = 0;
+    add(&famine->subgroups, 1);
+    for (int i = 0; i < 4; i++) accepted += accepts(group, counts, &ran, i % 2 != 0);
+    EXPECT_EQ(ctx_group_wait(group), 0);
+    EXPECT_EQ(ran, accepted);
+    return 0;
+}
+
+static void *adds_in_famine(void *arg) {
+    race_side_t *side = (race_side_t *)arg;
+    famine_t *famine = (famine_t *)side->shared;
+    if (side->id == ADDERS) {
+        uint64_t seed = 77;
+        while (load(&famine->over) < ADDERS) {
+            fault_after(race_below(&seed, 20));
+            if (race_below(&seed, 8) == 0) fault_all_after(0);
+            fault_threads_after(race_below(&seed, 3));
+            for (int i = 0; i < 20; i++) sched_yield();
+        }
+        fault_off();
+        fault_threads_off();
+        return NULL;
+    }
+    for (int i = 0; i < famine->each; i++) {
+        add(&famine->accepted, accepts(famine->group, runs_in_famine, famine, i % 3 != 0));
+        if (i % 4) continue;
+        int rc = ctx_go(ctx_background(), "work", counts, &famine->work);
+        EXPECT(rc == 0 || rc == CTX_NO_MEMORY);
+        add(&famine->went, rc == 0);
+        EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
+    }
+    add(&famine->over, 1);
+    return NULL;
+}
+
+TEST(random_failures_under_contention_lose_no_task_and_no_memory) {
+    for (int v = 0; v < VENUES; v++) {
+        famine_t famine;
+        memset(&famine, 0, sizeof famine);
+        famine.each = test_scale(3000);
+        famine.pool = pool_of(venues[v], 4);
+        famine.group = group_on(ctx_background(), famine.pool, 12);
+        race_run(ADDERS + 1, adds_in_famine, &famine);
+        EXPECT_EQ(ctx_group_wait(famine.group), 0);
+        EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
+        EXPECT_EQ(famine.ran, famine.accepted);
+        EXPECT_EQ(famine.work, famine.went);
+        EXPECT(famine.ran > 0 && famine.went > 0);
+        pool_end(famine.pool);
+        EXPECT_EQ(settled_blocks(), 0);
+    }
+}
+
+TEST_MAIN
