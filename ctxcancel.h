@@ -661,15 +661,17 @@ typedef struct {
     size_t max_items;    /* flush when so many have come (default: 100) */
     ctx_dur_t max_delay; /* flush so long after the first came (default: 0, never: only at max_items,
                             on request and at close) */
-    size_t queue;        /* items that may wait, those being flushed not counted (default: 4 * max_items) */
+    size_t queue;        /* items that may wait, those being flushed not counted; max_items at least (default:
+                            4 * max_items) */
     int (*flush)(ctx_t *ctx, const void *items, size_t n, void *user); /* write `n` items, in the order of their adding;
                             0 is success. One call at a time. `ctx` is done when the lifetime is, or when the budget of
                             the close has passed */
     int retries;         /* how often a failed flush is tried again, at once (default: 0) */
-    void (*on_drop)(const void *items, size_t n, int reason, void *user); /* takes what will not be flushed: the last
-                            error of flush, CTX_DEADLINE_EXCEEDED (the budget of the close), CTX_CANCELED (the lifetime
-                            ended). Never at the same time as flush (default: nothing is called) */
-    void *user;          /* for flush and on_drop */
+    void (*on_drop)(const void *items, size_t n, int reason, void *user); /* takes what will not be flushed; reason: the
+                            last error of flush, CTX_DEADLINE_EXCEEDED (the budget of the close), or the err of the
+                            lifetime, which then calls it from whoever ended that. Not at the same time as flush, unless
+                            that is stuck (default: nothing is called) */
+    void *user;          /* for flush and on_drop; must live until a stuck flush has returned */
     ctx_pool_t *pool;    /* flush runs here; must outlive the batcher (default: on an idle thread, made as needed) */
     ctx_dur_t notice;    /* how long a cancelled flush gets to stop in a close (default: 100 ms; negative: none) */
 } ctx_batch_desc_t;
@@ -680,8 +682,8 @@ typedef struct {
    is bad: `item_size` and `flush` are needed. */
 CTXCANCEL_API ctx_batch_t *ctx_batch_new(ctx_t *lifetime, const ctx_batch_desc_t *desc);
 
-/* Add a copy of `*item`. Never waits. 0, CTX_QUEUE_FULL, CTX_CLOSED when the batcher is closing, or the err of the
-   lifetime. */
+/* Add a copy of `*item`. Never waits. 0, CTX_QUEUE_FULL, CTX_CLOSED when the batcher is closing, the err of the
+   lifetime, or CTX_NO_MEMORY if a delay is wanted and the timer thread cannot be had. */
 CTXCANCEL_API int ctx_batch_add(ctx_batch_t *batch, const void *item);
 
 /* The same, but waits for room until `ctx` is done, then returns its err. */
@@ -691,8 +693,9 @@ CTXCANCEL_API int ctx_batch_add_wait(ctx_batch_t *batch, ctx_t *ctx, const void 
 CTXCANCEL_API int ctx_batch_flush(ctx_batch_t *batch);
 
 /* Refuse new items, flush what is left, and free the batcher. What is not flushed within `budget` goes to on_drop; a
-   flush that still runs is cancelled and given the notice time, and if it is stuck it is left behind: its items are its
-   own. 0 when the budget held, else CTX_DEADLINE_EXCEEDED. Not to be called from flush. NULL is fine. */
+   flush that still runs is cancelled and given the notice time, and if it is stuck it is left behind with its items;
+   should it fail in the end, on_drop still gets them. 0 when the budget held, else CTX_DEADLINE_EXCEEDED. When no
+   thread can be had it flushes here, and cannot leave. Not to be called from flush. NULL is fine. */
 CTXCANCEL_API int ctx_batch_close(ctx_batch_t *batch, ctx_dur_t budget);
 
 /* Storage for a rate limiter: a token bucket. The fields are private. */
@@ -704,13 +707,15 @@ typedef struct {
 } ctx_limiter_t;
 
 /* Make a limiter of `per_second` tokens a second (each costs a whole number of nanoseconds), whose bucket holds `burst`
-   and is full at first. 0; CTX_INVALID unless 0 < per_second <= 1e7 and 1 <= burst <= 1e9. Holds no memory. */
+   and is full at first. 0; CTX_INVALID unless 0 < per_second <= 1e7 and 1 <= burst <= 1e9. A bucket that would take
+   more than a century to fill fills in a century. Holds no memory. */
 CTXCANCEL_API int ctx_limiter_init(ctx_limiter_t *limiter, double per_second, int64_t burst);
 
 /* Take `n` tokens if they are there now. One look at the clock and one atomic operation. */
 CTXCANCEL_API bool ctx_limiter_allow(ctx_limiter_t *limiter, int64_t n);
 
-/* Take `n` tokens, waiting for them until `ctx` is done. 0; or nothing is taken: the err of `ctx`; at once
+/* Take `n` tokens, waiting for them until `ctx` is done. 0; or nothing is taken (but what others wait for behind a wait
+   that was cut short is not moved forward): the err of `ctx`; at once
    CTX_DEADLINE_EXCEEDED if its deadline comes before the tokens, CTX_INVALID if `n` is negative or more than the bucket
    holds. Those who wait are served in order. */
 CTXCANCEL_API int ctx_limiter_wait(ctx_limiter_t *limiter, ctx_t *ctx, int64_t n);
@@ -796,9 +801,11 @@ typedef struct {
     const char *name;                         /* static; unique within an app (default: "service") */
     int (*start)(ctx_t *ctx, void *user);     /* make it ready; 0, or an error: then the rest is never called */
     int (*run)(ctx_t *ctx, void *user);       /* its work, on a thread of its own, until `ctx` is done; an error
-                                                 cancels its siblings: the services below the same parent */
+                                                 (not the err of `ctx`) cancels its siblings, the services below the
+                                                 same parent; an app shuts down in order instead */
     void (*refuse)(void *user);               /* accept no more; returns at once */
-    int (*drain)(ctx_t *ctx, void *user);     /* finish what was accepted; `ctx` has the deadline */
+    int (*drain)(ctx_t *ctx, void *user);     /* finish what was accepted; `ctx` has the deadline, and is done for no
+                                                 other reason */
     void (*force)(void *user);                /* the last resort, if `run` or `drain` goes on after the notice */
     void *user;                               /* for all callbacks; must live until they have returned */
     ctx_dur_t drain_budget;                   /* how long `drain` may take (default: what the stop has) */
@@ -816,11 +823,13 @@ CTXCANCEL_API ctx_service_t *ctx_service_new(ctx_t *parent, const ctx_service_de
    if it was started before, CTX_CLOSED if it was stopped. After an error it may be started again. */
 CTXCANCEL_API int ctx_service_start(ctx_service_t *service);
 
-/* Stop in phases: refuse; drain, for `.drain_budget` and at most until the notice time before the end of the budget;
-   cancel; and if it still goes on after the notice time, force. Each callback runs on a thread of its own, so none can
-   hold this up: it returns when all have, after budget + notice at the latest. 0, CTX_DEADLINE_EXCEEDED if it was
-   not finished inside the budget, else the first error of `run` or `drain`. Any number of callers, at any time, wait
-   for the one stop and get its result; one that was never started is stopped at once. `report` may be NULL. */
+/* Stop in phases: refuse; drain, for `.drain_budget` and at most until the notice time (but not more than half the
+   budget) before the end; cancel; and if it still goes on after the notice time, force. Each callback runs on a thread
+   of its own, so none can hold this up: it returns when all have, after budget + notice at the latest. (When no thread
+   can be had they run here, and can.) 0, CTX_DEADLINE_EXCEEDED if it was not finished inside the budget, else the first
+   error of `run` or `drain`. Any number of callers, at any time, wait for the one stop and get its result. One that was
+   never started is stopped at once; a start that is under way has its context cancelled and, if it goes well, is
+   drained. `report` may be NULL. */
 CTXCANCEL_API int ctx_service_stop(ctx_service_t *service, ctx_dur_t budget, ctx_shutdown_t *report);
 
 /* Stop with no budget unless that is done, and free. What a stuck `run` touches of it lives until that ends. NULL is
@@ -852,7 +861,7 @@ CTXCANCEL_API int ctx_app_add(ctx_app_t *app, const ctx_service_desc_t *desc);
    that need it have stopped or are overdue after their notice, all inside one budget. Once that has passed, or a second
    signal came, all that are left are cancelled and forced. Frees the app. 0 when everything stopped inside the budget,
    else the first failure of a component, or CTX_DEADLINE_EXCEEDED; at once CTX_INVALID if an `.after` names no service
-   or goes in a circle. `desc` may be NULL. */
+   or goes in a circle, or a signal cannot be caught, or CTX_NO_MEMORY. `desc` may be NULL. */
 CTXCANCEL_API int ctx_app_run(ctx_app_t *app, const ctx_app_desc_t *desc);
 
 /* For a health check, as long as the app is running: everything has started and no shutdown has begun. */
@@ -4522,9 +4531,10 @@ CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_pe
 
 #define CTX__RUNNER_IDLE CTX_S(10) /* of real time */
 
+#define CTX__RUNNER_WATCH CTX_US(8) /* how long an idle runner watches at most: about what a wake-up costs */
+#define CTX__HANDOVER_LOOK CTX_US(2) /* how long who has a job looks out for one that watches */
+
 enum {
-    CTX__RUNNER_SPIN = 16,  /* turns of 8 pauses that an idle runner watches at most */
-    CTX__HANDOVER_SPIN = 8, /* turns of 8 pauses that who has a job looks out for one that watches */
     CTX__HANDOVER_TRY = 64, /* jobs after which that is tried again though it has not paid */
     CTX__TURN_TASKS = 32 /* that a turn runs before it queues up again behind the pool's other tasks */
 };
@@ -4543,7 +4553,7 @@ typedef struct ctx__runner {
     bool idle;                 /* [mu] */
     bool watches;              /* [mu] counted in `watching` */
     bool waits;                /* [mu] its work of ctx_go() is inside ctx_go_wait() */
-    int spin;                  /* [owner thread] how much watching has paid lately */
+    ctx_dur_t watch;           /* [owner thread] how long to watch, by how that has paid lately */
     pthread_t thread;          /* [const] before it is first idle */
     ctx__parker_t parker;
 } ctx__runner_t;
@@ -4552,7 +4562,7 @@ static struct {
     uint32_t mu;
     ctx__runner_t *idle;    /* [mu] */
     unsigned watching;      /* [atomic, set under mu] idle runners that watch */
-    int handover;           /* [mu] how much looking out has paid lately */
+    ctx_dur_t look;         /* [mu] how long to look out, by how that has paid lately */
     unsigned missed;        /* [mu] jobs since it has not */
     size_t going;           /* [mu] work of ctx_go() */
     size_t waiting;         /* [mu] of that, inside ctx_go_wait() */
@@ -4589,18 +4599,19 @@ static void ctx__runner_set_watches(ctx__runner_t *runner, bool watches) {
     __atomic_store_n(&ctx__runners.watching, ctx__runners.watching + (watches ? 1u : -1u), __ATOMIC_RELAXED);
 }
 
-/* Watch for a job. */
+/* Watch for a job. A runner that was just woken may be waiting for this very core, so let it go first. */
 static void ctx__runner_watch(ctx__runner_t *runner) {
-    int i;
-    for (i = runner->spin * 8; i > 0 && !ctx__runner_told(runner); i--) {
-        if (i % 64 == 0) ctx__cpu_yield(); /* runners just woken may be waiting for this very core */
-        ctx__cpu_pause();
-    }
+    ctx_time_t until = ctx__clock_read() + runner->watch;
+    do {
+        int i;
+        ctx__cpu_yield();
+        for (i = 0; i < 64 && !ctx__runner_told(runner); i++) ctx__cpu_pause();
+    } while (!ctx__runner_told(runner) && ctx__clock_read() < until);
     if (ctx__runner_told(runner)) {
-        runner->spin = CTX__RUNNER_SPIN;
+        runner->watch = CTX__RUNNER_WATCH;
         return;
     }
-    runner->spin /= 2;
+    runner->watch /= 2;
     ctx__lock(&ctx__runners.mu);
     ctx__runner_set_watches(runner, false);
     ctx__unlock(&ctx__runners.mu);
@@ -4646,7 +4657,6 @@ static void *ctx__runner_main(void *arg) {
         runner->idle = true;
         runner->below = ctx__runners.idle;
         ctx__runners.idle = runner;
-        if (runner->spin == 0) runner->spin = 1; /* a short look, for times change */
         ctx__runner_set_watches(runner, true);
         ctx__unlock(&ctx__runners.mu);
         if (!ctx__runner_rest(runner)) break;
@@ -4660,7 +4670,7 @@ static CTX__COLD int ctx__runner_start(const ctx__job_t *job) {
     pthread_t thread;
     if (!runner) return CTX_NO_MEMORY;
     runner->job = *job;
-    runner->spin = CTX__RUNNER_SPIN;
+    runner->watch = CTX__RUNNER_WATCH;
     if (!ctx__thread_start(&thread, ctx__runner_main, runner)) return 0;
     CTXCANCEL_FREE(runner);
     return CTX_NO_MEMORY;
@@ -4668,14 +4678,18 @@ static CTX__COLD int ctx__runner_start(const ctx__job_t *job) {
 
 /* No idle runner watches: look out for one, as long as that has paid. [mu], released meanwhile. */
 static void ctx__runner_look_out(void) {
-    int i = ctx__runners.handover * 8;
-    if (i == 0 && ++ctx__runners.missed % CTX__HANDOVER_TRY == 0) i = 8;
-    if (i == 0 || ctx__cpus == 1) return;
+    ctx_dur_t look = ctx__runners.look;
+    ctx_time_t until;
+    if (++ctx__runners.missed % CTX__HANDOVER_TRY == 0) look = CTX__HANDOVER_LOOK;
+    if (look < CTX__HANDOVER_LOOK / 8 || ctx__cpus == 1) return;
     ctx__unlock(&ctx__runners.mu);
-    while (i-- > 0 && !__atomic_load_n(&ctx__runners.watching, __ATOMIC_RELAXED)) ctx__cpu_pause();
+    until = ctx__clock_read() + look;
+    do {
+        int i;
+        for (i = 0; i < 16 && !__atomic_load_n(&ctx__runners.watching, __ATOMIC_RELAXED); i++) ctx__cpu_pause();
+    } while (!__atomic_load_n(&ctx__runners.watching, __ATOMIC_RELAXED) && ctx__clock_read() < until);
     ctx__lock(&ctx__runners.mu);
-    if (ctx__runners.watching) ctx__runners.handover = CTX__HANDOVER_SPIN;
-    else ctx__runners.handover /= 2;
+    ctx__runners.look = ctx__runners.watching ? CTX__HANDOVER_LOOK : look / 2;
 }
 
 /* Run a job on an idle thread or a new one. 0, or CTX_NO_MEMORY. */
@@ -5348,7 +5362,7 @@ static uint64_t ctx__chan_ready(const ctx_chan_t *chan, int op) {
    exchange of a cache line; where they come one by one, do not. */
 static void ctx__chan_gather(ctx_chan_t *chan, int op) {
     int turns = __atomic_load_n(&chan->gather[op], __ATOMIC_RELAXED), i;
-    uint64_t enough = chan->capacity / 2 < CTX__GATHER ? chan->capacity / 2 : CTX__GATHER;
+    uint64_t enough = chan->capacity / 2 < CTX__GATHER ? chan->capacity / 2 : (uint64_t)CTX__GATHER;
     if (turns == 0 && ctx__random() % CTX__GATHER_TRY == 0) turns = 1;
     if (turns == 0) return;
     for (i = turns * 4; i > 0 && ctx__chan_ready(chan, op) < enough; i -= 8) {
@@ -5897,14 +5911,10 @@ static void ctx__batch_drop(ctx_batch_t *batch, const char *items, size_t n, int
     if (batch->desc.on_drop) batch->desc.on_drop(items, n, reason, batch->desc.user);
 }
 
-static int ctx__batch_drop_reason(const ctx_batch_t *batch) {
-    return ctx_cause(batch->ctx).code == CTX_DEADLINE_EXCEEDED ? CTX_DEADLINE_EXCEEDED : ctx_err(batch->ctx);
-}
-
 static void ctx__batch_do(ctx_batch_t *batch, const char *items, size_t n) {
     int tries = batch->desc.retries, rc = 0;
     if (ctx_err(batch->ctx)) {
-        ctx__batch_drop(batch, items, n, ctx__batch_drop_reason(batch));
+        ctx__batch_drop(batch, items, n, ctx_err(batch->ctx));
         return;
     }
     do {
@@ -5944,13 +5954,14 @@ static void ctx__batch_work(ctx_batch_t *batch) {
     ctx__batch_unref(batch);
 }
 
-/* Whether the work of a turn is the caller's: a close in a task of the pool may have taken it over. */
+/* Whether a turn that the pool had, or would not have, is this thread's to do: unless a close has taken it over. */
 static bool ctx__batch_take_turn(ctx_batch_t *batch) {
     bool mine;
     ctx__lock(&batch->mu);
-    mine = batch->queued;
+    mine = batch->queued || !batch->desc.pool;
     batch->queued = false;
     ctx__unlock(&batch->mu);
+    if (!mine) ctx__batch_unref(batch);
     return mine;
 }
 
@@ -5968,7 +5979,6 @@ static int ctx__batch_ask_pool(ctx_batch_t *batch) {
 
 static int ctx__batch_ask_runner(ctx_batch_t *batch) {
     ctx__job_t job;
-    ctx__batch_take_turn(batch); /* the pool does not have it */
     memset(&job, 0, sizeof job);
     job.run = ctx__batch_job;
     job.owner = batch;
@@ -5983,10 +5993,11 @@ static void ctx__batch_turn_now(ctx_batch_t *batch) {
 /* Send a claimed turn: to the pool, or if that has ended to a runner. When neither can be had now, give it back. */
 static void ctx__batch_turn_soon(ctx_batch_t *batch) {
     int rc = ctx__batch_ask_pool(batch);
-    if (rc && rc != CTX_QUEUE_FULL) rc = ctx__batch_ask_runner(batch);
+    if (!rc || !ctx__batch_take_turn(batch)) return;
+    if (rc != CTX_QUEUE_FULL) rc = ctx__batch_ask_runner(batch);
     if (!rc) return;
     ctx__lock(&batch->mu);
-    batch->turning = batch->queued = false;
+    batch->turning = false;
     ctx__waiters_wake(&batch->at_end);
     if (!ctx__timer_ready()) ctx__batch_arm(batch, ctx_time_add(ctx_now(), CTX__BATCH_AGAIN));
     ctx__unlock(&batch->mu);
@@ -5995,8 +6006,8 @@ static void ctx__batch_turn_soon(ctx_batch_t *batch) {
 
 static int ctx__batch_turn(ctx_t *ctx, void *arg) {
     ctx_batch_t *batch = (ctx_batch_t *)arg;
-    if (!ctx__batch_take_turn(batch)) ctx__batch_unref(batch);
-    else if (ctx) ctx__batch_work(batch);
+    if (!ctx__batch_take_turn(batch)) return 0;
+    if (ctx) ctx__batch_work(batch);
     else ctx__batch_turn_now(batch); /* the pool has dropped it */
     return 0;
 }
@@ -6156,7 +6167,7 @@ static bool ctx__batch_wait_empty(ctx_batch_t *batch, ctx_time_t until) {
     while ((batch->turning || ctx__batch_waiting(batch)) && in_time) {
         if (ctx__batch_claim_turn(batch)) {
             ctx__unlock(&batch->mu);
-            if (ctx__batch_ask_pool(batch)) ctx__batch_turn_now(batch);
+            if (ctx__batch_ask_pool(batch) && ctx__batch_take_turn(batch)) ctx__batch_turn_now(batch);
             ctx__lock(&batch->mu);
             continue;
         }
@@ -6164,7 +6175,6 @@ static bool ctx__batch_wait_empty(ctx_batch_t *batch, ctx_time_t until) {
             __atomic_fetch_add(&batch->refs, 1u, __ATOMIC_RELAXED);
             ctx__unlock(&batch->mu);
             if (ctx__batch_take_turn(batch)) ctx__batch_turn_now(batch);
-            else ctx__batch_unref(batch);
             ctx__lock(&batch->mu);
             continue;
         }
@@ -6186,7 +6196,7 @@ static CTX__COLD void ctx__batch_abandon(ctx_batch_t *batch) {
         n = full ? batch->desc.max_items : fill;
         if (full) full--;
         else fill = 0;
-        ctx__batch_drop(batch, batch->items + block++ % batch->blocks * size, n, ctx__batch_drop_reason(batch));
+        ctx__batch_drop(batch, batch->items + block++ % batch->blocks * size, n, ctx_err(batch->ctx));
     }
 }
 
@@ -6214,11 +6224,12 @@ CTXCANCEL_API int ctx_batch_close(ctx_batch_t *batch, ctx_dur_t budget) {
     batch->closed = true;
     batch->due = batch->fill > 0;
     ctx__waiters_wake(&batch->at_room);
-    empty = ctx__batch_wait_empty(batch, end);
+    empty = !batch->turning && !ctx__batch_waiting(batch);
+    if (!empty && budget > 0) empty = ctx__batch_wait_empty(batch, end);
     ctx__unlock(&batch->mu);
     rc = empty ? 0 : CTX_DEADLINE_EXCEEDED;
     if (!empty) {
-        ctx__cancel(batch->ctx, CTX_CANCELED, CTX_DEADLINE_EXCEEDED, "batcher closed");
+        ctx_cancel_cause(batch->ctx, CTX_DEADLINE_EXCEEDED, "batcher closed");
         ctx__lock(&batch->mu);
         empty = ctx__batch_wait_empty(batch, ctx__from_now(batch->desc.notice > 0 ? batch->desc.notice : 0));
         ctx__unlock(&batch->mu);
@@ -6240,15 +6251,10 @@ CTXCANCEL_API int ctx_batch_close(ctx_batch_t *batch, ctx_dur_t budget) {
 
 #define CTX__SPAN_MAX (INT64_MAX / 2) /* 146 years */
 
-static ctx_dur_t ctx__limiter_span(const ctx_limiter_t *limiter, int64_t n) {
-    if (limiter->bucket < CTX__SPAN_MAX) return n * limiter->cost; /* n <= burst */
-    return n > CTX__SPAN_MAX / limiter->cost ? CTX__SPAN_MAX : n * limiter->cost;
-}
-
 /* Take `n` tokens if they are there at `latest`. `*at`: when they are; `*full_at`: what the word became. */
 static bool ctx__limiter_take(ctx_limiter_t *limiter, int64_t n, ctx_time_t now, ctx_time_t latest, ctx_time_t *at,
                               int64_t *full_at) {
-    ctx_dur_t span = ctx__limiter_span(limiter, n), bucket = limiter->bucket;
+    ctx_dur_t span = n * limiter->cost, bucket = limiter->bucket;
     int64_t before = __atomic_load_n(&limiter->full_at, __ATOMIC_RELAXED);
     do {
         *full_at = ctx_time_add(before > now ? before : now, span);
@@ -6278,10 +6284,13 @@ CTXCANCEL_API int ctx_limiter_init(ctx_limiter_t *limiter, double per_second, in
     if (!(per_second > 0 && per_second <= 1e7) || burst < 1 || burst > 1000000000) return CTX_INVALID;
     cost = 1e9 / per_second;
     limiter->full_at = INT64_MIN / 2;
-    limiter->cost = cost < (double)CTX__SPAN_MAX ? (int64_t)cost : CTX__SPAN_MAX;
-    if ((double)limiter->cost < cost) limiter->cost++; /* whole, so that the tokens of a bucket add up to it */
+    limiter->cost = CTX__SPAN_MAX / burst;
+    if (cost < (double)limiter->cost) {
+        limiter->cost = (int64_t)cost; /* whole, so that the tokens of a bucket add up to it */
+        if ((double)limiter->cost < cost) limiter->cost++;
+    }
     limiter->burst = burst;
-    limiter->bucket = burst > CTX__SPAN_MAX / limiter->cost ? CTX__SPAN_MAX : burst * limiter->cost;
+    limiter->bucket = burst * limiter->cost;
     return 0;
 }
 
@@ -6307,7 +6316,7 @@ CTXCANCEL_API ctx_dur_t ctx_limiter_reserve(ctx_limiter_t *limiter, int64_t n) {
 CTXCANCEL_API void ctx_limiter_cancel(ctx_limiter_t *limiter, int64_t n) {
     CTXCANCEL_ASSERT(limiter != NULL && n >= 0);
     if (n > limiter->burst) n = limiter->burst;
-    ctx__limiter_return(limiter, ctx__limiter_span(limiter, n), INT64_MAX);
+    ctx__limiter_return(limiter, n * limiter->cost, INT64_MAX);
 }
 
 CTXCANCEL_API int ctx_limiter_wait(ctx_limiter_t *limiter, ctx_t *ctx, int64_t n) {
@@ -6322,7 +6331,7 @@ CTXCANCEL_API int ctx_limiter_wait(ctx_limiter_t *limiter, ctx_t *ctx, int64_t n
     if (!ctx__limiter_take(limiter, n, now, ctx_deadline(ctx), &at, &full_at)) return CTX_DEADLINE_EXCEEDED;
     if (at <= now) return 0;
     err = ctx__wait_until(ctx, at);
-    if (err) ctx__limiter_return(limiter, ctx__limiter_span(limiter, n), full_at);
+    if (err) ctx__limiter_return(limiter, n * limiter->cost, full_at);
     return err;
 }
 
@@ -6842,6 +6851,7 @@ struct ctx_service {
     uint8_t state;               /* [mu] */
     int active;                  /* [mu] */
     bool quiet;                  /* [mu] refuse and drain have returned */
+    bool overtaken;              /* [mu] start went well after a stop had begun: there is something to drain */
     ctx_time_t noticed, drained, finished; /* [mu] CTX__NEVER: not yet */
     int rc;                      /* [mu] the first error */
     ctx__tally_t tally;
@@ -6878,7 +6888,13 @@ static struct {
     ctx_service_t *all; /* [mu] */
 } ctx__services;
 
-static __thread ctx_service_t *ctx__serving; /* whose callback this thread is in */
+/* What this thread is calling. */
+typedef struct {
+    ctx_service_t *service; /* its callback; NULL: none */
+    bool run;               /* to be exact its `run` */
+    ctx__tally_t *tally;    /* where what is drained here is counted */
+} ctx__serving_t;
+static __thread ctx__serving_t ctx__serving;
 
 static void ctx__services_lock(void) { ctx__lock(&ctx__services.mu); }
 static void ctx__services_unlock(void) { ctx__unlock(&ctx__services.mu); }
@@ -6905,16 +6921,29 @@ static void ctx__service_changed(ctx_service_t *service) {
     if (first) ctx__unpark(&stop->parker);
 }
 
-/* A callback begins or ends: what it drains is counted for the service. */
-static void ctx__service_enter(ctx_service_t *service) {
-    ctx__serving = service;
-    ctx__tally = service ? &service->tally : NULL;
+/* A callback begins: what it drains is counted for the service. What to give back to ctx__service_leave(). */
+static ctx__serving_t ctx__service_enter(ctx_service_t *service, bool run) {
+    ctx__serving_t outer = ctx__serving;
+    outer.tally = ctx__tally;
+    ctx__serving.service = service;
+    ctx__serving.run = run;
+    ctx__tally = &service->tally;
+    return outer;
 }
 
-/* [mu] */
+static void ctx__service_leave(ctx__serving_t outer) {
+    ctx__serving = outer;
+    ctx__tally = outer.tally;
+}
+
+static void ctx__app_failed(ctx_app_t *app, ctx_service_t *service, int rc);
+
+/* [mu] It has reacted; the first error counts, for its app too. */
 static void ctx__service_note(ctx_service_t *service, int rc) {
     if (service->noticed == CTX__NEVER) service->noticed = ctx_now();
-    if (rc && !service->rc) service->rc = rc;
+    if (!rc || service->rc) return;
+    service->rc = rc;
+    if (service->app) ctx__app_failed(service->app, service, rc);
 }
 
 /* [mu] A callback has returned for good. */
@@ -6925,8 +6954,6 @@ static void ctx__service_inactive(ctx_service_t *service) {
     }
     ctx__service_changed(service);
 }
-
-static void ctx__app_failed(ctx_app_t *app, ctx_service_t *service, int rc);
 
 /* An error of run cancels the services below the same parent. */
 static void ctx__service_cancel_siblings(ctx_service_t *service, int rc) {
@@ -6947,19 +6974,18 @@ static void ctx__service_cancel_siblings(ctx_service_t *service, int rc) {
 /* Its thread is there before `start` is called, so that a start which went well cannot fail for want of one. */
 static void ctx__service_run_job(const ctx__job_t *job) {
     ctx_service_t *service = (ctx_service_t *)job->owner;
-    bool alone = false;
+    bool alone;
     int rc = 0;
     ctx__park_real(&service->start_over, CTX_NO_DEADLINE);
     if (service->start_rc == 0) {
-        ctx__service_enter(service);
+        ctx__serving_t outer = ctx__service_enter(service, true);
         rc = service->desc.run(service->ctx, service->desc.user);
-        ctx__service_enter(NULL);
+        ctx__service_leave(outer);
     }
     if (rc && rc == ctx_err(service->ctx)) rc = 0; /* it was told to stop */
     ctx__lock(&ctx__services.mu);
     if (service->state == CTX__STOPPING || rc) ctx__service_note(service, rc);
-    if (rc && service->app) ctx__app_failed(service->app, service, rc);
-    else alone = rc && service->state <= CTX__RUNNING;
+    alone = rc && !service->app && service->state <= CTX__RUNNING;
     ctx__unlock(&ctx__services.mu);
     if (alone) ctx__service_cancel_siblings(service, rc);
     ctx__lock(&ctx__services.mu);
@@ -6970,8 +6996,8 @@ static void ctx__service_run_job(const ctx__job_t *job) {
 
 static void ctx__service_quiet_job(const ctx__job_t *job) {
     ctx_service_t *service = (ctx_service_t *)job->owner;
+    ctx__serving_t outer = ctx__service_enter(service, false);
     int rc = 0;
-    ctx__service_enter(service);
     if (service->desc.refuse) {
         service->desc.refuse(service->desc.user);
         ctx__lock(&ctx__services.mu);
@@ -6980,7 +7006,7 @@ static void ctx__service_quiet_job(const ctx__job_t *job) {
     }
     if (service->desc.drain) rc = service->desc.drain(job->ctx, service->desc.user);
     if (rc == CTX_CANCELED && ctx_err(job->ctx)) rc = CTX_DEADLINE_EXCEEDED; /* only its time can have run out */
-    ctx__service_enter(NULL);
+    ctx__service_leave(outer);
     ctx__lock(&ctx__services.mu);
     ctx__service_note(service, rc);
     if (service->desc.drain) service->drained = ctx_now();
@@ -6992,9 +7018,9 @@ static void ctx__service_quiet_job(const ctx__job_t *job) {
 
 static void ctx__service_force_job(const ctx__job_t *job) {
     ctx_service_t *service = (ctx_service_t *)job->owner;
-    ctx__service_enter(service);
+    ctx__serving_t outer = ctx__service_enter(service, false);
     service->desc.force(service->desc.user);
-    ctx__service_enter(NULL);
+    ctx__service_leave(outer);
     ctx__lock(&ctx__services.mu);
     ctx__service_inactive(service);
     ctx__unlock(&ctx__services.mu);
@@ -7016,9 +7042,7 @@ static int ctx__service_launch(ctx_service_t *service, void (*run)(const ctx__jo
     rc = ctx__run(&job);
     if (!rc) return 0;
     if (here) {
-        ctx_service_t *serving = ctx__serving;
         run(&job);
-        ctx__service_enter(serving);
         return 0;
     }
     ctx__lock(&ctx__services.mu);
@@ -7085,12 +7109,13 @@ static void ctx__stop_overdue(ctx__stop_t *stop, ctx_service_t *service, ctx_tim
 }
 
 static void ctx__stop_cancel(ctx__stop_t *stop, ctx_service_t *service) {
+    bool first = service->cancelled == CTX__NEVER;
     service->phase = CTX__CANCELED;
-    service->cancelled = ctx_now();
+    if (first) service->cancelled = ctx_now();
     ctx__cancel(service->ctx, CTX_CANCELED, stop->code ? stop->code : CTX_CANCELED, stop->what);
     if (service->drain_ctx) ctx_cancel(service->drain_ctx);
     if (!ctx__service_is_active(service)) ctx__stop_over(stop, service, false);
-    else ctx__stop_deadline(stop, service, ctx_time_add(service->cancelled, ctx__service_notice(service)));
+    else ctx__stop_deadline(stop, service, ctx__from_now(ctx__service_notice(service)));
 }
 
 static void ctx__stop_force(ctx__stop_t *stop, ctx_service_t *service) {
@@ -7114,34 +7139,44 @@ static ctx_t *ctx__service_drain_ctx(ctx_service_t *service, ctx_time_t deadline
     return service->drain_ctx;
 }
 
-static void ctx__stop_begin(ctx__stop_t *stop, ctx_service_t *service) {
+/* Refuse and drain, if there is anything to do; then it is cancelled. */
+static void ctx__stop_quiet(ctx__stop_t *stop, ctx_service_t *service) {
     ctx_time_t deadline = ctx__stop_cut(stop, service);
+    if (!service->desc.refuse && !service->desc.drain) {
+        ctx__stop_cancel(stop, service);
+        return;
+    }
+    if (service->desc.drain_budget > 0)
+        deadline = ctx__min(deadline, ctx__from_now(service->desc.drain_budget));
+    service->phase = CTX__QUIET;
+    ctx__stop_deadline(stop, service, deadline);
+    ctx__service_launch(service, ctx__service_quiet_job, ctx__service_drain_ctx(service, deadline), true);
+}
+
+static void ctx__stop_begin(ctx__stop_t *stop, ctx_service_t *service) {
     bool started;
     service->began = ctx_now();
     ctx__lock(&ctx__services.mu);
     started = service->state == CTX__RUNNING;
     service->state = CTX__STOPPING;
     ctx__unlock(&ctx__services.mu);
-    if (!started || (!service->desc.refuse && !service->desc.drain)) {
-        ctx__stop_cancel(stop, service);
-        return;
-    }
-    if (service->desc.drain_budget > 0)
-        deadline = ctx__min(deadline, ctx_time_add(service->began, service->desc.drain_budget));
-    service->phase = CTX__QUIET;
-    ctx__stop_deadline(stop, service, deadline);
-    ctx__service_launch(service, ctx__service_quiet_job, ctx__service_drain_ctx(service, deadline), true);
+    if (started) ctx__stop_quiet(stop, service);
+    else ctx__stop_cancel(stop, service);
 }
 
 /* Something has changed, or its deadline has passed. */
 static void ctx__stop_advance(ctx__stop_t *stop, ctx_service_t *service, ctx_time_t now) {
-    bool quiet, active, passed = now >= service->deadline;
+    bool quiet, active, overtaken, passed = now >= service->deadline;
+    if (service->phase == CTX__OVER) return;
     ctx__lock(&ctx__services.mu);
     quiet = service->quiet;
     active = service->active != 0;
+    overtaken = service->overtaken && !active && service->phase > CTX__QUIET;
+    if (overtaken) service->overtaken = false;
     ctx__unlock(&ctx__services.mu);
-    if (service->phase == CTX__OVER) return;
-    if (service->phase == CTX__WAITING) {
+    if (overtaken) {
+        ctx__stop_quiet(stop, service);
+    } else if (service->phase == CTX__WAITING) {
         if (service->dependents == 0) ctx__stop_begin(stop, service);
     } else if (service->phase == CTX__QUIET) {
         if (quiet || passed) ctx__stop_cancel(stop, service);
@@ -7276,7 +7311,7 @@ static void ctx__stop_mark(const ctx__stop_t *stop, size_t most) {
             if (!service->marked && (!slowest || ctx__service_held(service) > ctx__service_held(slowest)))
                 slowest = service;
         }
-        slowest->marked = true;
+        if (slowest) slowest->marked = true;
     }
 }
 
@@ -7339,6 +7374,15 @@ static void ctx__bar_fill(char *bar, const ctx_shutdown_t *report, ctx_dur_t fro
     while (i < end);
 }
 
+/* `text` in `columns` columns: cut between characters of UTF-8, without control characters. */
+static void ctx__print_fitted(const char *text, int columns, FILE *file) {
+    for (; text && *text; text++) {
+        if (((unsigned char)*text & 0xc0) != 0x80 && columns-- == 0) return;
+        fputc((unsigned char)*text < ' ' || *text == 127 ? '?' : *text, file);
+    }
+    while (columns-- > 0) fputc(' ', file);
+}
+
 static void ctx__part_print(const ctx_shutdown_t *report, const ctx_shutdown_part_t *part, FILE *file) {
     char bar[CTX__BAR + 1], after[64], time[32];
     int n;
@@ -7355,7 +7399,9 @@ static void ctx__part_print(const ctx_shutdown_t *report, const ctx_shutdown_par
         n += snprintf(after + n, sizeof after - (size_t)n, ", %llu stuck", (unsigned long long)part->stuck);
     if (part->rc && n < (int)sizeof after)
         snprintf(after + n, sizeof after - (size_t)n, ", %s", ctx_strerror(part->rc));
-    fprintf(file, "  %-16.16s |%s| %.36s\n", part->name ? part->name : "", bar, after);
+    fputs("  ", file);
+    ctx__print_fitted(part->name, 16, file);
+    fprintf(file, " |%s| %.36s\n", bar, after);
 }
 
 CTXCANCEL_API int ctx_shutdown_print(const ctx_shutdown_t *report, FILE *file) {
@@ -7363,6 +7409,7 @@ CTXCANCEL_API int ctx_shutdown_print(const ctx_shutdown_t *report, FILE *file) {
     size_t i, n;
     if (!report || !file) return CTX_INVALID;
     n = report->n < CTX_SHUTDOWN_PARTS ? report->n : CTX_SHUTDOWN_PARTS;
+    errno = 0;
     fprintf(file, "shutdown by %.24s: %s of %s, %s\n", report->cause ? report->cause : "request",
             ctx__dur_text(took, sizeof took, report->took), ctx__dur_text(budget, sizeof budget, report->budget),
             report->held ? "inside the budget" : report->late ? "some are late" : "over the budget");
@@ -7375,7 +7422,8 @@ CTXCANCEL_API int ctx_shutdown_print(const ctx_shutdown_t *report, FILE *file) {
     if (n) fprintf(file, "  = refuse and drain   ~ cancelled   ! forced   > still running\n");
     for (i = 0; i < n; i++) ctx__part_print(report, &report->parts[i], file);
     if (report->total > n) fprintf(file, "  and %llu more\n", (unsigned long long)(report->total - n));
-    return fflush(file) || ferror(file) ? (errno ? -errno : -EIO) : 0;
+    if (!fflush(file) && !ferror(file)) return 0;
+    return errno ? -errno : -EIO;
 }
 
 CTXCANCEL_API void ctx_shutdown_dropped(uint64_t n) { ctx__tally_add(n, 0); }
@@ -7430,12 +7478,12 @@ CTXCANCEL_API ctx_service_t *ctx_service_new(ctx_t *parent, const ctx_service_de
 }
 
 static int ctx__service_call_start(ctx_service_t *service) {
-    ctx_service_t *serving = ctx__serving;
+    ctx__serving_t outer;
     int rc = ctx_err(service->ctx);
     if (rc || !service->desc.start) return rc;
-    ctx__service_enter(service);
+    outer = ctx__service_enter(service, false);
     rc = service->desc.start(service->ctx, service->desc.user);
-    ctx__service_enter(serving);
+    ctx__service_leave(outer);
     return rc;
 }
 
@@ -7452,6 +7500,7 @@ static int ctx__service_do_start(ctx_service_t *service) {
     ctx__lock(&ctx__services.mu);
     stopping = service->state >= CTX__STOPPING;
     service->start_rc = stopping ? CTX_CLOSED : rc;
+    service->overtaken = stopping && !rc;
     ctx__unpark(&service->start_over);
     if (rc && stopping) ctx__service_note(service, rc == ctx_err(service->ctx) ? 0 : rc);
     if (!rc && !stopping) service->state = CTX__RUNNING;
@@ -7528,11 +7577,12 @@ CTXCANCEL_API int ctx_service_stop(ctx_service_t *service, ctx_dur_t budget, ctx
     stop.budget = budget > 0 ? budget : 0;
     ctx__lock(&ctx__services.mu);
     mine = !service->stop && service->state != CTX__STOPPED;
+    if (ctx__serving.service == service && ctx__serving.run && !service->excused) {
+        service->excused = true;
+        ctx__service_inactive(service);
+    }
     if (mine) {
-        if (ctx__serving == service && service->state == CTX__RUNNING && !service->excused) { /* from inside run */
-            service->excused = true;
-            service->active--;
-        }
+        /* cppcheck-suppress autoVariables ; it is taken back below */
         service->stop = &stop;
         ctx__unlock(&ctx__services.mu);
         ctx__service_supervise(service, &stop);
@@ -7737,18 +7787,15 @@ static bool ctx__app_live(ctx_app_t *app, const char **what, int *code) {
     size_t next = 0, n = stbds_arrlenu(app->services);
     bool ready = false;
     while (!ctx__app_over(app, what, code)) {
-        if (starting && ctx__app_is_starting(starting)) {
+        if (ready || (starting && ctx__app_is_starting(starting))) {
             ctx__park(&app->parker, CTX_NO_DEADLINE);
             ctx__parker_reset(&app->parker);
         } else if (next < n) {
             starting = app->services[next++];
             ctx__app_start(starting);
-        } else if (!ready) {
+        } else {
             ready = true;
             __atomic_store_n(&app->ready, 1, __ATOMIC_RELEASE);
-        } else {
-            ctx__park(&app->parker, CTX_NO_DEADLINE);
-            ctx__parker_reset(&app->parker);
         }
     }
     __atomic_store_n(&app->ready, 0, __ATOMIC_RELEASE);
@@ -7776,10 +7823,7 @@ static int ctx__app_shut_down(ctx_app_t *app, const ctx_app_desc_t *desc, ctx__s
     ctx__stop_run(stop);
     ctx__lock(&ctx__services.mu);
     rc = app->failed_rc;
-    for (i = 0; i < stop->n; i++) {
-        stop->services[i]->stop = NULL;
-        if (!rc) rc = stop->services[i]->rc;
-    }
+    for (i = 0; i < stop->n; i++) stop->services[i]->stop = NULL;
     if (!rc && !ctx__stop_held(stop)) rc = CTX_DEADLINE_EXCEEDED;
     if (desc->report) {
         ctx__stop_report(stop, ctx_now() - stop->start, desc->report);
@@ -7864,8 +7908,8 @@ CTXCANCEL_API int ctx_cleanup_add(ctx_cleanup_t *cleanup, const ctx_cleanup_desc
     return 0;
 }
 
-static void ctx__cleanup_job(const ctx__job_t *job) {
-    ctx__cleanup_item_t *item = (ctx__cleanup_item_t *)job->owner;
+/* True: it is late, and nobody else's any more. */
+static bool ctx__cleanup_do(ctx__cleanup_item_t *item) {
     ctx__tally_t *outer = ctx__tally;
     bool late;
     int rc;
@@ -7878,8 +7922,13 @@ static void ctx__cleanup_job(const ctx__job_t *job) {
     late = item->run == NULL;
     if (!late) ctx__unpark(&item->run->parker);
     ctx__unlock(&ctx__services.mu);
-    if (!late) return; /* it is the run's now */
-    if (item->desc.on_late) item->desc.on_late(item->desc.name, rc, item->finished - item->began, item->desc.arg);
+    return late;
+}
+
+static void ctx__cleanup_job(const ctx__job_t *job) {
+    ctx__cleanup_item_t *item = (ctx__cleanup_item_t *)job->owner;
+    if (!ctx__cleanup_do(item)) return;
+    if (item->desc.on_late) item->desc.on_late(item->desc.name, item->rc, item->finished - item->began, item->desc.arg);
     ctx__cleanup_item_free(item);
 }
 
@@ -7897,7 +7946,7 @@ static void ctx__cleanup_launch(ctx__cleanup_item_t *item, ctx__cleanup_run_t *r
     make.deadline = ctx__timer_ready() ? CTX_NO_DEADLINE : item->deadline;
     item->ctx = ctx__make(&ctx__root, (ctx_t *)item->node, &make);
     item->node = NULL;
-    if (ctx__run(&job)) ctx__cleanup_job(&job);
+    if (ctx__run(&job)) ctx__cleanup_do(item);
 }
 
 /* When the wait for these is over at the latest; CTX__NEVER: it is. */

@@ -348,6 +348,22 @@ TEST(a_failure_during_the_shutdown_is_returned) {
     nothing_is_left();
 }
 
+TEST(the_first_of_two_failures_in_the_shutdown_is_returned) {
+    for (int first = 0; first < 2; first++) { /* whatever the order in which they were added */
+        ctx_app_t *app = new_app();
+        actor_t a = actor("a"), b = actor("b");
+        a.drain_takes = first ? CTX_S(1) : CTX_S(2);
+        b.drain_takes = first ? CTX_S(2) : CTX_S(1);
+        a.drain_rc = -EPERM;
+        b.drain_rc = -ENOSPC;
+        join(app, &a, NULL);
+        join(app, &b, NULL);
+        runner_t runner;
+        EXPECT_EQ(run_and_terminate(&runner, app), first ? -EPERM : -ENOSPC);
+    }
+    nothing_is_left();
+}
+
 TEST(a_run_that_returns_0_does_not_end_the_app) {
     ctx_app_t *app = new_app();
     actor_t a = actor("a"), b = actor("b");

@@ -1,4 +1,4 @@
-/* Section 12, the batcher: many small adds become few large flushes, and every item reaches one of flush and on_drop. */
+/* Section 12, the batcher: many small adds become few large flushes, and each item reaches one of flush and on_drop. */
 #include "blocks.h"
 
 #define CTXCANCEL_IMPLEMENTATION
@@ -1593,7 +1593,7 @@ typedef struct {
     int adding;                       /* [atomic] adders not yet gone */
     unsigned char fate[ADDERS][EACH]; /* [atomic] how often it was flushed, dropped or refused */
     uint64_t seed;
-    /* Written by flush and on_drop, which never run at the same time: no lock, so that the thread sanitizer checks it. */
+    /* Written by flush and on_drop, which never run at the same time: without a lock, so that a race would show. */
     uint64_t flush_seed;
     int last[ADDERS];
     int flushed, dropped;

@@ -394,30 +394,37 @@ TEST(negative_attempts_end_before_the_deadline_too) {
     ctx_clock_real();
 }
 
-/* Cancels at random moments of real waits. */
+/* Eight that fail and wait, for real, until one context ends. */
+typedef struct {
+    ctx_t *ctx;
+    int calls[8]; /* [atomic] */
+} eight_t;
+
 static void *retries_until_cancelled(void *arg) {
     race_side_t *side = (race_side_t *)arg;
+    eight_t *eight = (eight_t *)side->shared;
     ctx_retry_desc_t desc = describe(-1, CTX_US(20));
     desc.cap = CTX_US(100);
     desc.jitter = 1;
-    int calls = 0;
-    EXPECT_EQ(ctx_retry((ctx_t *)side->shared, &desc, gives_seven, &calls), CTX_CANCELED);
-    EXPECT(calls > 0);
+    EXPECT_EQ(ctx_retry(eight->ctx, &desc, gives_seven, &eight->calls[side->id]), CTX_CANCELED);
     return NULL;
 }
 
-static void *cancels_soon(void *arg) {
-    test_sleep_ms(20);
-    ctx_cancel((ctx_t *)arg);
+static void *cancels_when_all_are_at_it(void *arg) {
+    eight_t *eight = (eight_t *)arg;
+    for (int i = 0; i < 8; i++) UNTIL(load(&eight->calls[i]) > 2);
+    ctx_cancel(eight->ctx);
     return NULL;
 }
 
 TEST(eight_retries_below_one_context_end_with_it) {
-    ctx_t *ctx = ctx_with_cancel(ctx_background());
-    pthread_t canceller = thread_start(cancels_soon, ctx);
-    race_run(8, retries_until_cancelled, ctx);
+    eight_t eight;
+    memset(&eight, 0, sizeof eight);
+    eight.ctx = ctx_with_cancel(ctx_background());
+    pthread_t canceller = thread_start(cancels_when_all_are_at_it, &eight);
+    race_run(8, retries_until_cancelled, &eight);
     thread_join(canceller);
-    ctx_end(ctx);
+    ctx_end(eight.ctx);
 }
 
 /* -- bad arguments ---------------------------------------------------------------------------------------------- */
