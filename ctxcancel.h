@@ -5,7 +5,7 @@
    semaphore; a bounded pool that rejects early and drains on a budget; groups, channels, pipelines, batching, rate
    limits and retries; signals that cancel a context; services that start in order and stop inside a budget.
 
-       #define CTXCANCEL_IMPLEMENTATION           // in exactly one .c file; in strict -std=c11, the first include
+       #define CTXCANCEL_IMPLEMENTATION           // in exactly one file; in strict -std=c11, the first include
        #include "ctxcancel.h"
 
        int work(ctx_t *ctx) {
@@ -38,7 +38,7 @@
        callbacks and waits of threads that did not come along are forgotten. What else threads shared (semaphores,
        groups, channels, batchers, services) is the parent's: make it anew.
      - Descriptions (`ctx_desc_t` and the like) are structs where zero means the default: name what you need,
-       `&(ctx_desc_t){ .name = "fetch", .timeout = CTX_MS(50) }`.
+       `&(ctx_desc_t){ .name = "fetch", .timeout = CTX_MS(50) }`; in C++ `ctx_desc_t d = {}; d.name = "fetch";`.
 
    Configuration, defined before the include
      CTXCANCEL_IMPLEMENTATION            compile the implementation here
@@ -539,7 +539,9 @@ typedef struct ctx_group ctx_group_t;
 
 typedef struct {
     const char *name; /* of the group's context; static (default: the parent's name) */
-    ctx_pool_t *pool; /* run the tasks here; must outlive the group (default: on idle threads, made as needed) */
+    ctx_pool_t *pool; /* run the tasks here; must outlive the group. Its `.task_timeout` is not theirs, and its report
+                         counts the turns it gave to the group as completed tasks, not the group's tasks (default: on
+                         idle threads, made as needed) */
     int limit;        /* tasks at most that were taken and have not returned (default: none; on a pool its queue) */
 } ctx_group_desc_t;
 
@@ -561,8 +563,9 @@ CTXCANCEL_API int ctx_group_go(ctx_group_t *group, ctx_task_fn fn, void *arg);
 CTXCANCEL_API int ctx_group_try_go(ctx_group_t *group, ctx_task_fn fn, void *arg);
 
 /* Wait until every task has returned, running those that no thread has begun, and free the group. The result of the
-   first that failed, which is also the code of the context's cause; 0 if none did. Not to be called from a task of the
-   group. (Go's errgroup; unlike there, what is refused after a failure does not run.) */
+   first that failed, which is also the code of the context's cause; 0 if none did. What ctx_group_go() refused is not
+   among them. Not to be called from a task of the group. (Go's errgroup; unlike there, what is refused after a failure
+   does not run.) */
 CTXCANCEL_API int ctx_group_wait(ctx_group_t *group);
 
 /* Run `fn(ctx, arg)` here, with a context that is done as soon as `a` or `b` is and has the values of `a`. What it
@@ -631,8 +634,9 @@ typedef struct {
     ctx_chan_t *out;           /* where results go; closed when the stage ends (default: nowhere) */
     int workers;               /* threads that run `fn` (default: 1) */
     bool ordered;              /* results leave in the order in which their items came (default: false) */
-    int (*fn)(ctx_t *ctx, const void *in, void *out, void *user); /* 0: send `*out` on; positive: skip this item;
-                                  negative: stop the stage with this error */
+    int (*fn)(ctx_t *ctx, const void *in, void *out, void *user); /* 0: send `*out` on (NULL without `.out`); positive:
+                                  skip this item; negative: stop the stage with this error. `ctx` is done when the stage
+                                  shall stop: with CTX_CANCEL_EMIT only after the budget */
     ctx_on_cancel_t on_cancel; /* (default: CTX_CANCEL_DROP) */
     void (*dead_letter)(const void *item, int reason, void *user); /* takes each item that was received, but neither
                                   sent on nor skipped, one call at a time; `item` is what came in (default: none) */
@@ -643,12 +647,13 @@ typedef struct {
 /* Run one step of a pipeline: receive items, call `fn`, send results, until `.in` is closed and empty; close `.out`;
    return when every worker has. The caller is one of them, save with CTX_CANCEL_EMIT; if threads cannot be had there
    are fewer. `fn` runs in several threads if there are several workers.
-   0 when all items went through; the error of `fn`; CTX_CLOSED if somebody else closed `.out`; the err of `ctx`;
-   CTX_NO_MEMORY. CTX_INVALID leaves `.out` open.
+   0 when all items went through, also if `ctx` was done meanwhile; else the error of `fn`; CTX_CLOSED if somebody else
+   closed `.out`; the err of `ctx`; CTX_NO_MEMORY; CTX_INVALID, which leaves `.out` open.
    Each item goes on, is skipped or becomes a dead letter, exactly once; or it stays in `.in`. A dead letter's reason is
    what stopped the stage, for items in hand what stopped their own worker. After an error of `fn` CTX_CANCEL_DROP and
    CTX_CANCEL_DRAIN mean the same as after a cancel, and CTX_CANCEL_EMIT is like CTX_CANCEL_DRAIN.
-   For a pipeline run each stage as a task of one group: the first that fails stops the others. */
+   For a pipeline run each stage as a task of one group: the first that fails stops the others. All should have the same
+   `.on_cancel`, and with CTX_CANCEL_EMIT later ones a longer budget. */
 CTXCANCEL_API int ctx_stage_run(ctx_t *ctx, const ctx_stage_desc_t *desc);
 
 /* == 12. flow ===================================================== */
@@ -663,10 +668,11 @@ typedef struct {
                             on request and at close) */
     size_t queue;        /* items that may wait, those being flushed not counted; max_items at least (default:
                             4 * max_items) */
-    int (*flush)(ctx_t *ctx, const void *items, size_t n, void *user); /* write `n` items, in the order of their adding;
-                            0 is success. One call at a time. `ctx` is done when the lifetime is, or when the budget of
-                            the close has passed */
-    int retries;         /* how often a failed flush is tried again, at once (default: 0) */
+    int (*flush)(ctx_t *ctx, const void *items, size_t n, void *user); /* write `n` items, 1 to max_items, in the order
+                            of their adding; 0 is success. One call at a time. `ctx` is done when the lifetime is, or
+                            when the budget of the close has passed */
+    int retries;         /* how often a failed flush is tried again, at once and with the same items (default: 0; for
+                            waits between use ctx_retry() in flush) */
     void (*on_drop)(const void *items, size_t n, int reason, void *user); /* takes what will not be flushed; reason: the
                             last error of flush, CTX_DEADLINE_EXCEEDED (the budget of the close), or the err of the
                             lifetime, which then calls it from whoever ended that. Not at the same time as flush, unless
@@ -694,8 +700,10 @@ CTXCANCEL_API int ctx_batch_flush(ctx_batch_t *batch);
 
 /* Refuse new items, flush what is left, and free the batcher. What is not flushed within `budget` goes to on_drop; a
    flush that still runs is cancelled and given the notice time, and if it is stuck it is left behind with its items;
-   should it fail in the end, on_drop still gets them. 0 when the budget held, else CTX_DEADLINE_EXCEEDED. When no
-   thread can be had it flushes here, and cannot leave. Not to be called from flush. NULL is fine. */
+   should it fail in the end, on_drop still gets them. 0 when the budget held, also if flushes failed; else
+   CTX_DEADLINE_EXCEEDED. When no thread can be had it flushes here, and cannot leave. No other thread may be about to
+   use the batcher, save those that wait in ctx_batch_add_wait(), which get CTX_CLOSED. Not to be called from flush.
+   NULL is fine. */
 CTXCANCEL_API int ctx_batch_close(ctx_batch_t *batch, ctx_dur_t budget);
 
 /* Storage for a rate limiter: a token bucket. The fields are private. */
@@ -765,6 +773,7 @@ typedef struct {
     int rc;              /* of a service what `run` returned, of a cleanup what `fn` did, or the first error before */
     uint64_t dropped;    /* by pools and batchers that its callbacks drained, and what they said themselves */
     uint64_t stuck;      /* tasks left running by pools that its callbacks drained */
+    bool not_started;    /* or its start has failed */
     bool late;           /* it was not finished when the report was made: it is stuck, or goes on in the background */
 } ctx_shutdown_part_t;
 
@@ -772,7 +781,8 @@ typedef struct {
 
 /* How a shutdown went. */
 typedef struct {
-    const char *cause;  /* "SIGTERM", the text of another cancel, or the name of the component that failed */
+    const char *cause;  /* "SIGTERM", the text of another cancel, or the name of the component that failed; "request" of
+                           ctx_service_stop(), "cleanup" of ctx_cleanup_run() */
     int rc;             /* what the call returned */
     ctx_dur_t budget;
     ctx_dur_t took;
@@ -803,7 +813,8 @@ typedef struct {
     int (*run)(ctx_t *ctx, void *user);       /* its work, on a thread of its own, until `ctx` is done; an error
                                                  (not the err of `ctx`) cancels its siblings, the services below the
                                                  same parent; an app shuts down in order instead */
-    void (*refuse)(void *user);               /* accept no more; returns at once */
+    void (*refuse)(void *user);               /* accept no more; returns at once. Without a `drain`, the context of
+                                                 `run` is cancelled right after it */
     int (*drain)(ctx_t *ctx, void *user);     /* finish what was accepted; `ctx` has the deadline, and is done for no
                                                  other reason */
     void (*force)(void *user);                /* the last resort, if `run` or `drain` goes on after the notice */
@@ -812,7 +823,8 @@ typedef struct {
     ctx_dur_t notice;                         /* how long it gets to stop once cancelled (default: 100 ms; negative:
                                                  none) */
     const char *const *after;                 /* names of the services that it needs, ended by NULL: it starts after
-                                                 them and stops before them. For apps (default: none) */
+                                                 them and stops before them; but when it is stuck they stop although it
+                                                 may still call them. For apps (default: none) */
 } ctx_service_desc_t;
 
 /* Make a service below `parent`; when that is done, so is the context of `run`. NULL with errno set if memory is short
@@ -840,8 +852,8 @@ typedef struct ctx_app ctx_app_t;
 
 typedef struct {
     const int *signals;           /* what ends the app; ends with 0 (default: SIGTERM and SIGINT) */
-    ctx_dur_t lame_duck;          /* how long to work on with the readiness off, until load balancers have noticed
-                                     (default: 0) */
+    ctx_dur_t lame_duck;          /* how long to work on with the readiness off, until load balancers have noticed; part
+                                     of the budget (default: 0) */
     ctx_dur_t budget;             /* for the whole shutdown, lame_duck included (default: 25 s) */
     void (*on_force)(void *user); /* called when a second signal comes or the budget has passed, before components are
                                      forced (default: none) */
@@ -856,16 +868,23 @@ CTXCANCEL_API ctx_app_t *ctx_app_new(ctx_t *parent);
 /* Add a service, before ctx_app_run(). 0, CTX_NO_MEMORY; CTX_INVALID if the name is missing or taken. */
 CTXCANCEL_API int ctx_app_add(ctx_app_t *app, const ctx_service_desc_t *desc);
 
-/* Start the services, each after those that it needs; wait for a signal, the end of the parent, or the first failure;
-   then turn the readiness off, wait for `.lame_duck`, and stop them, each as ctx_service_stop() does, as soon as those
-   that need it have stopped or are overdue after their notice, all inside one budget. Once that has passed, or a second
-   signal came, all that are left are cancelled and forced. Frees the app. 0 when everything stopped inside the budget,
-   else the first failure of a component, or CTX_DEADLINE_EXCEEDED; at once CTX_INVALID if an `.after` names no service
-   or goes in a circle, or a signal cannot be caught, or CTX_NO_MEMORY. `desc` may be NULL. */
+/* Start the services, each after those that it needs; wait for a signal, the end of the parent, or the first failure of
+   a component (one whose `run` returns 0 is merely done); then turn the readiness off, wait for `.lame_duck`, and stop
+   them, each as ctx_service_stop() does, all inside one budget: a service stops when those that need it have stopped or
+   are overdue after their notices, or when it must begin to be in time. Once the budget has passed, or a second signal
+   came, all that are left are cancelled and forced, without refuse and drain if their turn had not come: what must be
+   written belongs into a cleanup. Further signals change nothing; afterwards their old actions are back.
+   Returns after the budget and the longest notice at the latest, and frees the app. The first failure of a component
+   (of its start, run or drain, also of a drain that was cut off); else CTX_DEADLINE_EXCEEDED if something did not stop
+   inside the budget; else 0. At once CTX_INVALID if an `.after` names no service or goes in a circle, or a signal
+   cannot be caught, or CTX_NO_MEMORY. `desc` may be NULL. */
 CTXCANCEL_API int ctx_app_run(ctx_app_t *app, const ctx_app_desc_t *desc);
 
-/* For a health check, as long as the app is running: everything has started and no shutdown has begun. */
+/* For a health check in one of its services: everything has started and no shutdown has begun. */
 CTXCANCEL_API bool ctx_app_ready(const ctx_app_t *app);
+
+/* Free an app that is not to be run. NULL is fine. */
+CTXCANCEL_API void ctx_app_free(ctx_app_t *app);
 
 /* Work for the end of a program. Storage for it must be zeroed at first: `ctx_cleanup_t c = { 0 };`. The fields are
    private. */
@@ -4514,11 +4533,16 @@ CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_pe
 
 /* == 10. group ==================================================== */
 
-/* Runners are threads that are used again. An idle one stands on a stack, the last to come on top; it watches its
-   parker for a few microseconds, as long as that has paid, then sleeps, and ends after CTX__RUNNER_IDLE. A job is
-   handed to the runner on top, or to a new one: jobs never queue, so they may wait for each other. But where jobs are
-   over sooner than a wake-up takes, who has one first looks out, for about as long, for a runner that comes back from
-   its last and watches: handing over to that costs no wake-up. Work of ctx_go() is counted under the same lock.
+/* Runners are threads that are used again. A job is put into an idle runner, the last that became idle; without one a
+   new thread is made. So each job has a thread of its own, and jobs may wait for each other. But a runner that is done
+   with its job takes the next one out of whatever runner has it and has not begun, which is idle again then: where jobs
+   are over sooner than a wake-up takes, few threads do all the work and the others sleep on.
+
+   So that no job waits for another to end, somebody is always on the way while a job has not begun: `woken` counts the
+   runners that were woken and have not looked yet, and is not 0 while there is a loaded one. Who puts the first job in
+   wakes its runner; who takes one out and leaves others, with nobody on the way, wakes the next before it runs its own.
+   An idle runner watches its parker for a few microseconds before it sleeps, as long as that has paid, one for each
+   core but one; after CTX__RUNNER_IDLE it ends. Work of ctx_go() is counted under the same lock.
 
    A group on threads hands each task to a runner. A group on a pool keeps its tasks in a queue of its own and sends
    `turns` to the pool, at most as many as can run at once; a turn runs the group's tasks one after the other until
@@ -4529,15 +4553,11 @@ CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_pe
 
    The group lives until its owner has waited and its last turn has come back. A pool that drops a turn tells it. */
 
-#define CTX__RUNNER_IDLE CTX_S(10) /* of real time */
+#define CTX__RUNNER_IDLE CTX_S(10)  /* of real time */
+#define CTX__RUNNER_WATCH CTX_US(8) /* how long an idle one watches at most: about what a wake-up costs */
+#define CTX__RUNNER_LOOK CTX_US(5)  /* how long to look out for an idle one before a thread is made */
 
-#define CTX__RUNNER_WATCH CTX_US(8) /* how long an idle runner watches at most: about what a wake-up costs */
-#define CTX__HANDOVER_LOOK CTX_US(2) /* how long who has a job looks out for one that watches */
-
-enum {
-    CTX__HANDOVER_TRY = 64, /* jobs after which that is tried again though it has not paid */
-    CTX__TURN_TASKS = 32 /* that a turn runs before it queues up again behind the pool's other tasks */
-};
+enum { CTX__TURN_TASKS = 32 }; /* that a turn runs before it queues up again behind the pool's other tasks */
 
 typedef struct ctx__job {
     void (*run)(const struct ctx__job *job);
@@ -4548,22 +4568,25 @@ typedef struct ctx__job {
 } ctx__job_t;
 
 typedef struct ctx__runner {
-    struct ctx__runner *below; /* [mu] */
-    ctx__job_t job;            /* [mu while idle, else owner thread] without `run`: end */
-    bool idle;                 /* [mu] */
-    bool watches;              /* [mu] counted in `watching` */
-    bool waits;                /* [mu] its work of ctx_go() is inside ctx_go_wait() */
-    ctx_dur_t watch;           /* [owner thread] how long to watch, by how that has paid lately */
-    pthread_t thread;          /* [const] before it is first idle */
+    struct ctx__runner *next, **pprev; /* [mu] among the idle or the loaded */
+    ctx__job_t job;  /* [mu while idle or loaded, else owner thread] without `run`: end */
+    bool idle;       /* [mu] */
+    bool loaded;     /* [mu] has a job that nobody has begun */
+    bool woken;      /* [mu] was woken and has not looked */
+    bool watches;    /* [mu] */
+    bool waits;      /* [mu] its work of ctx_go() is inside ctx_go_wait() */
+    ctx_dur_t watch; /* [owner thread] how long to watch, by how that has paid lately */
+    pthread_t thread; /* [const] before it is first idle */
     ctx__parker_t parker;
 } ctx__runner_t;
 
 static struct {
     uint32_t mu;
-    ctx__runner_t *idle;    /* [mu] */
-    unsigned watching;      /* [atomic, set under mu] idle runners that watch */
-    ctx_dur_t look;         /* [mu] how long to look out, by how that has paid lately */
-    unsigned missed;        /* [mu] jobs since it has not */
+    ctx__runner_t *idle;    /* [mu] the last to come first */
+    ctx__runner_t *loaded, **loaded_end; /* [mu] the first to come first; loaded_end NULL: none yet */
+    unsigned idlers;        /* [atomic, set under mu] how many are idle */
+    unsigned woken;         /* [mu] runners on the way */
+    unsigned watching;      /* [mu] */
     size_t going;           /* [mu] work of ctx_go() */
     size_t waiting;         /* [mu] of that, inside ctx_go_wait() */
     uint64_t emptied;       /* [mu] how often no other work was left */
@@ -4588,18 +4611,73 @@ static void ctx__go_left(void) {
     ctx__go_emptied();
 }
 
+/* [mu] */
+static void ctx__runner_unlink(ctx__runner_t *runner) {
+    *runner->pprev = runner->next;
+    if (runner->next) runner->next->pprev = runner->pprev;
+    else if (runner->loaded) ctx__runners.loaded_end = runner->pprev;
+    if (runner->idle) __atomic_store_n(&ctx__runners.idlers, ctx__runners.idlers - 1, __ATOMIC_RELAXED);
+    runner->idle = runner->loaded = false;
+}
+
+/* [mu] */
+static void ctx__runner_set_idle(ctx__runner_t *runner) {
+    __atomic_store_n(&ctx__runners.idlers, ctx__runners.idlers + 1, __ATOMIC_RELAXED);
+    runner->job.run = NULL;
+    runner->idle = true;
+    runner->next = ctx__runners.idle;
+    runner->pprev = &ctx__runners.idle;
+    if (runner->next) runner->next->pprev = &runner->next;
+    ctx__runners.idle = runner;
+}
+
+/* [mu] */
+static void ctx__runner_load(ctx__runner_t *runner, const ctx__job_t *job) {
+    if (!ctx__runners.loaded) ctx__runners.loaded_end = &ctx__runners.loaded;
+    runner->job = *job;
+    runner->loaded = true;
+    runner->next = NULL;
+    runner->pprev = ctx__runners.loaded_end;
+    *ctx__runners.loaded_end = runner;
+    ctx__runners.loaded_end = &runner->next;
+}
+
+/* [mu] To be unparked once `mu` is free: NULL if it is on the way already. */
+static ctx__runner_t *ctx__runner_wake(ctx__runner_t *runner) {
+    if (runner->woken) return NULL;
+    runner->woken = true;
+    ctx__runners.woken++;
+    return runner;
+}
+
+/* [mu] Take the first job that nobody has begun, if there is one, and see to it that somebody is on the way to the
+   next: to be unparked. True: there was one. */
+static bool ctx__runner_take(ctx__runner_t *runner, ctx__runner_t **wake) {
+    ctx__runner_t *from = ctx__runners.loaded;
+    *wake = NULL;
+    if (!from) return false;
+    ctx__runner_unlink(from);
+    if (from != runner) {
+        if (runner->idle) ctx__runner_unlink(runner);
+        if (runner->loaded) { /* it was second: let the first have what this one has */
+            ctx__job_t own = runner->job;
+            ctx__runner_unlink(runner);
+            runner->job = from->job;
+            ctx__runner_load(from, &own);
+        } else {
+            runner->job = from->job;
+            ctx__runner_set_idle(from);
+        }
+    }
+    if (ctx__runners.loaded && !ctx__runners.woken) *wake = ctx__runner_wake(ctx__runners.loaded);
+    return true;
+}
+
 static bool ctx__runner_told(const ctx__runner_t *runner) {
     return __atomic_load_n(&runner->parker.state, __ATOMIC_ACQUIRE) == CTX__SET;
 }
 
-/* [mu] */
-static void ctx__runner_set_watches(ctx__runner_t *runner, bool watches) {
-    if (runner->watches == watches) return;
-    runner->watches = watches;
-    __atomic_store_n(&ctx__runners.watching, ctx__runners.watching + (watches ? 1u : -1u), __ATOMIC_RELAXED);
-}
-
-/* Watch for a job. A runner that was just woken may be waiting for this very core, so let it go first. */
+/* Watch for being woken. Who was just woken may be waiting for this very core, so let it go first. */
 static void ctx__runner_watch(ctx__runner_t *runner) {
     ctx_time_t until = ctx__clock_read() + runner->watch;
     do {
@@ -4607,42 +4685,67 @@ static void ctx__runner_watch(ctx__runner_t *runner) {
         ctx__cpu_yield();
         for (i = 0; i < 64 && !ctx__runner_told(runner); i++) ctx__cpu_pause();
     } while (!ctx__runner_told(runner) && ctx__clock_read() < until);
-    if (ctx__runner_told(runner)) {
-        runner->watch = CTX__RUNNER_WATCH;
-        return;
-    }
-    runner->watch /= 2;
+    runner->watch = ctx__runner_told(runner) ? CTX__RUNNER_WATCH : runner->watch / 2;
     ctx__lock(&ctx__runners.mu);
-    ctx__runner_set_watches(runner, false);
+    runner->watches = false;
+    ctx__runners.watching--;
     ctx__unlock(&ctx__runners.mu);
 }
 
-/* Take a runner off the stack that has been idle for long. False: it has just been given a job. */
-static bool ctx__runner_retire(ctx__runner_t *runner) {
-    ctx__runner_t **at;
-    bool idle;
-    ctx__lock(&ctx__runners.mu);
-    idle = runner->idle;
-    if (idle) {
-        for (at = &ctx__runners.idle; *at != runner; at = &(*at)->below) {}
-        *at = runner->below;
-    }
-    ctx__unlock(&ctx__runners.mu);
-    return idle;
-}
-
-/* Wait for a job. False: the thread ends, and nobody will join it. */
-static bool ctx__runner_rest(ctx__runner_t *runner) {
-    ctx__runner_watch(runner);
-    if (!ctx__park_real(&runner->parker, ctx__clock_read() + CTX__RUNNER_IDLE)) {
-        if (ctx__runner_retire(runner)) {
+/* Idle: sleep until there is a job for this runner. False: it has been idle for long, and ends. */
+static bool ctx__runner_rest(ctx__runner_t *runner, bool watch) {
+    if (watch) ctx__runner_watch(runner);
+    for (;;) {
+        bool told = ctx__park_real(&runner->parker, ctx__clock_read() + CTX__RUNNER_IDLE);
+        ctx__runner_t *wake;
+        ctx__lock(&ctx__runners.mu);
+        if (!told && runner->woken) {
+            ctx__unlock(&ctx__runners.mu);
+            ctx__park_real(&runner->parker, CTX_NO_DEADLINE);
+            told = true;
+            ctx__lock(&ctx__runners.mu);
+        }
+        if (told) {
+            ctx__parker_reset(&runner->parker);
+            if (runner->woken) ctx__runners.woken--;
+            runner->woken = false;
+        }
+        if (ctx__runner_take(runner, &wake)) {
+            ctx__unlock(&ctx__runners.mu);
+            if (wake) ctx__unpark(&wake->parker);
+            return true;
+        }
+        if (!runner->idle) { /* told to end */
+            ctx__unlock(&ctx__runners.mu);
+            return true;
+        }
+        if (!told) {
+            ctx__runner_unlink(runner);
+            ctx__unlock(&ctx__runners.mu);
             pthread_detach(runner->thread);
             return false;
         }
-        ctx__park_real(&runner->parker, CTX_NO_DEADLINE);
+        ctx__unlock(&ctx__runners.mu);
     }
-    ctx__parker_reset(&runner->parker);
-    return true;
+}
+
+/* The job is done: the next, or become idle. False: end, and nobody will join the thread. */
+static bool ctx__runner_next(ctx__runner_t *runner) {
+    ctx__runner_t *wake;
+    bool watch;
+    ctx__lock(&ctx__runners.mu);
+    if (runner->job.run == ctx__go_work) ctx__go_left();
+    if (ctx__runner_take(runner, &wake)) {
+        ctx__unlock(&ctx__runners.mu);
+        if (wake) ctx__unpark(&wake->parker);
+        return true;
+    }
+    watch = ctx__runners.watching + 1 < ctx__cpus; /* more would only take each other's core */
+    runner->watches = watch;
+    ctx__runners.watching += watch;
+    ctx__runner_set_idle(runner);
+    ctx__unlock(&ctx__runners.mu);
+    return ctx__runner_rest(runner, watch);
 }
 
 static void *ctx__runner_main(void *arg) {
@@ -4652,17 +4755,12 @@ static void *ctx__runner_main(void *arg) {
     runner->thread = pthread_self();
     while (runner->job.run) {
         runner->job.run(&runner->job);
-        ctx__lock(&ctx__runners.mu);
-        if (runner->job.run == ctx__go_work) ctx__go_left();
-        runner->idle = true;
-        runner->below = ctx__runners.idle;
-        ctx__runners.idle = runner;
-        ctx__runner_set_watches(runner, true);
-        ctx__unlock(&ctx__runners.mu);
-        if (!ctx__runner_rest(runner)) break;
+        if (!ctx__runner_next(runner)) {
+            CTXCANCEL_FREE(runner);
+            break;
+        }
     }
-    if (runner->idle) CTXCANCEL_FREE(runner); /* retired; else who told it to end joins and frees it */
-    return NULL;
+    return NULL; /* told to end: who did so joins the thread and frees the runner */
 }
 
 static CTX__COLD int ctx__runner_start(const ctx__job_t *job) {
@@ -4676,43 +4774,37 @@ static CTX__COLD int ctx__runner_start(const ctx__job_t *job) {
     return CTX_NO_MEMORY;
 }
 
-/* No idle runner watches: look out for one, as long as that has paid. [mu], released meanwhile. */
+/* No runner is idle. A thread is dear: wait a little for one that becomes so. [mu], released meanwhile. */
 static void ctx__runner_look_out(void) {
-    ctx_dur_t look = ctx__runners.look;
     ctx_time_t until;
-    if (++ctx__runners.missed % CTX__HANDOVER_TRY == 0) look = CTX__HANDOVER_LOOK;
-    if (look < CTX__HANDOVER_LOOK / 8 || ctx__cpus == 1) return;
+    if (!ctx__runners.loaded || ctx__cpus == 1) return; /* all are at work, on jobs that they have begun */
     ctx__unlock(&ctx__runners.mu);
-    until = ctx__clock_read() + look;
+    until = ctx__clock_read() + CTX__RUNNER_LOOK;
     do {
         int i;
-        for (i = 0; i < 16 && !__atomic_load_n(&ctx__runners.watching, __ATOMIC_RELAXED); i++) ctx__cpu_pause();
-    } while (!__atomic_load_n(&ctx__runners.watching, __ATOMIC_RELAXED) && ctx__clock_read() < until);
+        for (i = 0; i < 32; i++) ctx__cpu_pause();
+    } while (!__atomic_load_n(&ctx__runners.idlers, __ATOMIC_RELAXED) && ctx__clock_read() < until);
     ctx__lock(&ctx__runners.mu);
-    ctx__runners.look = ctx__runners.watching ? CTX__HANDOVER_LOOK : look / 2;
 }
 
-/* Run a job on an idle thread or a new one. 0, or CTX_NO_MEMORY. */
+/* Run a job on a thread of its own. 0, or CTX_NO_MEMORY. */
 static int ctx__run(const ctx__job_t *job) {
     bool counted = job->run == ctx__go_work;
-    ctx__runner_t *runner;
+    ctx__runner_t *runner, *wake = NULL;
     int rc;
     ctx__me();
     ctx__lock(&ctx__runners.mu);
-    if (!ctx__runners.watching) ctx__runner_look_out();
+    ctx__runners.going += counted;
+    if (!ctx__runners.idle) ctx__runner_look_out();
     runner = ctx__runners.idle;
     if (runner) {
-        ctx__runners.idle = runner->below;
-        runner->idle = false;
-        ctx__runner_set_watches(runner, false);
-        runner->job = *job;
+        ctx__runner_unlink(runner);
+        ctx__runner_load(runner, job);
+        if (!ctx__runners.woken || runner->watches) wake = ctx__runner_wake(runner);
     }
-    ctx__runners.going += counted;
     ctx__unlock(&ctx__runners.mu);
-    if (runner) {
-        ctx__unpark(&runner->parker);
-        return 0;
-    }
+    if (wake) ctx__unpark(&wake->parker);
+    if (runner) return 0;
     rc = ctx__runner_start(job);
     if (!rc || !counted) return rc;
     ctx__lock(&ctx__runners.mu);
@@ -4727,28 +4819,35 @@ static void ctx__runners_stop(void) {
     ctx__lock(&ctx__runners.mu);
     all = ctx__runners.idle;
     ctx__runners.idle = NULL;
-    for (runner = all; runner; runner = runner->below) {
-        runner->idle = false;
-        ctx__runner_set_watches(runner, false);
-        runner->job.run = NULL;
+    __atomic_store_n(&ctx__runners.idlers, 0u, __ATOMIC_RELAXED);
+    for (runner = all; runner; runner = runner->next) {
+        runner->idle = false; /* and without a job: that ends it */
+        ctx__runner_wake(runner);
     }
     ctx__unlock(&ctx__runners.mu);
     for (runner = all; runner; runner = next) {
-        next = runner->below;
+        next = runner->next;
         ctx__unpark(&runner->parker);
         pthread_join(runner->thread, NULL);
         CTXCANCEL_FREE(runner);
     }
 }
 
-/* In the child of a fork: the idle threads are the parent's; this one may be a runner itself. */
-static void ctx__runners_forget(void) {
-    ctx__runner_t *self = (ctx__runner_t *)ctx__self.runner, *runner;
-    while ((runner = ctx__runners.idle) != NULL) {
-        ctx__runners.idle = runner->below;
+static void ctx__runners_free(ctx__runner_t *all) {
+    while (all) {
+        ctx__runner_t *runner = all;
+        all = runner->next;
         CTXCANCEL_FREE(runner);
     }
-    ctx__runners.watching = 0;
+}
+
+/* In the child of a fork: the threads are the parent's, and so are their jobs; this one may be a runner itself. */
+static void ctx__runners_forget(void) {
+    ctx__runner_t *self = (ctx__runner_t *)ctx__self.runner;
+    ctx__runners_free(ctx__runners.idle);
+    ctx__runners_free(ctx__runners.loaded);
+    ctx__runners.idle = ctx__runners.loaded = NULL;
+    ctx__runners.idlers = ctx__runners.woken = ctx__runners.watching = 0;
     ctx__runners.going = self && self->job.run == ctx__go_work;
     ctx__runners.waiting = self && self->waits;
     ctx__runners.waiters = NULL;
@@ -5146,7 +5245,6 @@ CTXCANCEL_API int ctx_race(ctx_t *a, ctx_t *b, ctx_task_fn fn, void *arg) {
 enum {
     CTX__CASES = 16, /* of a select that needs no allocation */
     CTX__CHAN_SPIN_MAX = 64,
-    CTX__GATHER = 64,     /* items that are enough to go on with */
     CTX__GATHER_MAX = 16, /* turns of 4 pauses that gathering takes at most */
     CTX__GATHER_TRY = 64  /* how seldom it is tried again where it has not paid */
 };
@@ -5358,17 +5456,13 @@ static uint64_t ctx__chan_ready(const ctx_chan_t *chan, int op) {
     return op == CTX_SEND ? chan->capacity - (tail - head) : tail - head;
 }
 
-/* There is something. Where items stream in, let a few gather, since each look at the other end costs both ends the
-   exchange of a cache line; where they come one by one, do not. */
+/* There is something. Where items stream in, let a few gather, for under a microsecond and without looking, since each
+   look at the other end costs both ends the exchange of a cache line. Where they come one by one, do not. */
 static void ctx__chan_gather(ctx_chan_t *chan, int op) {
     int turns = __atomic_load_n(&chan->gather[op], __ATOMIC_RELAXED), i;
-    uint64_t enough = chan->capacity / 2 < CTX__GATHER ? chan->capacity / 2 : (uint64_t)CTX__GATHER;
     if (turns == 0 && ctx__random() % CTX__GATHER_TRY == 0) turns = 1;
     if (turns == 0) return;
-    for (i = turns * 4; i > 0 && ctx__chan_ready(chan, op) < enough; i -= 8) {
-        int pause;
-        for (pause = 0; pause < 8; pause++) ctx__cpu_pause();
-    }
+    for (i = turns * 4; i > 0; i--) ctx__cpu_pause();
     turns = ctx__chan_ready(chan, op) > 1 ? CTX__GATHER_MAX : turns / 2;
     __atomic_store_n(&chan->gather[op], turns, __ATOMIC_RELAXED);
 }
@@ -6315,7 +6409,7 @@ CTXCANCEL_API ctx_dur_t ctx_limiter_reserve(ctx_limiter_t *limiter, int64_t n) {
 
 CTXCANCEL_API void ctx_limiter_cancel(ctx_limiter_t *limiter, int64_t n) {
     CTXCANCEL_ASSERT(limiter != NULL && n >= 0);
-    if (n > limiter->burst) n = limiter->burst;
+    if (n > CTX__SPAN_MAX / limiter->cost) n = CTX__SPAN_MAX / limiter->cost;
     ctx__limiter_return(limiter, n * limiter->cost, INT64_MAX);
 }
 
@@ -6851,6 +6945,7 @@ struct ctx_service {
     uint8_t state;               /* [mu] */
     int active;                  /* [mu] */
     bool quiet;                  /* [mu] refuse and drain have returned */
+    bool was_started;            /* [mu] */
     bool overtaken;              /* [mu] start went well after a stop had begun: there is something to drain */
     ctx_time_t noticed, drained, finished; /* [mu] CTX__NEVER: not yet */
     int rc;                      /* [mu] the first error */
@@ -7292,6 +7387,7 @@ static void ctx__service_part(const ctx_service_t *service, ctx_time_t start, ct
     part->rc = service->rc;
     part->dropped = __atomic_load_n(&service->tally.dropped, __ATOMIC_RELAXED);
     part->stuck = __atomic_load_n(&service->tally.stuck, __ATOMIC_RELAXED);
+    part->not_started = !service->was_started;
     part->late = service->late;
 }
 
@@ -7357,7 +7453,7 @@ static const char *ctx__dur_text(char *text, size_t size, ctx_dur_t dur) {
     return text;
 }
 
-#define CTX__BAR 40 /* columns of a time line */
+#define CTX__BAR 32 /* columns of a time line */
 
 /* The column of a time. */
 static int ctx__bar_at(const ctx_shutdown_t *report, ctx_dur_t t) {
@@ -7383,25 +7479,36 @@ static void ctx__print_fitted(const char *text, int columns, FILE *file) {
     while (columns-- > 0) fputc(' ', file);
 }
 
-static void ctx__part_print(const ctx_shutdown_t *report, const ctx_shutdown_part_t *part, FILE *file) {
-    char bar[CTX__BAR + 1], after[64], time[32];
-    int n;
+static void ctx__part_bar(const ctx_shutdown_t *report, const ctx_shutdown_part_t *part, char *bar) {
     memset(bar, ' ', CTX__BAR);
     bar[CTX__BAR] = 0;
+    if (part->not_started) return;
     ctx__bar_fill(bar, report, part->began, part->finished, '=');
     ctx__bar_fill(bar, report, part->cancelled, part->finished, '~');
     ctx__bar_fill(bar, report, part->forced, part->finished, '!');
     if (part->late) bar[CTX__BAR - 1] = '>';
-    n = snprintf(after, sizeof after, "%s", part->late ? "LATE" : ctx__dur_text(time, sizeof time, part->finished));
-    if (part->dropped && n < (int)sizeof after)
-        n += snprintf(after + n, sizeof after - (size_t)n, ", %llu dropped", (unsigned long long)part->dropped);
-    if (part->stuck && n < (int)sizeof after)
-        n += snprintf(after + n, sizeof after - (size_t)n, ", %llu stuck", (unsigned long long)part->stuck);
-    if (part->rc && n < (int)sizeof after)
-        snprintf(after + n, sizeof after - (size_t)n, ", %s", ctx_strerror(part->rc));
+}
+
+/* What stands behind the bar. */
+static void ctx__part_text(const ctx_shutdown_part_t *part, char *text, size_t size) {
+    char time[32];
+    int n;
+    if (part->late) n = snprintf(text, size, "LATE");
+    else if (part->not_started) n = snprintf(text, size, part->rc ? "start failed" : "not started");
+    else n = snprintf(text, size, "until %s", ctx__dur_text(time, sizeof time, part->finished));
+    if (part->dropped)
+        n += snprintf(text + n, size - (size_t)n, ", %llu dropped", (unsigned long long)part->dropped);
+    if (part->stuck) n += snprintf(text + n, size - (size_t)n, ", %llu stuck", (unsigned long long)part->stuck);
+    if (part->rc) snprintf(text + n, size - (size_t)n, ", %.60s", ctx_strerror(part->rc));
+}
+
+static void ctx__part_print(const ctx_shutdown_t *report, const ctx_shutdown_part_t *part, FILE *file) {
+    char bar[CTX__BAR + 1], text[200];
+    ctx__part_bar(report, part, bar);
+    ctx__part_text(part, text, sizeof text);
     fputs("  ", file);
-    ctx__print_fitted(part->name, 16, file);
-    fprintf(file, " |%s| %.36s\n", bar, after);
+    ctx__print_fitted(part->name ? part->name : "?", 16, file);
+    fprintf(file, " |%s| %.46s\n", bar, text);
 }
 
 CTXCANCEL_API int ctx_shutdown_print(const ctx_shutdown_t *report, FILE *file) {
@@ -7410,15 +7517,15 @@ CTXCANCEL_API int ctx_shutdown_print(const ctx_shutdown_t *report, FILE *file) {
     if (!report || !file) return CTX_INVALID;
     n = report->n < CTX_SHUTDOWN_PARTS ? report->n : CTX_SHUTDOWN_PARTS;
     errno = 0;
-    fprintf(file, "shutdown by %.24s: %s of %s, %s\n", report->cause ? report->cause : "request",
+    fprintf(file, "shutdown (%.24s): %s of %s, %s\n", report->cause ? report->cause : "request",
             ctx__dur_text(took, sizeof took, report->took), ctx__dur_text(budget, sizeof budget, report->budget),
-            report->held ? "inside the budget" : report->late ? "some are late" : "over the budget");
-    fprintf(file, "  %llu components, %llu late, %llu dropped\n", (unsigned long long)report->total,
-            (unsigned long long)report->late, (unsigned long long)report->dropped);
+            report->late ? "some are late" : report->held ? "inside the budget" : "over the budget");
     if (report->lame_duck > 0)
-        fprintf(file, "  not ready for %s before that\n", ctx__dur_text(duck, sizeof duck, report->lame_duck));
+        fprintf(file, "  of which %s as a lame duck\n", ctx__dur_text(duck, sizeof duck, report->lame_duck));
     if (report->forced) fprintf(file, "  forced by a second signal\n");
     if (report->rc) fprintf(file, "  error: %.80s\n", ctx_strerror(report->rc));
+    fprintf(file, "  components: %llu, late: %llu, dropped: %llu\n", (unsigned long long)report->total,
+            (unsigned long long)report->late, (unsigned long long)report->dropped);
     if (n) fprintf(file, "  = refuse and drain   ~ cancelled   ! forced   > still running\n");
     for (i = 0; i < n; i++) ctx__part_print(report, &report->parts[i], file);
     if (report->total > n) fprintf(file, "  and %llu more\n", (unsigned long long)(report->total - n));
@@ -7503,6 +7610,7 @@ static int ctx__service_do_start(ctx_service_t *service) {
     service->overtaken = stopping && !rc;
     ctx__unpark(&service->start_over);
     if (rc && stopping) ctx__service_note(service, rc == ctx_err(service->ctx) ? 0 : rc);
+    service->was_started = !rc;
     if (!rc && !stopping) service->state = CTX__RUNNING;
     ctx__service_inactive(service);
     while (service->state == CTX__STARTING && service->active)
@@ -7669,8 +7777,9 @@ CTXCANCEL_API bool ctx_app_ready(const ctx_app_t *app) {
     return app && __atomic_load_n(&app->ready, __ATOMIC_ACQUIRE) != 0;
 }
 
-static void ctx__app_free(ctx_app_t *app) {
+CTXCANCEL_API void ctx_app_free(ctx_app_t *app) {
     size_t i;
+    if (!app) return;
     for (i = 0; i < stbds_arrlenu(app->services); i++) {
         ctx__lock(&ctx__services.mu);
         ctx__service_unlist(app->services[i]);
@@ -7759,9 +7868,8 @@ static void ctx__app_start_job(const ctx__job_t *job) {
     ctx_service_t *service = (ctx_service_t *)job->owner;
     int rc = ctx__service_do_start(service);
     ctx__lock(&ctx__services.mu);
-    if (service->app && rc && rc != ctx_err(service->ctx) && rc != CTX_CLOSED)
-        ctx__app_failed(service->app, service, rc);
-    else if (service->app) ctx__unpark(&service->app->parker);
+    if (rc && rc != ctx_err(service->ctx) && rc != CTX_CLOSED) ctx__service_note(service, rc);
+    if (service->app) ctx__unpark(&service->app->parker);
     ctx__unlock(&ctx__services.mu);
     ctx__service_unref(service);
 }
@@ -7859,7 +7967,7 @@ CTXCANCEL_API int ctx_app_run(ctx_app_t *app, const ctx_app_desc_t *desc) {
         if (live_parent) ctx__unwatch(&on_parent);
         rc = ctx__app_shut_down(app, &d, &stop, was_ready);
     }
-    ctx__app_free(app);
+    ctx_app_free(app);
     return rc;
 }
 
