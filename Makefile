@@ -53,7 +53,21 @@ programs: $(programs)
 build/test/%: tests/%.c $(headers)
 	$(compile) $< -o $@
 
-build/nofutex/%: tests/%.c $(headers)
+# The portable parker: the implementation compiled once, and given to the tests that do not need one in their own file.
+# Those ask for it too, so they get a ctxcancel.h that takes this back.
+own_implementation = $(shell grep -lE 'fault\.h|ctx__|CTXCANCEL_(STATIC|MALLOC|ASSERT)' tests/test_*.c)
+nofutex_whole = $(own_implementation:tests/%.c=build/nofutex/%)
+nofutex_apart = $(filter-out $(nofutex_whole),$(nofutex_programs))
+
+build/nofutex/impl.o: ctxcancel.h
+	@mkdir -p build/nofutex/apart
+	@printf '#undef CTXCANCEL_IMPLEMENTATION\n#include "../../../ctxcancel.h"\n' >build/nofutex/apart/ctxcancel.h
+	$(compile) -DCTXCANCEL_NO_FUTEX -DCTXCANCEL_IMPLEMENTATION -x c -c ctxcancel.h -o $@
+
+$(nofutex_apart): build/nofutex/%: tests/%.c build/nofutex/impl.o $(headers)
+	@mkdir -p $(@D); echo "cc $@"; $(CC) -Ibuild/nofutex/apart $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) $< build/nofutex/impl.o -o $@
+
+$(nofutex_whole): build/nofutex/%: tests/%.c $(headers)
 	$(compile) -DCTXCANCEL_NO_FUTEX $< -o $@
 
 build/examples/%: docs/examples/%.c ctxcancel.h

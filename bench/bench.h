@@ -11,6 +11,7 @@
 #define BENCH_H
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -131,6 +132,14 @@ static inline BENCH_UNUSED void bench_run(const char *figure, bench_fn fn, size_
     bench_together(&alone, 1, n);
 }
 
+/* Print the nanoseconds that `fn` needs each time, every run a sample, so that a bad one shows. For figures that depend
+   on how the system places threads. */
+static inline BENCH_UNUSED void bench_every_run(const char *figure, bench_fn fn, size_t n) {
+    if (!bench_wants(figure)) return;
+    n = bench_fit(fn, bench_scaled(n));
+    for (size_t i = 0; i < 5; i++) bench_print(figure, (double)fn(n) / (double)n, "ns");
+}
+
 typedef struct {
     bench_fn fn;
     size_t n;
@@ -189,6 +198,75 @@ static inline BENCH_UNUSED void bench_two_threads(const char *figure, bench_fn f
     bench_print(figure, bench_median(ratio, 5), "x");
     snprintf(name, sizeof name, "%s_each", figure);
     bench_print(name, bench_median(each, 5), "ns");
+}
+
+/* == senders and receivers ======================================== */
+
+/* One side of a queue: put `n` items in, or take `n` out. */
+typedef void (*bench_side_fn)(size_t n);
+
+typedef struct {
+    bench_side_fn side;
+    size_t n;
+    int core; /* which one to stay on, counted from 0; negative: as the system likes */
+    pthread_barrier_t *start;
+    uint64_t began, ended;
+} bench_side_t;
+
+#define BENCH_MAX_PAIRS 4
+
+/* Keep this thread on the `which`-th of the cores that the process may use, if there are so many. */
+static inline BENCH_UNUSED void bench_stay_on_core(int which) {
+#ifdef __linux__
+    cpu_set_t usable, one;
+    if (sched_getaffinity(0, sizeof usable, &usable) != 0) return;
+    for (size_t core = 0; core < CPU_SETSIZE; core++) {
+        if (!CPU_ISSET(core, &usable) || which-- > 0) continue;
+        CPU_ZERO(&one);
+        CPU_SET(core, &one);
+        sched_setaffinity(0, sizeof one, &one);
+        return;
+    }
+#else
+    (void)which;
+#endif
+}
+
+static inline BENCH_UNUSED void *bench_side_main(void *arg) {
+    bench_side_t *self = (bench_side_t *)arg;
+    if (self->core >= 0) bench_stay_on_core(self->core);
+    pthread_barrier_wait(self->start);
+    self->began = bench_now();
+    self->side(self->n);
+    self->ended = bench_now();
+    return NULL;
+}
+
+/* Nanoseconds from the first start to the last end of so many `pairs` of a sender and a receiver, which pass `n` items
+   in all. `apart`: senders stay on one core and receivers on another. */
+static inline BENCH_UNUSED uint64_t bench_queue(bench_side_fn send, bench_side_fn receive, size_t pairs, size_t n,
+                                                bool apart) {
+    bench_side_t t[2 * BENCH_MAX_PAIRS];
+    pthread_t id[2 * BENCH_MAX_PAIRS];
+    pthread_barrier_t start;
+    uint64_t began = UINT64_MAX, ended = 0;
+    bench_check(pairs <= BENCH_MAX_PAIRS, "too many senders");
+    pthread_barrier_init(&start, NULL, (unsigned)(2 * pairs));
+    for (size_t i = 0; i < 2 * pairs; i++) {
+        t[i].side = i % 2 ? send : receive;
+        t[i].core = apart ? (int)(i % 2) : -1;
+        t[i].n = (n + pairs - 1) / pairs;
+        t[i].start = &start;
+        t[i].began = t[i].ended = 0;
+        bench_check(pthread_create(&id[i], NULL, bench_side_main, &t[i]) == 0, "no thread");
+    }
+    for (size_t i = 0; i < 2 * pairs; i++) {
+        pthread_join(id[i], NULL);
+        if (t[i].began < began) began = t[i].began;
+        if (t[i].ended > ended) ended = t[i].ended;
+    }
+    pthread_barrier_destroy(&start);
+    return ended - began;
 }
 
 /* == a bare futex, the floor of everything that sleeps ============ */
@@ -296,6 +374,79 @@ static inline BENCH_UNUSED void bench_wakes(const bench_wake_t *ways, uint32_t n
         bench_print(ways[way].figure, bench_median(took[way], n[way]), "ns");
         free(took[way]);
     }
+}
+
+/* == a crowd of parked threads ==================================== */
+
+/* The floor of waking many: each thread sleeps on a futex of its own. */
+#define BENCH_MAX_CROWD 1000
+
+typedef struct {
+    uint32_t turn; /* [atomic] counts the wakes; at last BENCH_OVER */
+    char own_line[60];
+} bench_sleeper_t;
+
+static struct {
+    bench_sleeper_t sleeper[BENCH_MAX_CROWD];
+    pthread_t thread[BENCH_MAX_CROWD];
+    uint32_t n, turn;
+    uint32_t left; /* [atomic] threads that have not run in this turn */
+} bench_crowd BENCH_UNUSED;
+
+/* The last one to run wakes who waits for all. */
+static inline BENCH_UNUSED void bench_crowd_ran(void) {
+    if (__atomic_sub_fetch(&bench_crowd.left, 1, __ATOMIC_ACQ_REL) == 0) bench_futex_wake(&bench_crowd.left);
+}
+
+static inline BENCH_UNUSED void *bench_crowd_main(void *arg) {
+    uint32_t *turn = &((bench_sleeper_t *)arg)->turn, seen = 0;
+    bench_crowd_ran();
+    for (;;) {
+        uint32_t now = __atomic_load_n(turn, __ATOMIC_ACQUIRE);
+        if (now == seen) {
+            bench_futex_wait(turn, seen);
+            continue;
+        }
+        if (now == BENCH_OVER) return NULL;
+        seen = now;
+        bench_crowd_ran();
+    }
+}
+
+static inline BENCH_UNUSED void bench_crowd_wait(void) {
+    uint32_t left;
+    while ((left = __atomic_load_n(&bench_crowd.left, __ATOMIC_ACQUIRE)) != 0)
+        bench_futex_wait(&bench_crowd.left, left);
+}
+
+static inline BENCH_UNUSED void bench_crowd_announce(uint32_t turn) {
+    bench_crowd.turn = turn;
+    for (uint32_t i = 0; i < bench_crowd.n; i++) {
+        __atomic_store_n(&bench_crowd.sleeper[i].turn, turn, __ATOMIC_RELEASE);
+        bench_futex_wake(&bench_crowd.sleeper[i].turn);
+    }
+}
+
+static inline BENCH_UNUSED void bench_crowd_start(uint32_t n) {
+    bench_check(n <= BENCH_MAX_CROWD, "too many threads");
+    memset(&bench_crowd, 0, sizeof bench_crowd);
+    bench_crowd.n = bench_crowd.left = n;
+    for (uint32_t i = 0; i < n; i++)
+        bench_check(pthread_create(&bench_crowd.thread[i], NULL, bench_crowd_main, &bench_crowd.sleeper[i]) == 0,
+                    "no thread");
+    bench_crowd_wait();
+}
+
+/* Wake each, and return when all have run. */
+static inline BENCH_UNUSED void bench_crowd_wake(void) {
+    __atomic_store_n(&bench_crowd.left, bench_crowd.n, __ATOMIC_RELAXED);
+    bench_crowd_announce(bench_crowd.turn + 1);
+    bench_crowd_wait();
+}
+
+static inline BENCH_UNUSED void bench_crowd_stop(void) {
+    bench_crowd_announce(BENCH_OVER);
+    for (uint32_t i = 0; i < bench_crowd.n; i++) pthread_join(bench_crowd.thread[i], NULL);
 }
 
 /* == a trickle of small bursts ==================================== */

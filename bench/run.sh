@@ -2,7 +2,8 @@
 # Build the benchmarks and those of the peers that are installed, run them in turns, and print one table.
 #
 #   bench/run.sh                 everything; writes bench/results.md and the table in README.md
-#   bench/run.sh pool            one section (context polling values timers semaphore pool waiting treesum)
+#   bench/run.sh pool            one section (context polling values timers semaphore pool waiting group channel flow
+#                                service treesum)
 #   bench/run.sh cancel_child    figures whose name contains this; nothing is written
 #   ROUNDS=9 bench/run.sh        more rounds (default 5)
 #   PEERS="go cpp" bench/run.sh  only these peers ("" for none; default: go cpp nsync glib posix)
@@ -19,7 +20,7 @@ cxx=${CXX:-g++}
 optimise="-O2 -falign-loops=64"
 warnings="-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wundef"
 cflags="-std=gnu11 -D_GNU_SOURCE $optimise $warnings -Wstrict-prototypes -pthread ${BENCH_CFLAGS:-}"
-all_sections="polling context values timers semaphore pool waiting treesum"
+all_sections="polling context values timers semaphore pool waiting group channel flow service treesum"
 tab=$(printf '\t')
 
 have() { command -v "$1" >/dev/null 2>&1; }
@@ -68,11 +69,25 @@ build_treesum() {
     : >"$build/tree/complete"
 }
 
+# Go's peer with golang.org/x if its modules are there or can be had; else without the figures that need them.
+build_go() (
+    have go || exit
+    out=$(cd "$build" && pwd)/peer_go
+    cd bench/peers
+    quickly=
+    have timeout && quickly="timeout 60"
+    $quickly go build -tags modules -o "$out" peer_go.go peer_go_modules.go && exit
+    go build -o "$out" peer_go.go peer_go_plain.go
+)
+
+# The modules that Go's peer was built with.
+go_modules() { go version -m "$build/peer_go" | awk '$1 == "dep" { printf "%s%s %s", sep, $2, $3; sep = ", " }'; }
+
 # Build one peer, or say why not.
 build_peer() {
     rm -f "$build/peer_$1"
     case $1 in
-    go) have go && go build -o "$build/peer_go" bench/peers/peer_go.go ;;
+    go) build_go ;;
     cpp) have "$cxx" && $cxx -std=c++20 $optimise $warnings -pthread bench/peers/peer_stop_token.cpp -o "$build/peer_cpp" ;;
     nsync) $cc $cflags bench/peers/peer_nsync.c -o "$build/peer_nsync" -lnsync ;;
     glib)
@@ -96,6 +111,13 @@ for peer in $peers; do
         echo "bench: skipped the peer $peer: not installed, or it does not build ($build/peer_$peer.log)" >&2
     fi
 done
+
+case " $running " in
+*" go "*)
+    [ -n "$(go_modules)" ] ||
+        echo "bench: skipped golang.org/x: its modules are not there and cannot be had ($build/peer_go.log)" >&2
+    ;;
+esac
 
 # == run =======================================================================
 
@@ -150,7 +172,10 @@ machine() {
     echo "- Compilers: $(version $cc --version); $(version $cxx --version); both $optimise"
     for peer in $running; do
         case $peer in
-        go) echo "- Go: $(go version | cut -d ' ' -f 3)" ;;
+        go)
+            modules=$(go_modules)
+            echo "- Go: $(go version | cut -d ' ' -f 3), ${modules:-without golang.org/x}"
+            ;;
         glib) echo "- GLib: $(pkg-config --modversion glib-2.0)" ;;
         nsync) have dpkg-query && echo "- nsync: $(dpkg-query -W -f '${Version}' libnsync-dev 2>/dev/null)" ;;
         esac

@@ -1,5 +1,5 @@
-/* GLib: GCancellable, whose child is one connected to its parent by a handler, and GThreadPool, whose tasks have no
-   context. */
+/* GLib: GCancellable, whose child is one connected to its parent by a handler; GThreadPool, whose tasks have no
+   context; and GAsyncQueue, which has no bound and cannot be cancelled. */
 #include "../bench.h"
 #include <gio/gio.h>
 #include <semaphore.h>
@@ -123,6 +123,48 @@ static void burst(void *arg) {
     for (int i = 0; i < BENCH_BURST; i++) g_thread_pool_push((GThreadPool *)arg, &no_op, NULL);
 }
 
+static GAsyncQueue *queue;
+static uint64_t sent, received; /* [atomic] sums of the items, which are pointers */
+
+static void send_many(size_t n) {
+    uint64_t sum = 0;
+    for (size_t i = 1; i <= n; i++) {
+        g_async_queue_push(queue, GSIZE_TO_POINTER(i));
+        sum += i;
+    }
+    __atomic_add_fetch(&sent, sum, __ATOMIC_RELAXED);
+}
+
+static void receive_many(size_t n) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < n; i++) sum += GPOINTER_TO_SIZE(g_async_queue_pop(queue));
+    __atomic_add_fetch(&received, sum, __ATOMIC_RELAXED);
+}
+
+static uint64_t pass(size_t pairs, size_t n, bool apart) {
+    queue = g_async_queue_new();
+    uint64_t spent = bench_queue(send_many, receive_many, pairs, n, apart);
+    bench_check(sent == received && g_async_queue_length(queue) == 0, "items were lost");
+    g_async_queue_unref(queue);
+    return spent;
+}
+
+static uint64_t one_to_one(size_t n) { return pass(1, n, false); }
+static uint64_t one_to_one_apart(size_t n) { return pass(1, n, true); }
+static uint64_t four_to_four(size_t n) { return pass(4, n, false); }
+
+static uint64_t try_pair(size_t n) {
+    queue = g_async_queue_new();
+    uint64_t began = bench_now();
+    for (size_t i = 1; i <= n; i++) {
+        g_async_queue_push(queue, GSIZE_TO_POINTER(i));
+        bench_check(g_async_queue_try_pop(queue) != NULL, "nothing there");
+    }
+    uint64_t spent = bench_now() - began;
+    g_async_queue_unref(queue);
+    return spent;
+}
+
 int main(int argc, char **argv) {
     fresh_server();
     if (bench_section(argc, argv, "context")) {
@@ -143,6 +185,12 @@ int main(int argc, char **argv) {
             bench_print_paced("detached", burst, pool);
             g_thread_pool_free(pool, FALSE, TRUE);
         }
+    }
+    if (bench_section(argc, argv, "channel")) {
+        bench_every_run("chan_1_1", one_to_one, 1000000);
+        bench_every_run("chan_1_1_apart", one_to_one_apart, 1000000);
+        bench_every_run("chan_4_4", four_to_four, 1000000);
+        bench_run("chan_try", try_pair, 1000000);
     }
     g_object_unref(server);
     return 0;

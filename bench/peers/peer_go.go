@@ -5,11 +5,13 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/signal"
 	"runtime"
 	"sort"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -72,6 +74,17 @@ func run(figure string, n int, fn func(n int) time.Duration) {
 		each = append(each, float64(fn(n))/float64(n))
 	}
 	show(figure, median(each), "ns")
+}
+
+// everyRun prints what fn needs each time, every run a sample.
+func everyRun(figure string, n int, fn func(n int) time.Duration) {
+	if !wants(figure) {
+		return
+	}
+	n = fit(scaled(n), fn)
+	for i := 0; i < 5; i++ {
+		show(figure, float64(fn(n))/float64(n), "ns")
+	}
 }
 
 func goroutines(fn func(n int) time.Duration, n, count int) time.Duration {
@@ -590,6 +603,564 @@ func waiting() {
 	show("wait_wake", median(took), "ns")
 }
 
+// Groups and spawning. What needs golang.org/x stands in peer_go_modules.go.
+
+// compute takes a microsecond or so: its steps wait for each other.
+func compute(x uint64) uint64 {
+	for i := 0; i < 1000; i++ {
+		x = x*6364136223846793005 + 1442695040888963407
+	}
+	return x
+}
+
+var seed atomic.Uint64
+
+func someOp(ctx context.Context) error {
+	if compute(seed.Load()) == 1 {
+		return context.Canceled
+	}
+	return ctx.Err()
+}
+
+// A group by hand: permits, a WaitGroup, the first error and a context that it cancels.
+func groupByHand(n int) time.Duration {
+	began := time.Now()
+	ctx, cancel := context.WithCancelCause(server)
+	permits := make(chan struct{}, 16)
+	var all sync.WaitGroup
+	var once sync.Once
+	var failed error
+	for i := 0; i < n; i++ {
+		permits <- struct{}{}
+		all.Add(1)
+		go func() {
+			defer all.Done()
+			if err := noOp(ctx); err != nil {
+				once.Do(func() {
+					failed = err
+					cancel(err)
+				})
+			}
+			<-permits
+		}()
+	}
+	all.Wait()
+	cancel(nil)
+	check(failed == nil, "a task failed")
+	return time.Since(began)
+}
+
+const spawnBurst = 64
+
+// spawnBursts starts goroutines in bursts and waits for each burst: the whole time, or only that of starting them.
+func spawnBursts(n int, onlyCalls bool) time.Duration {
+	bursts := n/spawnBurst + 1
+	var all sync.WaitGroup
+	var calls time.Duration
+	began := time.Now()
+	for i := 0; i < bursts; i++ {
+		calling := time.Now()
+		for j := 0; j < spawnBurst; j++ {
+			all.Add(1)
+			go func() {
+				noOp(server)
+				all.Done()
+			}()
+		}
+		calls += time.Since(calling)
+		all.Wait()
+	}
+	spent := time.Since(began)
+	if onlyCalls {
+		spent = calls
+	}
+	return spent * time.Duration(n) / time.Duration(bursts*spawnBurst)
+}
+
+func groups() {
+	groupModules()
+	everyRun("group_by_hand", 200000, groupByHand)
+	everyRun("go_spawn", 200000, func(n int) time.Duration { return spawnBursts(n, false) })
+	everyRun("go_call", 200000, func(n int) time.Duration { return spawnBursts(n, true) })
+	everyRun("go_each", 100000, func(n int) time.Duration {
+		var all sync.WaitGroup
+		began := time.Now()
+		for i := 0; i < n; i++ {
+			all.Add(1)
+			go func() {
+				noOp(server)
+				all.Done()
+			}()
+			all.Wait()
+		}
+		return time.Since(began)
+	})
+}
+
+// Channels.
+
+const channelCapacity = 1024
+
+// pass sends n items through a channel, from so many senders to so many receivers. cancellable: each send and receive
+// is a select with Done, which is what a send or receive that can be cancelled is in Go.
+func pass(n, pairs int, cancellable bool) time.Duration {
+	items := make(chan uint64, channelCapacity)
+	start := make(chan struct{})
+	var ready, over sync.WaitGroup
+	sent, received := make([]uint64, pairs), make([]uint64, pairs)
+	each := (n + pairs - 1) / pairs
+	done := server.Done()
+	ready.Add(2 * pairs)
+	over.Add(2 * pairs)
+	for p := 0; p < pairs; p++ {
+		go func(p int) {
+			sum := uint64(0)
+			ready.Done()
+			<-start
+			if cancellable {
+				for i := 0; i < each; i++ {
+					select {
+					case items <- uint64(i):
+						sum += uint64(i)
+					case <-done:
+					}
+				}
+			} else {
+				for i := 0; i < each; i++ {
+					items <- uint64(i)
+					sum += uint64(i)
+				}
+			}
+			sent[p] = sum
+			over.Done()
+		}(p)
+		go func(p int) {
+			sum := uint64(0)
+			ready.Done()
+			<-start
+			if cancellable {
+				for i := 0; i < each; i++ {
+					select {
+					case item := <-items:
+						sum += item
+					case <-done:
+					}
+				}
+			} else {
+				for i := 0; i < each; i++ {
+					sum += <-items
+				}
+			}
+			received[p] = sum
+			over.Done()
+		}(p)
+	}
+	ready.Wait()
+	began := time.Now()
+	close(start)
+	over.Wait()
+	spent := time.Since(began)
+	balance := uint64(0)
+	for p := range sent {
+		balance += sent[p] - received[p]
+	}
+	check(balance == 0 && len(items) == 0, "items were lost")
+	return spent
+}
+
+func pingpong(n int) time.Duration {
+	there, back := make(chan uint64), make(chan uint64)
+	go func() {
+		for i := 0; i < n; i++ {
+			back <- <-there
+		}
+	}()
+	began := time.Now()
+	for i := 0; i < n; i++ {
+		there <- uint64(i)
+		check(<-back == uint64(i), "an item did not come back")
+	}
+	return time.Since(began)
+}
+
+func tryPair(n int) time.Duration {
+	items := make(chan uint64, channelCapacity)
+	missed := 0
+	began := time.Now()
+	for i := 0; i < n; i++ {
+		select {
+		case items <- uint64(i):
+		default:
+			missed++
+		}
+		select {
+		case <-items:
+		default:
+			missed++
+		}
+	}
+	spent := time.Since(began)
+	check(missed == 0, "an item was missed")
+	return spent
+}
+
+// selectReady selects from channels that all have items; filling them up does not count.
+func selectReady(n, channels int) time.Duration {
+	c := [8]chan uint64{}
+	for i := range c {
+		c[i] = make(chan uint64, channelCapacity)
+	}
+	done := server.Done()
+	var spent time.Duration
+	for left := n; left > 0; left -= channelCapacity {
+		for i := 0; i < channels; i++ {
+			for len(c[i]) < channelCapacity {
+				c[i] <- 1
+			}
+		}
+		some := min(left, channelCapacity)
+		began := time.Now()
+		if channels == 2 {
+			for i := 0; i < some; i++ {
+				select {
+				case <-c[0]:
+				case <-c[1]:
+				case <-done:
+				}
+			}
+		} else {
+			for i := 0; i < some; i++ {
+				select {
+				case <-c[0]:
+				case <-c[1]:
+				case <-c[2]:
+				case <-c[3]:
+				case <-c[4]:
+				case <-c[5]:
+				case <-c[6]:
+				case <-c[7]:
+				case <-done:
+				}
+			}
+		}
+		spent += time.Since(began)
+	}
+	return spent
+}
+
+func channels() {
+	everyRun("chan_1_1", 2000000, func(n int) time.Duration { return pass(n, 1, false) })
+	everyRun("chan_4_4", 1000000, func(n int) time.Duration { return pass(n, 4, false) })
+	everyRun("chan_1_1_select", 1000000, func(n int) time.Duration { return pass(n, 1, true) })
+	everyRun("chan_4_4_select", 1000000, func(n int) time.Duration { return pass(n, 4, true) })
+	run("chan_pingpong", 100000, pingpong)
+	run("chan_try", 2000000, tryPair)
+	run("select_2", 500000, func(n int) time.Duration { return selectReady(n, 2) })
+	run("select_8", 500000, func(n int) time.Duration { return selectReady(n, 8) })
+}
+
+// Flow.
+
+// A token bucket by hand: no module, no waiting, no reservations.
+type bucket struct {
+	mu                  sync.Mutex
+	rate, burst, tokens float64
+	last                time.Time
+}
+
+func (b *bucket) allow() bool {
+	now := time.Now()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.tokens = min(b.burst, b.tokens+now.Sub(b.last).Seconds()*b.rate)
+	b.last = now
+	if b.tokens < 1 {
+		return false
+	}
+	b.tokens--
+	return true
+}
+
+func bucketAllow(n int) time.Duration {
+	b := &bucket{rate: 1e7, burst: 1e9, tokens: 1e9, last: time.Now()}
+	refused := 0
+	began := time.Now()
+	for i := 0; i < n; i++ {
+		if !b.allow() {
+			refused++
+		}
+	}
+	spent := time.Since(began)
+	check(refused == 0, "no token")
+	return spent
+}
+
+// The usual batcher: a channel, and a goroutine that gathers into a slice and flushes when that is full or a ticker
+// ticks.
+
+type row struct {
+	id    uint64
+	value float64
+}
+
+type batcher struct {
+	rows  chan row
+	flush func(rows []row)
+	over  chan struct{}
+}
+
+func newBatcher(maxItems, queue int, maxDelay time.Duration, flush func(rows []row)) *batcher {
+	b := &batcher{make(chan row, queue), flush, make(chan struct{})}
+	go b.work(maxItems, maxDelay)
+	return b
+}
+
+func (b *batcher) work(maxItems int, maxDelay time.Duration) {
+	defer close(b.over)
+	ticker := time.NewTicker(maxDelay)
+	defer ticker.Stop()
+	rows := make([]row, 0, maxItems)
+	flush := func() {
+		if len(rows) > 0 {
+			b.flush(rows)
+			rows = rows[:0]
+		}
+	}
+	for {
+		select {
+		case r, more := <-b.rows:
+			if !more {
+				flush()
+				return
+			}
+			rows = append(rows, r)
+			if len(rows) == maxItems {
+				flush()
+			}
+		case <-ticker.C:
+			flush()
+		}
+	}
+}
+
+func (b *batcher) add(r row) bool {
+	select {
+	case b.rows <- r:
+		return true
+	default:
+		return false
+	}
+}
+
+func (b *batcher) addWait(ctx context.Context, r row) error {
+	select {
+	case b.rows <- r:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (b *batcher) close() {
+	close(b.rows)
+	<-b.over
+}
+
+// batchAdd adds all but the last of a batch; that one and the flush do not count.
+func batchAdd(n int) time.Duration {
+	const batch = 1000
+	flushed := make(chan int)
+	b := newBatcher(batch, 4*batch, time.Second, func(rows []row) { flushed <- len(rows) })
+	batches := n/(batch-1) + 1
+	var spent time.Duration
+	refused := 0
+	for i := 0; i < batches; i++ {
+		began := time.Now()
+		for j := 1; j < batch; j++ {
+			if !b.add(row{uint64(j), 0.5}) {
+				refused++
+			}
+		}
+		spent += time.Since(began)
+		b.add(row{0, 0.5})
+		for got := 0; got < batch; {
+			got += <-flushed
+		}
+	}
+	b.close()
+	check(refused == 0, "a row was not taken")
+	return spent * time.Duration(n) / time.Duration(batches*(batch-1))
+}
+
+func batchFlush(n int) time.Duration {
+	written, failed := 0, 0
+	began := time.Now()
+	b := newBatcher(100, 400, time.Second, func(rows []row) { written += len(rows) })
+	for i := 0; i < n; i++ {
+		if b.addWait(server, row{uint64(i), 0.5}) != nil {
+			failed++
+		}
+	}
+	b.close()
+	spent := time.Since(began)
+	check(written == n && failed == 0, "rows were lost")
+	return spent
+}
+
+func flow() {
+	flowModules()
+	run("limiter_allow_by_hand", 1000000, bucketAllow)
+	run("batch_add", 1000000, batchAdd)
+	everyRun("batch_flush", 1000000, batchFlush)
+}
+
+// Services.
+
+// actors run together and stop together, in the manner of oklog/run: each has a function that runs, and one that makes
+// that return. When the first has returned all are interrupted, and waited for.
+type actor struct {
+	execute   func() error
+	interrupt func(error)
+}
+
+type actors []actor
+
+func (a actors) run() error {
+	results := make(chan error, len(a))
+	for _, one := range a {
+		go func(one actor) { results <- one.execute() }(one)
+	}
+	first := <-results
+	for _, one := range a {
+		one.interrupt(first)
+	}
+	for i := 1; i < len(a); i++ {
+		<-results
+	}
+	return first
+}
+
+// stopActors runs so many actors parked on their contexts, and one that waits for SIGTERM: from the signal until all
+// is over.
+func stopActors(n int, settle time.Duration) time.Duration {
+	var parked atomic.Int64
+	var group actors
+	for i := 0; i < n; i++ {
+		ctx, cancel := context.WithCancel(server)
+		group = append(group, actor{
+			func() error {
+				parked.Add(1)
+				<-ctx.Done()
+				return ctx.Err()
+			},
+			func(error) { cancel() },
+		})
+	}
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGTERM)
+	ctx, cancel := context.WithCancel(server)
+	group = append(group, actor{
+		func() error {
+			parked.Add(1)
+			select {
+			case <-signals:
+				return nil
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		},
+		func(error) { cancel() },
+	})
+	var began time.Time
+	sent := make(chan struct{})
+	go func() {
+		for parked.Load() != int64(n+1) {
+			time.Sleep(100 * time.Microsecond)
+		}
+		time.Sleep(settle)
+		began = time.Now()
+		syscall.Kill(syscall.Getpid(), syscall.SIGTERM)
+		close(sent)
+	}()
+	check(group.run() == nil, "the group did not end well")
+	ended := time.Now()
+	<-sent
+	signal.Stop(signals)
+	return ended.Sub(began)
+}
+
+// stopGoroutines stops n goroutines that are parked on one context.
+func stopGoroutines(n int) time.Duration {
+	ctx, cancel := context.WithCancel(server)
+	var all sync.WaitGroup
+	var parked atomic.Int64
+	all.Add(n)
+	for i := 0; i < n; i++ {
+		go func() {
+			defer all.Done()
+			parked.Add(1)
+			<-ctx.Done()
+		}()
+	}
+	for parked.Load() != int64(n) {
+		time.Sleep(100 * time.Microsecond)
+	}
+	time.Sleep(20 * time.Millisecond)
+	began := time.Now()
+	cancel()
+	all.Wait()
+	return time.Since(began)
+}
+
+// drainAll calls n drain functions side by side.
+func drainAll(n int) time.Duration {
+	began := time.Now()
+	ctx, cancel := context.WithTimeout(server, 25*time.Second)
+	var all sync.WaitGroup
+	all.Add(n)
+	for i := 0; i < n; i++ {
+		go func() {
+			defer all.Done()
+			noOp(ctx)
+		}()
+	}
+	all.Wait()
+	cancel()
+	return time.Since(began)
+}
+
+func stops(figure string, times int, unit time.Duration, fn func() time.Duration) {
+	if !wants(figure) {
+		return
+	}
+	fn()
+	var took []float64
+	for i := 0; i < times; i++ {
+		took = append(took, float64(fn())/float64(unit))
+	}
+	name := "us"
+	if unit == time.Millisecond {
+		name = "ms"
+	}
+	if times > 3 {
+		took = []float64{median(took)}
+	}
+	for _, each := range took {
+		show(figure, each, name)
+	}
+}
+
+func services() {
+	stops("app_shutdown_flat", scaled(50), time.Microsecond, func() time.Duration {
+		return stopActors(3, time.Millisecond)
+	})
+	stops("stop_1000_drain", 3, time.Millisecond, func() time.Duration { return drainAll(1000) })
+	stops("stop_1000_run", 3, time.Millisecond, func() time.Duration { return stopGoroutines(1000) })
+	stops("stop_1000_actors", 3, time.Millisecond, func() time.Duration {
+		return stopActors(1000, 20*time.Millisecond)
+	})
+}
+
 func main() {
 	server, serverCancel = context.WithCancel(context.Background())
 	for _, s := range []struct {
@@ -597,7 +1168,8 @@ func main() {
 		run  func()
 	}{
 		{"context", contexts}, {"polling", polling}, {"values", values}, {"timers", timers},
-		{"semaphore", semaphore}, {"pool", pools}, {"waiting", waiting},
+		{"semaphore", semaphore}, {"pool", pools}, {"waiting", waiting}, {"group", groups}, {"channel", channels},
+		{"flow", flow}, {"service", services},
 	} {
 		if section(s.name) {
 			s.run()

@@ -54,6 +54,7 @@ int main(int argc, char **argv) {
         sem_destroy(&sem);
     }
     if (bench_section(argc, argv, "pool")) bench_run("thread_each", thread_each, 2000);
+    if (bench_section(argc, argv, "group")) bench_every_run("go_each", thread_each, 2000);
     if (bench_section(argc, argv, "waiting") && bench_wants("wait_wake")) {
         sem_init(&bell, 0, 0);
         bench_wakes(&way, 1, 1000);

@@ -1,0 +1,7 @@
+//go:build !modules
+
+// Without golang.org/x: its figures are left out.
+package main
+
+func groupModules() {}
+func flowModules()  {}
