@@ -65,7 +65,7 @@ build/nofutex/impl.o: ctxcancel.h
 	$(compile) -DCTXCANCEL_NO_FUTEX -DCTXCANCEL_IMPLEMENTATION -x c -c ctxcancel.h -o $@
 
 $(nofutex_apart): build/nofutex/%: tests/%.c build/nofutex/impl.o $(headers)
-	@mkdir -p $(@D); echo "cc $@"; $(CC) -Ibuild/nofutex/apart $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) $< build/nofutex/impl.o -o $@
+	@mkdir -p $(@D); echo "cc $@"; $(CC) -Ibuild/nofutex/apart -D_DEFAULT_SOURCE $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) $< build/nofutex/impl.o -o $@
 
 $(nofutex_whole): build/nofutex/%: tests/%.c $(headers)
 	$(compile) -DCTXCANCEL_NO_FUTEX $< -o $@

@@ -7092,19 +7092,21 @@ static void ctx__service_run_job(const ctx__job_t *job) {
 static void ctx__service_quiet_job(const ctx__job_t *job) {
     ctx_service_t *service = (ctx_service_t *)job->owner;
     ctx__serving_t outer = ctx__service_enter(service, false);
+    bool drain = service->desc.drain != NULL;
     int rc = 0;
     if (service->desc.refuse) {
         service->desc.refuse(service->desc.user);
         ctx__lock(&ctx__services.mu);
         ctx__service_note(service, 0);
+        if (!service->stop) drain = false; /* the stop is over: nothing new begins */
         ctx__unlock(&ctx__services.mu);
     }
-    if (service->desc.drain) rc = service->desc.drain(job->ctx, service->desc.user);
+    if (drain) rc = service->desc.drain(job->ctx, service->desc.user);
     if (rc == CTX_CANCELED && ctx_err(job->ctx)) rc = CTX_DEADLINE_EXCEEDED; /* only its time can have run out */
     ctx__service_leave(outer);
     ctx__lock(&ctx__services.mu);
     ctx__service_note(service, rc);
-    if (service->desc.drain) service->drained = ctx_now();
+    if (drain) service->drained = ctx_now();
     service->quiet = true;
     ctx__service_inactive(service);
     ctx__unlock(&ctx__services.mu);
@@ -7143,7 +7145,7 @@ static int ctx__service_launch(ctx_service_t *service, void (*run)(const ctx__jo
     ctx__lock(&ctx__services.mu);
     service->active--;
     ctx__unlock(&ctx__services.mu);
-    ctx__service_unref(service);
+    __atomic_fetch_sub(&service->refs, 1u, __ATOMIC_RELAXED); /* not the last: the caller's is still there */
     return rc;
 }
 

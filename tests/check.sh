@@ -87,6 +87,10 @@ own_implementation=$(grep -lE 'fault\.h|ctx__|CTXCANCEL_(STATIC|MALLOC|ASSERT)' 
 # back.
 mkdir -p $dir/apart
 printf '#undef CTXCANCEL_IMPLEMENTATION\n#include "../../../ctxcancel.h"\n' >$dir/apart/ctxcancel.h
+apart_flags="-I$dir/apart -D_DEFAULT_SOURCE" # which the implementation would define in strict ISO mode
+
+# Tests that measure how soon a thread notices run by themselves, the others two at a time.
+alone='test_(timers|waiting|polling|pool|time)\.c'
 
 # suite NAME COMPILER FLAG...: compile each test with its own implementation and run it.  $tests: which ones, if not
 # all; $link: what to link.
@@ -96,8 +100,9 @@ suite() {
     rm -rf "$out"
     mkdir -p "$out"
     together compile_test $list
-    for test in $list; do # alone: some measure how soon a thread notices
-        run_test "$test"
+    together run_test $(echo "$list" | tr ' ' '\n' | grep -vE "$alone")
+    for test in $list; do
+        if [[ $test =~ $alone ]]; then run_test "$test"; fi
         cat "$out/$(basename "$test" .c).log"
         tail -n 1 "$out/$(basename "$test" .c).log" | grep -q '^[1-9][0-9]* passed, 0 failed$' || status=1
     done
@@ -106,7 +111,7 @@ suite() {
 
 compile_test() {
     local apart= objects=${link:-}
-    if [[ " ${own_implementation//$'\n'/ } " == *" $1 "* ]]; then objects=; elif [ -n "$objects" ]; then apart=-I$dir/apart; fi
+    if [[ " ${own_implementation//$'\n'/ } " == *" $1 "* ]]; then objects=; elif [ -n "$objects" ]; then apart=$apart_flags; fi
     timeout 300 "${compiler[@]}" -pthread $apart -I. -Itests "$1" -o "$out/$(basename "$1" .c)" $objects
 }
 run_test() { tests/run.sh "$out/$(basename "$1" .c)" >"$out/$(basename "$1" .c).log" 2>&1; }
@@ -118,6 +123,9 @@ quick() {
     "$@" -pthread -I. -c $dir/impl.c -o "$link" || return 1
     TEST_QUICK=1 suite "$name" "$@"
 }
+
+# Some of them: each is optimised as a whole when it is linked, which takes its time.
+lto() { tests=$(echo tests/test_{context,values,timers,pool,group,channel,stage,batch,limiter,app}.c) quick "$@"; }
 
 # The same, each test with its own.
 quick_whole() { TEST_QUICK=1 suite "$@"; }
@@ -258,9 +266,11 @@ cell seeded-leak-memcheck "gcc valgrind" seeded_leak memcheck "$memcheck_lost" g
 cell forgotten-context-memcheck "gcc valgrind" seeded_leak memcheck "$memcheck_left" gcc -DLEAK_A_CONTEXT
 
 cell gcc-c99-O0 gcc quick_whole gcc-c99-O0 gcc -std=c99 -O0 -g $cwarn
-cell gcc-c17-O3-lto gcc suite gcc-c17-O3-lto gcc -std=c17 -O3 -flto=auto $cwarn
+cell gcc-c17-O3 gcc quick gcc-c17-O3 gcc -std=c17 -O3 $cwarn
+cell gcc-c17-O3-lto gcc lto gcc-c17-O3-lto gcc -std=c17 -O3 -flto=auto $cwarn
 cell clang-c11-O2 clang quick clang-c11-O2 clang -std=c11 -O2 -g $cwarn
-cell clang-c99-O3-lto "clang ld.lld" quick clang-c99-O3-lto clang -std=c99 -O3 -flto -fuse-ld=lld $cwarn
+cell clang-c99-O3-lto "clang ld.lld" lto clang-c99-O3-lto clang -std=c99 -O3 -flto -fuse-ld=lld $cwarn \
+    -Wno-unused-command-line-argument
 cell g++-c++11 g++ apart g++-c++11 gcc cpp g++ -std=c++11 -O2 -g $warn
 cell clang++-c++20 clang++ apart clang++-c++20 clang cpp clang++ -std=c++20 -O2 -g $warn
 cell static gcc quick_whole static gcc -std=c11 -O2 -DCTXCANCEL_STATIC $cwarn

@@ -41,10 +41,9 @@ typedef struct {
 
 typedef struct {
     const char *database, *input_name;
-    ctx_t *intake;           /* done when no more is to be read; the app's parent, so that the app then shuts down */
-    ctx_chan_t *lines;       /* from the reader to the stage */
-    ctx_chan_t *stage_ended; /* closed when its `run` returns */
-    ctx_sem_t adding;        /* the right to add to the batcher, or to close it */
+    ctx_t *intake;     /* done when no more is to be read; the app's parent, so that the app then shuts down */
+    ctx_chan_t *lines; /* from the reader to the stage */
+    ctx_sem_t adding;  /* the right to empty `lines` into the batcher, or to close that */
 
     int input; /* the reader's */
     size_t used;
@@ -132,25 +131,20 @@ static int transform(ctx_t *ctx, const void *item, void *out, void *user) {
     return ctx_batch_add_wait(in->batch, ctx, &row);
 }
 
-/* One worker, so that lines stay in order. */
-static int stage_run(ctx_t *ctx, void *user) {
+/* `run` and `drain` alike, one after the other: what is left when `run` returns, or if it never began, is for `drain`,
+   which usually just waits for the end of `run`. One worker, so that lines stay in order. */
+static int stage_work(ctx_t *ctx, void *user) {
     ingest_t *in = user;
     int rc = ctx_sem_acquire(&in->adding, ctx, 1);
-    if (rc == 0) {
-        rc = ctx_stage_run(ctx, &(ctx_stage_desc_t){.in = in->lines, .fn = transform, .user = in});
-        ctx_sem_release(&in->adding, 1);
-    }
-    ctx_chan_close(in->lines); /* a reader must not wait for a stage that ended early */
-    ctx_chan_close(in->stage_ended);
+    if (rc != 0) return rc;
+    rc = ctx_stage_run(ctx, &(ctx_stage_desc_t){.in = in->lines, .fn = transform, .user = in});
+    if (rc != 0) ctx_chan_close(in->lines);
+    while (rc != 0 && ctx_chan_try_recv(in->lines, NULL) == 0) continue; /* no line may overtake one that is lost */
+    ctx_sem_release(&in->adding, 1);
     return rc;
 }
 
 static void stage_refuse(void *user) { ctx_chan_close(((ingest_t *)user)->lines); }
-
-static int stage_drain(ctx_t *ctx, void *user) { /* `run` returns by itself when `lines` is closed and empty */
-    int rc = ctx_chan_recv(((ingest_t *)user)->stage_ended, ctx, NULL);
-    return rc == CTX_CLOSED ? 0 : rc;
-}
 
 /* -- writer: batcher -> database, acknowledgements ----------------------------------------------------------------- */
 
@@ -227,7 +221,7 @@ static bool fail(ingest_t *in, int rc) {
 static int flush(ctx_t *ctx, const void *items, size_t n, void *user) {
     ingest_t *in = user;
     job_t job = {.in = in, .lines = items, .n = n};
-    int rc = in->failed; /* no line may overtake one that is lost */
+    int rc = in->failed; /* nor here */
     if (rc == 0) rc = wait_for_room(in, ctx);
     if (rc == 0) rc = ctx_sem_acquire(&in->gate, ctx, 1);
     if (rc != 0) return rc;
@@ -276,7 +270,7 @@ static int writer_start(ctx_t *ctx, void *user) {
     return in->batch ? 0 : -errno;
 }
 
-/* Its turn comes also if the stage is overdue, and may still add, or has never begun. */
+/* Its turn comes also when the stage is overdue, and then still adds: the batcher is left to main. */
 static int writer_drain(ctx_t *ctx, void *user) {
     ingest_t *in = user;
     int rc = ctx_sem_acquire(&in->adding, ctx, 1);
@@ -296,15 +290,14 @@ static int run(ingest_t *in, ctx_dur_t budget, bool verbose) {
     static ctx_shutdown_t report;
     ctx_service_desc_t services[] = {
         {.name = "reader", .run = reader_run, .refuse = reader_refuse, .after = needs_stage},
-        {.name = "stage", .run = stage_run, .refuse = stage_refuse, .drain = stage_drain, .after = needs_writer},
+        {.name = "stage", .run = stage_work, .refuse = stage_refuse, .drain = stage_work, .after = needs_writer},
         {.name = "writer", .start = writer_start, .drain = writer_drain, .force = writer_force, .notice = CTX_MS(300)}};
     in->intake = ctx_with_cancel(ctx_background());
     in->life = ctx_with_cancel(ctx_background());
     in->lines = ctx_chan_new(sizeof(line_t), 256);
-    in->stage_ended = ctx_chan_new(1, 0);
     ctx_app_t *app = ctx_app_new(in->intake);
     bool ready = ctx_sem_init(&in->adding, 1) == 0 && ctx_sem_init(&in->gate, 1) == 0;
-    ready = ready && in->lines && in->stage_ended && app;
+    ready = ready && in->lines && app;
     for (int i = 0; i < 3 && ready; i++) {
         services[i].user = in;
         ready = ctx_app_add(app, &services[i]) == 0;
@@ -326,7 +319,6 @@ static int run(ingest_t *in, ctx_dur_t budget, bool verbose) {
     sqlite3_finalize(in->insert);
     sqlite3_close(in->db);
     ctx_chan_free(in->lines);
-    ctx_chan_free(in->stage_ended);
     ctx_end(in->intake);
     ctx_end(in->life);
     ctx_runtime_stop();
