@@ -7,7 +7,8 @@
 #
 # Not here, and why:
 #   helgrind, drd   they see no order in __atomic builtins, so that each correct publication is a race to them;
-#                   the thread sanitizer knows the builtins, and runs with both parkers and both compilers.
+#                   the thread sanitizer knows the builtins, and runs with both compilers (and the portable parker:
+#                   it holds signals back from a thread that sleeps in a futex).
 #   gcc -fanalyzer  takes the second of two references that are dropped for a double free.
 #   memory sanitizer  needs a libc and libcrypto built with it; memcheck finds the same here.
 set -u
@@ -124,11 +125,14 @@ quick() {
     TEST_QUICK=1 suite "$name" "$@"
 }
 
-# Some of them: each is optimised as a whole when it is linked, which takes its time.
-lto() { tests=$(echo tests/test_{context,values,timers,pool,group,channel,stage,batch,limiter,app}.c) quick "$@"; }
+# A few of them, one or two for each kind of code, where a cell differs little from one that runs all; FULL=1: all.
+some=$(echo tests/test_{context,values,timers,waiting,pool,group,channel,batch,app}.c)
+[ -n "${FULL:-}" ] && some=
+few() { tests=$some quick "$@"; }
 
 # The same, each test with its own.
 quick_whole() { TEST_QUICK=1 suite "$@"; }
+few_whole() { tests=$some TEST_QUICK=1 suite "$@"; }
 
 # apart NAME COMPILER SUFFIX IMPLEMENTER FLAG...: tests by one compiler, the implementation by another or with other
 # flags.
@@ -137,7 +141,7 @@ apart() {
     shift 3
     local link=$dir/$name.o
     "$@" -pthread -I. -c $dir/impl.$suffix -o "$link" || return 1
-    tests=$(ls tests/test_*.c | grep -vxF "$own_implementation")
+    tests=$(ls ${some:-tests/test_*.c} | grep -vxF "$own_implementation")
     TEST_QUICK=1 suite "$name" "$tester" -std=gnu11 -O2 -g
 }
 
@@ -230,18 +234,18 @@ done
 
 # The child of a fork cannot start a thread here: qemu-user 7.2 ends with "qemu_plugin_vcpu_init_hook: assertion failed".
 qemu() { # MACHINE COMPILER FLAG...
-    tests=$(ls tests/test_*.c | grep -v test_fork) TEST_NO_CHILD_THREADS=1 RUN_WRAP="qemu-$1" \
+    tests=$(ls ${some:-tests/test_*.c} | grep -v test_fork) TEST_NO_CHILD_THREADS=1 RUN_WRAP="qemu-$1" \
         quick "qemu-$1" "${@:2}" -static -isystem $dir/include
 }
 
 # musl's FD_SET converts the sign of a descriptor in the line that uses it.
-musl() { quick musl-c99 musl-gcc -std=c99 -O2 -g $cwarn -Wno-sign-conversion -static -isystem $dir/include; }
+musl() { few musl-c99 musl-gcc -std=c99 -O2 -g $cwarn -Wno-sign-conversion -static -isystem $dir/include; }
 # Tests that fork have children which leave by _exit() with what they still hold, so what is reachable does not count; and
 # what other threads of the parent held is lost in a child by nature, so in test_fork only bad accesses count.
 under_memcheck() {
     local status=0
     export RUN_LIMIT=500
-    tests=$(ls tests/test_*.c | grep -v test_fork) RUN_WRAP=$memcheck_lost quick memcheck gcc -std=c11 -O1 -g || status=1
+    tests=$(ls ${some:-tests/test_*.c} | grep -v test_fork) RUN_WRAP=$memcheck_lost quick memcheck gcc -std=c11 -O1 -g || status=1
     tests=tests/test_fork.c RUN_WRAP="$memcheck=no" quick memcheck-fork gcc -std=c11 -O1 -g || status=1
     return $status
 }
@@ -254,7 +258,6 @@ cell headers-g++ g++ headers g++ cpp c++11 c++14 c++20 gnu++17
 cell headers-clang++ clang++ headers clang++ cpp c++11 c++14 c++20 gnu++17
 cell configurations-gcc gcc configurations gcc
 cell configurations-clang clang configurations clang
-cell build-all-languages "gcc g++ pkg-config" tests/test_build.sh
 cell build-all-languages-clang "clang clang++" env CC=clang CXX=clang++ tests/test_build.sh
 
 cell clang-tidy clang-tidy tidy
@@ -266,25 +269,23 @@ cell seeded-leak-memcheck "gcc valgrind" seeded_leak memcheck "$memcheck_lost" g
 cell forgotten-context-memcheck "gcc valgrind" seeded_leak memcheck "$memcheck_left" gcc -DLEAK_A_CONTEXT
 
 cell gcc-c99-O0 gcc quick_whole gcc-c99-O0 gcc -std=c99 -O0 -g $cwarn
-cell gcc-c17-O3 gcc quick gcc-c17-O3 gcc -std=c17 -O3 $cwarn
-cell gcc-c17-O3-lto gcc lto gcc-c17-O3-lto gcc -std=c17 -O3 -flto=auto $cwarn
-cell clang-c11-O2 clang quick clang-c11-O2 clang -std=c11 -O2 -g $cwarn
-cell clang-c99-O3-lto "clang ld.lld" lto clang-c99-O3-lto clang -std=c99 -O3 -flto -fuse-ld=lld $cwarn \
+cell gcc-c17-O3 gcc few gcc-c17-O3 gcc -std=c17 -O3 $cwarn
+cell gcc-c17-O3-lto gcc few gcc-c17-O3-lto gcc -std=c17 -O3 -flto=auto $cwarn
+cell clang-c11-O2 clang few clang-c11-O2 clang -std=c11 -O2 -g $cwarn
+cell clang-c99-O3-lto "clang ld.lld" few clang-c99-O3-lto clang -std=c99 -O3 -flto -fuse-ld=lld $cwarn \
     -Wno-unused-command-line-argument
 cell g++-c++11 g++ apart g++-c++11 gcc cpp g++ -std=c++11 -O2 -g $warn
 cell clang++-c++20 clang++ apart clang++-c++20 clang cpp clang++ -std=c++20 -O2 -g $warn
-cell static gcc quick_whole static gcc -std=c11 -O2 -DCTXCANCEL_STATIC $cwarn
+cell static gcc few_whole static gcc -std=c11 -O2 -DCTXCANCEL_STATIC $cwarn
 cell no-sites gcc apart no-sites gcc c gcc -std=c11 -O2 -DCTXCANCEL_NO_SITES $cwarn
 
 sanitize="-O1 -g -fno-omit-frame-pointer"
 cell gcc-address-undefined gcc quick gcc-address-undefined gcc -std=c11 $sanitize -fsanitize=address,undefined
-cell clang-address-undefined-nofutex clang quick clang-address-undefined-nofutex \
+cell clang-address-undefined-nofutex clang few clang-address-undefined-nofutex \
     clang -std=c11 $sanitize -fsanitize=address,undefined -DCTXCANCEL_NO_FUTEX
 cell gcc-thread gcc quick gcc-thread gcc -std=c11 $sanitize -fsanitize=thread
-cell clang-thread clang quick clang-thread clang -std=c11 $sanitize -fsanitize=thread
-cell clang-thread-nofutex clang quick clang-thread-nofutex \
-    clang -std=c11 $sanitize -fsanitize=thread -DCTXCANCEL_NO_FUTEX
-cell clang-leak clang quick clang-leak clang -std=c11 $sanitize -fsanitize=leak
+cell clang-thread clang few clang-thread clang -std=c11 $sanitize -fsanitize=thread
+cell clang-leak clang few clang-leak clang -std=c11 $sanitize -fsanitize=leak
 cell memcheck "gcc valgrind" under_memcheck
 skip helgrind "knows no atomic builtins: see the top of tests/check.sh"
 skip drd "knows no atomic builtins: see the top of tests/check.sh"
@@ -293,7 +294,7 @@ cell musl-c99 musl-gcc musl
 # Debian's gcc-12-multilib leaves out the link to asm/ that gcc-multilib has.
 asm="-isystem /usr/include/x86_64-linux-gnu"
 if echo '#include <errno.h>' | gcc -m32 $asm -x c -c - -o $dir/m32.o 2>/dev/null; then
-    cell i386 gcc quick i386 gcc -m32 -std=c11 -O2 $cwarn $asm
+    cell i386 gcc few i386 gcc -m32 -std=c11 -O2 $cwarn $asm
 else
     skip i386 "gcc has no -m32 here"
 fi
