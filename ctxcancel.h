@@ -816,7 +816,7 @@ typedef struct {
     void (*refuse)(void *user);               /* accept no more; returns at once. Without a `drain`, the context of
                                                  `run` is cancelled right after it */
     int (*drain)(ctx_t *ctx, void *user);     /* finish what was accepted; `ctx` has the deadline, and is done for no
-                                                 other reason */
+                                                 other reason. Also called if a stop came before `run` */
     void (*force)(void *user);                /* the last resort, if `run` or `drain` goes on after the notice */
     void *user;                               /* for all callbacks; must live until they have returned */
     ctx_dur_t drain_budget;                   /* how long `drain` may take (default: what the stop has) */

@@ -241,12 +241,14 @@ qemu() { # MACHINE COMPILER FLAG...
 # musl's FD_SET converts the sign of a descriptor in the line that uses it.
 musl() { few musl-c99 musl-gcc -std=c99 -O2 -g $cwarn -Wno-sign-conversion -static -isystem $dir/include; }
 # Tests that fork have children which leave by _exit() with what they still hold, so what is reachable does not count; and
-# what other threads of the parent held is lost in a child by nature, so in test_fork only bad accesses count.
+# what other threads of the parent held is lost in a child by nature, so in test_fork and test_group only bad accesses
+# count (the address sanitizer counts the leaks of the latter).
 under_memcheck() {
     local status=0
     export RUN_LIMIT=500
-    tests=$(ls ${some:-tests/test_*.c} | grep -v test_fork) RUN_WRAP=$memcheck_lost quick memcheck gcc -std=c11 -O1 -g || status=1
-    tests=tests/test_fork.c RUN_WRAP="$memcheck=no" quick memcheck-fork gcc -std=c11 -O1 -g || status=1
+    tests=$(ls ${some:-tests/test_*.c} | grep -vE 'test_(fork|group)\.c') RUN_WRAP=$memcheck_lost \
+        quick memcheck gcc -std=c11 -O1 -g || status=1
+    tests=$(echo tests/test_{fork,group}.c) RUN_WRAP="$memcheck=no" quick memcheck-fork gcc -std=c11 -O1 -g || status=1
     return $status
 }
 
