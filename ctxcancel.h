@@ -4555,6 +4555,7 @@ CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_pe
 
 #define CTX__RUNNER_IDLE CTX_S(10)  /* of real time */
 #define CTX__RUNNER_WATCH CTX_US(8) /* how long an idle one watches at most: about what a wake-up costs */
+#define CTX__RUNNER_SETTLE CTX_MS(20) /* how long the end of the runtime waits for one to become idle */
 #define CTX__RUNNER_LOOK CTX_US(5)  /* how long to look out for an idle one before a thread is made */
 
 enum { CTX__TURN_TASKS = 32 }; /* that a turn runs before it queues up again behind the pool's other tasks */
@@ -4584,6 +4585,7 @@ static struct {
     uint32_t mu;
     ctx__runner_t *idle;    /* [mu] the last to come first */
     ctx__runner_t *loaded, **loaded_end; /* [mu] the first to come first; loaded_end NULL: none yet */
+    unsigned threads;       /* [mu] how many there are */
     unsigned idlers;        /* [atomic, set under mu] how many are idle */
     unsigned woken;         /* [mu] runners on the way */
     unsigned watching;      /* [mu] */
@@ -4720,6 +4722,7 @@ static bool ctx__runner_rest(ctx__runner_t *runner, bool watch) {
             return true;
         }
         if (!told) {
+            ctx__runners.threads--;
             ctx__runner_unlink(runner);
             ctx__unlock(&ctx__runners.mu);
             pthread_detach(runner->thread);
@@ -4797,6 +4800,7 @@ static int ctx__run(const ctx__job_t *job) {
     ctx__runners.going += counted;
     if (!ctx__runners.idle) ctx__runner_look_out();
     runner = ctx__runners.idle;
+    ctx__runners.threads += !runner;
     if (runner) {
         ctx__runner_unlink(runner);
         ctx__runner_load(runner, job);
@@ -4806,22 +4810,32 @@ static int ctx__run(const ctx__job_t *job) {
     if (wake) ctx__unpark(&wake->parker);
     if (runner) return 0;
     rc = ctx__runner_start(job);
-    if (!rc || !counted) return rc;
+    if (!rc) return 0;
     ctx__lock(&ctx__runners.mu);
-    ctx__go_left();
+    ctx__runners.threads--;
+    if (counted) ctx__go_left();
     ctx__unlock(&ctx__runners.mu);
     return rc;
 }
 
-/* End the idle threads. By ctx_runtime_stop(). */
+/* End the idle threads. By ctx_runtime_stop(). Those whose job is over are idle in a moment; whether one is still at
+   work cannot be told, so the wait for them is short. */
 static void ctx__runners_stop(void) {
+    ctx_time_t until = ctx__clock_read() + CTX__RUNNER_SETTLE;
     ctx__runner_t *runner, *all, *next;
+    unsigned turn = 0;
     ctx__lock(&ctx__runners.mu);
+    while (ctx__runners.threads > ctx__runners.idlers && ctx__clock_read() < until) {
+        ctx__unlock(&ctx__runners.mu);
+        ctx__relax(&turn);
+        ctx__lock(&ctx__runners.mu);
+    }
     all = ctx__runners.idle;
     ctx__runners.idle = NULL;
     __atomic_store_n(&ctx__runners.idlers, 0u, __ATOMIC_RELAXED);
     for (runner = all; runner; runner = runner->next) {
         runner->idle = false; /* and without a job: that ends it */
+        ctx__runners.threads--;
         ctx__runner_wake(runner);
     }
     ctx__unlock(&ctx__runners.mu);
@@ -4848,6 +4862,7 @@ static void ctx__runners_forget(void) {
     ctx__runners_free(ctx__runners.loaded);
     ctx__runners.idle = ctx__runners.loaded = NULL;
     ctx__runners.idlers = ctx__runners.woken = ctx__runners.watching = 0;
+    ctx__runners.threads = self != NULL;
     ctx__runners.going = self && self->job.run == ctx__go_work;
     ctx__runners.waiting = self && self->waits;
     ctx__runners.waiters = NULL;
