@@ -770,7 +770,7 @@ typedef struct {
     ctx_dur_t cancelled; /* its context was cancelled */
     ctx_dur_t forced;    /* `force` was called */
     ctx_dur_t finished;  /* everything of it had returned */
-    int rc;              /* of a service what `run` returned, of a cleanup what `fn` did, or the first error before */
+    int rc;              /* of a service the first error of its callbacks, of a cleanup what `fn` returned */
     uint64_t dropped;    /* by pools and batchers that its callbacks drained, and what they said themselves */
     uint64_t stuck;      /* tasks left running by pools that its callbacks drained */
     bool not_started;    /* or its start has failed */
@@ -815,8 +815,9 @@ typedef struct {
                                                  same parent; an app shuts down in order instead */
     void (*refuse)(void *user);               /* accept no more; returns at once. Without a `drain`, the context of
                                                  `run` is cancelled right after it */
-    int (*drain)(ctx_t *ctx, void *user);     /* finish what was accepted; `ctx` has the deadline, and is done for no
-                                                 other reason. Also called if a stop came before `run` */
+    int (*drain)(ctx_t *ctx, void *user);     /* finish what was accepted; `ctx` has the deadline, and is not
+                                                 done before that unless a second signal comes. Also called if a
+                                                 stop came before `run` */
     void (*force)(void *user);                /* the last resort, if `run` or `drain` goes on after the notice */
     void *user;                               /* for all callbacks; must live until they have returned */
     ctx_dur_t drain_budget;                   /* how long `drain` may take (default: what the stop has) */
@@ -4570,10 +4571,11 @@ typedef struct ctx__job {
 
 typedef struct ctx__runner {
     struct ctx__runner *next, **pprev; /* [mu] among the idle or the loaded */
-    ctx__job_t job;  /* [mu while idle or loaded, else owner thread] without `run`: end */
+    ctx__job_t job;  /* [mu while idle or loaded, else owner thread] */
     bool idle;       /* [mu] */
     bool loaded;     /* [mu] has a job that nobody has begun */
     bool woken;      /* [mu] was woken and has not looked */
+    bool ends;       /* [mu] has been told to end */
     bool watches;    /* [mu] */
     bool waits;      /* [mu] its work of ctx_go() is inside ctx_go_wait() */
     ctx_dur_t watch; /* [owner thread] how long to watch, by how that has paid lately */
@@ -4652,26 +4654,20 @@ static ctx__runner_t *ctx__runner_wake(ctx__runner_t *runner) {
     return runner;
 }
 
-/* [mu] Take the first job that nobody has begun, if there is one, and see to it that somebody is on the way to the
-   next: to be unparked. True: there was one. */
-static bool ctx__runner_take(ctx__runner_t *runner, ctx__runner_t **wake) {
-    ctx__runner_t *from = ctx__runners.loaded;
-    *wake = NULL;
+/* [mu] If there is a job that nobody has begun and nobody is on the way, somebody who is to be unparked for it. */
+static ctx__runner_t *ctx__runner_pass_on(void) {
+    return ctx__runners.loaded && !ctx__runners.woken ? ctx__runner_wake(ctx__runners.loaded) : NULL;
+}
+
+/* [mu] Take a job that nobody has begun, its own or else the first. True: there was one. */
+static bool ctx__runner_take(ctx__runner_t *runner) {
+    ctx__runner_t *from = runner->loaded ? runner : ctx__runners.loaded;
     if (!from) return false;
     ctx__runner_unlink(from);
-    if (from != runner) {
-        if (runner->idle) ctx__runner_unlink(runner);
-        if (runner->loaded) { /* it was second: let the first have what this one has */
-            ctx__job_t own = runner->job;
-            ctx__runner_unlink(runner);
-            runner->job = from->job;
-            ctx__runner_load(from, &own);
-        } else {
-            runner->job = from->job;
-            ctx__runner_set_idle(from);
-        }
-    }
-    if (ctx__runners.loaded && !ctx__runners.woken) *wake = ctx__runner_wake(ctx__runners.loaded);
+    if (runner->idle) ctx__runner_unlink(runner);
+    if (from == runner) return true;
+    runner->job = from->job;
+    ctx__runner_set_idle(from);
     return true;
 }
 
@@ -4694,61 +4690,58 @@ static void ctx__runner_watch(ctx__runner_t *runner) {
     ctx__unlock(&ctx__runners.mu);
 }
 
+/* [mu] A look after sleeping. True: it goes on, to a job or to its end. */
+static bool ctx__runner_look(ctx__runner_t *runner) {
+    if (runner->woken) ctx__runners.woken--;
+    runner->woken = false;
+    return runner->ends || ctx__runner_take(runner);
+}
+
 /* Idle: sleep until there is a job for this runner. False: it has been idle for long, and ends. */
 static bool ctx__runner_rest(ctx__runner_t *runner, bool watch) {
+    bool told, on, retire;
     if (watch) ctx__runner_watch(runner);
-    for (;;) {
-        bool told = ctx__park_real(&runner->parker, ctx__clock_read() + CTX__RUNNER_IDLE);
+    do {
         ctx__runner_t *wake;
+        told = ctx__park_real(&runner->parker, ctx__clock_read() + CTX__RUNNER_IDLE);
         ctx__lock(&ctx__runners.mu);
-        if (!told && runner->woken) {
+        if (!told && runner->woken) { /* just now */
             ctx__unlock(&ctx__runners.mu);
-            ctx__park_real(&runner->parker, CTX_NO_DEADLINE);
-            told = true;
+            told = ctx__park_real(&runner->parker, CTX_NO_DEADLINE);
             ctx__lock(&ctx__runners.mu);
         }
-        if (told) {
-            ctx__parker_reset(&runner->parker);
-            if (runner->woken) ctx__runners.woken--;
-            runner->woken = false;
-        }
-        if (ctx__runner_take(runner, &wake)) {
-            ctx__unlock(&ctx__runners.mu);
-            if (wake) ctx__unpark(&wake->parker);
-            return true;
-        }
-        if (!runner->idle) { /* told to end */
-            ctx__unlock(&ctx__runners.mu);
-            return true;
-        }
-        if (!told) {
+        if (told) ctx__parker_reset(&runner->parker);
+        on = ctx__runner_look(runner);
+        wake = ctx__runner_pass_on();
+        retire = !on && !told;
+        if (retire) {
             ctx__runners.threads--;
             ctx__runner_unlink(runner);
-            ctx__unlock(&ctx__runners.mu);
-            pthread_detach(runner->thread);
-            return false;
         }
         ctx__unlock(&ctx__runners.mu);
-    }
+        if (wake) ctx__unpark(&wake->parker);
+    } while (!on && !retire);
+    if (retire) pthread_detach(runner->thread);
+    return on;
 }
 
 /* The job is done: the next, or become idle. False: end, and nobody will join the thread. */
 static bool ctx__runner_next(ctx__runner_t *runner) {
     ctx__runner_t *wake;
-    bool watch;
+    bool took, watch = false;
     ctx__lock(&ctx__runners.mu);
     if (runner->job.run == ctx__go_work) ctx__go_left();
-    if (ctx__runner_take(runner, &wake)) {
-        ctx__unlock(&ctx__runners.mu);
-        if (wake) ctx__unpark(&wake->parker);
-        return true;
+    took = ctx__runner_take(runner);
+    if (!took) {
+        watch = ctx__runners.watching + 1 < ctx__cpus; /* more would only take each other's core */
+        runner->watches = watch;
+        ctx__runners.watching += watch;
+        ctx__runner_set_idle(runner);
     }
-    watch = ctx__runners.watching + 1 < ctx__cpus; /* more would only take each other's core */
-    runner->watches = watch;
-    ctx__runners.watching += watch;
-    ctx__runner_set_idle(runner);
+    wake = ctx__runner_pass_on();
     ctx__unlock(&ctx__runners.mu);
-    return ctx__runner_rest(runner, watch);
+    if (wake) ctx__unpark(&wake->parker);
+    return took || ctx__runner_rest(runner, watch);
 }
 
 static void *ctx__runner_main(void *arg) {
@@ -4756,13 +4749,13 @@ static void *ctx__runner_main(void *arg) {
     ctx__me()->runner = runner;
     ctx__thread_name("ctx-runner");
     runner->thread = pthread_self();
-    while (runner->job.run) {
+    do {
         runner->job.run(&runner->job);
         if (!ctx__runner_next(runner)) {
             CTXCANCEL_FREE(runner);
-            break;
+            return NULL;
         }
-    }
+    } while (!runner->ends);
     return NULL; /* told to end: who did so joins the thread and frees the runner */
 }
 
@@ -4834,7 +4827,8 @@ static void ctx__runners_stop(void) {
     ctx__runners.idle = NULL;
     __atomic_store_n(&ctx__runners.idlers, 0u, __ATOMIC_RELAXED);
     for (runner = all; runner; runner = runner->next) {
-        runner->idle = false; /* and without a job: that ends it */
+        runner->idle = false;
+        runner->ends = true;
         ctx__runners.threads--;
         ctx__runner_wake(runner);
     }
@@ -7265,14 +7259,19 @@ static void ctx__stop_quiet(ctx__stop_t *stop, ctx_service_t *service) {
     ctx__service_launch(service, ctx__service_quiet_job, ctx__service_drain_ctx(service, deadline), true);
 }
 
-static void ctx__stop_begin(ctx__stop_t *stop, ctx_service_t *service) {
+/* Its turn has come. True: it was running. */
+static bool ctx__stop_enter(ctx_service_t *service) {
     bool started;
     service->began = ctx_now();
     ctx__lock(&ctx__services.mu);
     started = service->state == CTX__RUNNING;
     service->state = CTX__STOPPING;
     ctx__unlock(&ctx__services.mu);
-    if (started) ctx__stop_quiet(stop, service);
+    return started;
+}
+
+static void ctx__stop_begin(ctx__stop_t *stop, ctx_service_t *service) {
+    if (ctx__stop_enter(service)) ctx__stop_quiet(stop, service);
     else ctx__stop_cancel(stop, service);
 }
 
@@ -7309,12 +7308,7 @@ static void ctx__stop_hurry(ctx__stop_t *stop) {
     if (stop->app->on_force) stop->app->on_force(stop->app->user);
     for (i = 0; i < stop->n; i++) {
         ctx_service_t *service = stop->services[i];
-        if (service->phase == CTX__WAITING) {
-            service->began = ctx_now();
-            ctx__lock(&ctx__services.mu);
-            service->state = CTX__STOPPING;
-            ctx__unlock(&ctx__services.mu);
-        }
+        if (service->phase == CTX__WAITING) ctx__stop_enter(service);
         if (service->phase <= CTX__QUIET) ctx__stop_cancel(stop, service);
         if (service->phase == CTX__CANCELED && service->desc.force) ctx__stop_force(stop, service);
         if (service->phase == CTX__OVERDUE)

@@ -406,6 +406,33 @@ TEST(a_context_that_is_done_or_missing_gets_no_work) {
     ctx_end(failed);
 }
 
+/* Starts work all the time, more than a few threads at once can do. */
+typedef struct {
+    int over, given, ran; /* [atomic] */
+} flood_t;
+
+static void *floods(void *arg) {
+    flood_t *flood = (flood_t *)arg;
+    while (!load(&flood->over)) {
+        for (int i = 0; i < 16; i++) {
+            EXPECT_EQ(ctx_go(ctx_background(), "short", counts, &flood->ran), 0);
+            add(&flood->given, 1);
+        }
+        EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
+    }
+    return NULL;
+}
+
+/* Threads that are told to end find work that has not begun, and must leave it to those that it was given to. */
+TEST(the_runtime_may_stop_while_others_start_work) {
+    flood_t flood = {0, 0, 0};
+    pthread_t thread = thread_start(floods, &flood);
+    for (int i = 0, n = test_scale(1000); i < n; i++) ctx_runtime_stop();
+    store(&flood.over, 1);
+    thread_join(thread);
+    EXPECT_EQ(load(&flood.ran), load(&flood.given));
+}
+
 #ifndef TEST_SANITIZED
 static int threads_at_start; /* an emulator has some of its own */
 __attribute__((constructor)) static void count_threads_at_start(void) { threads_at_start = thread_count(); }
