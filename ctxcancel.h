@@ -1,7 +1,7 @@
 /* ctxcancel.h: cancellation, deadlines, request values and bounded work for C.
 
    What Go programmers have in `context`, `errgroup`, `semaphore`, channels and worker pools, as one header for C99 and
-   C++11: a tree of contexts that can be cancelled, time out and carry values; polling that costs one load; a weighted
+   C++11: a tree of contexts that can be canceled, time out and carry values; polling that costs one load; a weighted
    semaphore; a bounded pool that rejects early and drains on a budget; groups, channels, pipelines, batching, rate
    limits and retries; signals that cancel a context; services that start in order and stop inside a budget.
 
@@ -101,13 +101,14 @@ extern "C" {
 #define CTX__SITE __FILE__ ":" CTX__STRING(__LINE__)
 #endif
 
-#define CTX_CANCELED (-ECANCELED)          /* somebody cancelled */
+#define CTX_CANCELED (-ECANCELED)          /* somebody canceled */
 #define CTX_DEADLINE_EXCEEDED (-ETIMEDOUT) /* the deadline passed */
-#define CTX_QUEUE_FULL (-EAGAIN)           /* no room now: drop, push back or try later */
+#define CTX_QUEUE_FULL (-ENOBUFS)          /* no room now: drop, push back or try later */
 #define CTX_CLOSED (-EPIPE)                /* takes no more */
 #define CTX_NO_MEMORY (-ENOMEM)
 #define CTX_INVALID (-EINVAL)              /* a bad argument */
-#define CTX_BUSY (-EBUSY)                  /* not yet: the wait ended before the event */
+#define CTX_NOT_READY (-EAGAIN)            /* not yet: nothing to take, or the wait ended before the event */
+#define CTX_ALREADY (-EALREADY)            /* it was started before */
 
 /* Names an error in English, 0 and errno's numbers included. Never NULL; static, except that codes of the system which
    this library does not define come from strerror(). */
@@ -165,7 +166,7 @@ typedef struct {
 
 /* Why a context is done. {0, NULL} while it is not. */
 typedef struct {
-    int code;         /* what the canceller gave; CTX_CANCELED or CTX_DEADLINE_EXCEEDED if it gave nothing */
+    int code;         /* what the canceler gave; CTX_CANCELED or CTX_DEADLINE_EXCEEDED if it gave nothing */
     const char *what; /* a static string; never NULL once done */
 } ctx_cause_t;
 
@@ -180,7 +181,7 @@ typedef struct {
     uint32_t sample_one_in;     /* decide ctx_sampled(): true for one in so many (default: as the parent) */
 } ctx_desc_t;
 
-/* The root of every tree: never cancelled, never freed. Ending it does nothing. */
+/* The root of every tree: never canceled, never freed. Ending it does nothing. */
 CTXCANCEL_API ctx_t *ctx_background(void);
 
 /* Make a child of `parent`: one node with everything `desc` asks for. `desc` may be NULL. If both a deadline and a
@@ -214,7 +215,7 @@ CTXCANCEL_API ctx_t *ctx_merge_at(ctx_t *a, ctx_t *b, const char *site);
 
 /* Cancel a context and everything below it. True for the one call that did it, false if it was done already. When that
    call returns, every descendant that was attached before has its err set, and its callbacks have run or are being run
-   by the thread that cancelled that descendant first. Constant stack, no allocation. */
+   by the thread that canceled that descendant first. Constant stack, no allocation. */
 CTXCANCEL_API bool ctx_cancel(ctx_t *ctx);
 
 /* The same with a reason. `what` is a static string. ctx_err() will say CTX_DEADLINE_EXCEEDED if that is the code,
@@ -229,7 +230,7 @@ CTXCANCEL_API void ctx_end(ctx_t *ctx);
 /* One more reference, to be dropped by ctx_end() or ctx_release(). Returns its argument. */
 CTXCANCEL_API ctx_t *ctx_retain(ctx_t *ctx);
 
-/* Drop a reference without cancelling. The context's descendants can still be cancelled from above. NULL is fine. */
+/* Drop a reference without canceling. The context's descendants can still be canceled from above. NULL is fine. */
 CTXCANCEL_API void ctx_release(ctx_t *ctx);
 
 /* The one public field: the first member of every context. Read it with ctx_err(). */
@@ -238,13 +239,13 @@ struct ctx__head {
 };
 
 /* 0 while work may go on; then, for good, CTX_CANCELED or CTX_DEADLINE_EXCEEDED (or what a failed context failed with).
-   One load. What the canceller wrote before cancelling is visible once this is not 0. Async-signal-safe. */
+   One load. What the canceler wrote before canceling is visible once this is not 0. Async-signal-safe. */
 static inline int ctx_err(const ctx_t *ctx) {
     CTXCANCEL_ASSERT(ctx != NULL);
     return __atomic_load_n(&((const struct ctx__head *)(const void *)ctx)->err, __ATOMIC_ACQUIRE);
 }
 
-/* Why it is done: code and text of the first canceller, never torn. */
+/* Why it is done: code and text of the first canceler, never torn. */
 CTXCANCEL_API ctx_cause_t ctx_cause(const ctx_t *ctx);
 
 /* The earliest deadline of the chain, or CTX_NO_DEADLINE. */
@@ -266,25 +267,25 @@ CTXCANCEL_API const char *ctx_site(const ctx_t *ctx);
 CTXCANCEL_API bool ctx_sampled(const ctx_t *ctx);
 
 /* Storage for one callback: yours, on the stack or inside your own struct. The fields are private. */
-typedef struct ctx__after {
+typedef struct ctx__on_done {
     void (*fn)(void *arg);
     void *arg;
     ctx_t *ctx;
-    struct ctx__after *next, *prev; /* [ctx->mu] */
+    struct ctx__on_done *next, *prev; /* [ctx->mu] */
     int state;                     /* [atomic] */
     int flags;                     /* [const] */
-} ctx_after_t;
+} ctx_on_done_t;
 
 /* Call `fn(arg)` when `ctx` is done: once, on the thread that cancels (the timer thread for a deadline), no lock held.
    It may call anything in this library, also end `ctx` or stop and re-use `reg`; it must be short. If `ctx` is already
    done, `fn` runs here, before the return, and the result is false. `reg` need not be initialised; it stays yours to
    keep alive until the callback was stopped or has run. While registered it holds the context's memory. */
-CTXCANCEL_API bool ctx_after(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg);
+CTXCANCEL_API bool ctx_on_done(ctx_on_done_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg);
 
 /* Take a callback back. True: it has not run and never will. False: it has run; if it is running on another thread,
    this returns when it has finished; called from inside the callback it returns at once. Afterwards `reg` and `arg`
    are free for any use. A zeroed `reg` that was never registered gives true. */
-CTXCANCEL_API bool ctx_after_stop(ctx_after_t *reg);
+CTXCANCEL_API bool ctx_on_done_stop(ctx_on_done_t *reg);
 
 /* End a context when its variable leaves scope (gcc, clang):
        CTX_SCOPED ctx_t *c = ctx_with_timeout(parent, CTX_MS(50));  */
@@ -393,7 +394,7 @@ CTXCANCEL_API const volatile int *ctx_flag(const ctx_t *ctx);
 
 /* == 7. waiting =================================================== */
 
-/* Park until `ctx` is done, but not longer than `max`. Returns its err, or CTX_BUSY if `max` passed first. This and
+/* Park until `ctx` is done, at most for `max`. Returns its err, or CTX_NOT_READY if `max` passed first. This and
    all waits below tell at once of a context that is done already. */
 CTXCANCEL_API int ctx_wait(ctx_t *ctx, ctx_dur_t max);
 
@@ -406,7 +407,7 @@ CTXCANCEL_API int ctx_sleep(ctx_t *ctx, ctx_dur_t dur);
 CTXCANCEL_API int ctx_done_fd(ctx_t *ctx);
 
 /* pthread_cond_wait() that cancellation ends too. `mutex` is held by the caller and again on return. Returns 0 after a
-   wake-up, which may be spurious: look at your condition; or the err of the context. `ctx` may be cancelled by a
+   wake-up, which may be spurious: look at your condition; or the err of the context. `ctx` may be canceled by a
    thread that holds `mutex`. Waking for a cancellation broadcasts `cond`. */
 CTXCANCEL_API int ctx_cond_wait(ctx_t *ctx, pthread_cond_t *cond, pthread_mutex_t *mutex);
 
@@ -458,7 +459,7 @@ typedef struct {
     const char *name;          /* for people; static (default: "pool") */
     int workers;               /* threads at most, started as work comes (default: one per core) */
     size_t queue;              /* tasks that may wait (default: 1024) */
-    ctx_sem_t *limit;          /* run only while holding one permit of this; may be shared between pools, and must
+    ctx_sem_t *permits;        /* run only while holding one permit of this; may be shared between pools, and must
                                   outlive them (default: none, the workers are the limit) */
     ctx_dur_t task_timeout;    /* the deadline of each task, counted from its start; not negative (default: none) */
     ctx_when_full_t when_full; /* (default: CTX_REJECT) */
@@ -466,7 +467,7 @@ typedef struct {
                                   reason: CTX_QUEUE_FULL (pushed out), CTX_DEADLINE_EXCEEDED (the drain's budget),
                                   CTX_CANCELED (the lifetime ended) or CTX_NO_MEMORY (default: nothing is called) */
     void *user;                /* for on_drop */
-    ctx_dur_t notice;          /* how long cancelled tasks get to stop in a drain (default: 100 ms; negative: none) */
+    ctx_dur_t grace;          /* how long canceled tasks get to stop in a drain (default: 100 ms; negative: none) */
     ctx_dur_t coalesce;        /* let tasks gather for so long before a worker looks, unless the queue passes half
                                   (default: 0, off) */
 } ctx_pool_desc_t;
@@ -477,15 +478,15 @@ typedef struct {
 typedef struct {
     uint64_t completed;                /* returned 0 */
     uint64_t failed;                   /* returned an error of their own */
-    uint64_t cancelled;                /* returned an error after their context was done */
+    uint64_t canceled;                /* returned an error after their context was done */
     uint64_t dropped;                  /* went to on_drop */
     uint64_t stuck;                    /* still running */
     ctx_dur_t wait_time;               /* how long accepted work was let finish */
-    ctx_dur_t notice_time;             /* how long the cancelled got to stop */
+    ctx_dur_t grace_time;             /* how long the canceled got to stop */
     const char *running[CTX_DRAIN_OPS]; /* the operations still running: the first min(stuck, CTX_DRAIN_OPS) */
-} ctx_drain_t;
+} ctx_drain_report_t;
 
-/* Make a pool below `lifetime`: when that is done, running tasks are cancelled, queued ones dropped and new ones
+/* Make a pool below `lifetime`: when that is done, running tasks are canceled, queued ones dropped and new ones
    refused. A pool whose work must outlive a Ctrl-C lives below the background, and is drained after it. No thread
    starts before the first submit. NULL with errno set if memory is short or an argument is bad.
    `desc` may be NULL. */
@@ -507,14 +508,14 @@ CTXCANCEL_API int ctx_pool_submit_batch(ctx_pool_t *pool, ctx_t *parent, const c
                                         void *const *args, size_t n, size_t *taken);
 
 /* Bring the pool to its end: refuse new work; let what was accepted finish for `budget`; then drop what is queued,
-   cancel what runs and give it the notice time; then report. 0 when no drain had to cut anything off, else
-   CTX_DEADLINE_EXCEEDED; what the end of the lifetime dropped or cancelled before is in the report. Never blocks past
-   budget and notice. May be called again, from several threads, and from a task, which does not wait for itself.
+   cancel what runs and give it the grace period; then report. 0 when no drain had to cut anything off, else
+   CTX_DEADLINE_EXCEEDED; what the end of the lifetime dropped or canceled before is in the report. Never blocks past
+   budget and grace period. May be called again, from several threads, and from a task, which does not wait for itself.
    `report` may be NULL. */
-CTXCANCEL_API int ctx_pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_drain_t *report);
+CTXCANCEL_API int ctx_pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_drain_report_t *report);
 
-/* Free a pool; one that was not drained is drained with no budget and no notice. Returns at once also if a task is
-   stuck: what that one touches of the pool lives until it ends, and its permit of `.limit` is given back here. No other
+/* Free a pool; one that was not drained is drained with no budget and no grace period. Returns at once even if a task
+   is stuck: what that one touches of the pool lives until it ends, and its permit is given back here. No other
    thread may use the pool any more. May be called from one of its tasks. NULL is fine. */
 CTXCANCEL_API void ctx_pool_free(ctx_pool_t *pool);
 
@@ -546,7 +547,7 @@ typedef struct {
 } ctx_group_desc_t;
 
 /* Make a group: tasks that are waited for together, and of which the first to fail cancels the others. They share one
-   context, a child of `parent`, which is cancelled too when the pool's tasks are. NULL with errno set if memory is
+   context, a child of `parent`, which is canceled too when the pool's tasks are. NULL with errno set if memory is
    short or an argument is bad. `desc` may be NULL. Must be ended by ctx_group_wait(). */
 CTXCANCEL_API ctx_group_t *ctx_group_new(ctx_t *parent, const ctx_group_desc_t *desc);
 
@@ -571,7 +572,7 @@ CTXCANCEL_API int ctx_group_wait(ctx_group_t *group);
 /* Run `fn(ctx, arg)` here, with a context that is done as soon as `a` or `b` is and has the values of `a`. What it
    returned; or, if a context was done first, that one's err, once `fn` has returned. Nothing runs if one is done
    already. */
-CTXCANCEL_API int ctx_race(ctx_t *a, ctx_t *b, ctx_task_fn fn, void *arg);
+CTXCANCEL_API int ctx_run_either(ctx_t *a, ctx_t *b, ctx_task_fn fn, void *arg);
 
 /* == 11. channel ================================================== */
 
@@ -590,7 +591,7 @@ CTXCANCEL_API int ctx_chan_send(ctx_chan_t *chan, ctx_t *ctx, const void *item);
    exactly once or is still in the channel. `item` may be NULL if its bytes do not matter. */
 CTXCANCEL_API int ctx_chan_recv(ctx_chan_t *chan, ctx_t *ctx, void *item);
 
-/* The same without waiting: CTX_QUEUE_FULL when there is no room, CTX_BUSY when there is nothing to take. */
+/* The same without waiting: CTX_QUEUE_FULL when there is no room, CTX_NOT_READY when there is nothing to take. */
 CTXCANCEL_API int ctx_chan_try_send(ctx_chan_t *chan, const void *item);
 CTXCANCEL_API int ctx_chan_try_recv(ctx_chan_t *chan, void *item);
 
@@ -619,14 +620,15 @@ typedef struct {
    can: see `rc`. CTX_NO_MEMORY is possible with more than 16 cases. */
 CTXCANCEL_API int ctx_select(ctx_t *ctx, ctx_case_t *cases, size_t n);
 
-/* The same without waiting: CTX_BUSY if none can be done. */
+/* The same without waiting: CTX_NOT_READY if none can be done. */
 CTXCANCEL_API int ctx_try_select(ctx_case_t *cases, size_t n);
 
 /* What a stage does when its context is done. */
 typedef enum {
     CTX_CANCEL_DROP,  /* stop: what was not received stays in `.in` */
-    CTX_CANCEL_DRAIN, /* stop, and hand what is in `.in`, or waits to be sent there, to `.dead_letter` */
-    CTX_CANCEL_EMIT   /* go on until `.in` is closed and empty, for `.emit_budget` at most; then as CTX_CANCEL_DRAIN */
+    CTX_CANCEL_DEAD_LETTER, /* stop, and hand what is in `.in`, or waits to be sent there, to `.dead_letter` */
+    CTX_CANCEL_FINISH       /* go on until `.in` is closed and empty, for `.finish_budget` at most; then as
+                               CTX_CANCEL_DEAD_LETTER */
 } ctx_on_cancel_t;
 
 typedef struct {
@@ -636,24 +638,24 @@ typedef struct {
     bool ordered;              /* results leave in the order in which their items came (default: false) */
     int (*fn)(ctx_t *ctx, const void *in, void *out, void *user); /* 0: send `*out` on (NULL without `.out`); positive:
                                   skip this item; negative: stop the stage with this error. `ctx` is done when the stage
-                                  shall stop: with CTX_CANCEL_EMIT only after the budget */
+                                  shall stop: with CTX_CANCEL_FINISH only after the budget */
     ctx_on_cancel_t on_cancel; /* (default: CTX_CANCEL_DROP) */
     void (*dead_letter)(const void *item, int reason, void *user); /* takes each item that was received, but neither
                                   sent on nor skipped, one call at a time; `item` is what came in (default: none) */
-    ctx_dur_t emit_budget;     /* how long CTX_CANCEL_EMIT goes on (default: 0, not at all) */
+    ctx_dur_t finish_budget;   /* how long CTX_CANCEL_FINISH goes on (default: 0, not at all) */
     void *user;                /* for fn and dead_letter */
 } ctx_stage_desc_t;
 
 /* Run one step of a pipeline: receive items, call `fn`, send results, until `.in` is closed and empty; close `.out`;
-   return when every worker has. The caller is one of them, save with CTX_CANCEL_EMIT; if threads cannot be had there
+   return when every worker has. The caller is one of them, save with CTX_CANCEL_FINISH; if threads cannot be had there
    are fewer. `fn` runs in several threads if there are several workers.
    0 when all items went through, also if `ctx` was done meanwhile; else the error of `fn`; CTX_CLOSED if somebody else
    closed `.out`; the err of `ctx`; CTX_NO_MEMORY; CTX_INVALID, which leaves `.out` open.
    Each item goes on, is skipped or becomes a dead letter, exactly once; or it stays in `.in`. A dead letter's reason is
    what stopped the stage, for items in hand what stopped their own worker. After an error of `fn` CTX_CANCEL_DROP and
-   CTX_CANCEL_DRAIN mean the same as after a cancel, and CTX_CANCEL_EMIT is like CTX_CANCEL_DRAIN.
+   CTX_CANCEL_DEAD_LETTER mean the same as after a cancel, and CTX_CANCEL_FINISH is like CTX_CANCEL_DEAD_LETTER.
    For a pipeline run each stage as a task of one group: the first that fails stops the others. All should have the same
-   `.on_cancel`, and with CTX_CANCEL_EMIT later ones a longer budget. */
+   `.on_cancel`, and with CTX_CANCEL_FINISH later ones a longer budget. */
 CTXCANCEL_API int ctx_stage_run(ctx_t *ctx, const ctx_stage_desc_t *desc);
 
 /* == 12. flow ===================================================== */
@@ -679,7 +681,7 @@ typedef struct {
                             that is stuck (default: nothing is called) */
     void *user;          /* for flush and on_drop; must live until a stuck flush has returned */
     ctx_pool_t *pool;    /* flush runs here; must outlive the batcher (default: on an idle thread, made as needed) */
-    ctx_dur_t notice;    /* how long a cancelled flush gets to stop in a close (default: 100 ms; negative: none) */
+    ctx_dur_t grace;    /* how long a canceled flush gets to stop in a close (default: 100 ms; negative: none) */
 } ctx_batch_desc_t;
 
 /* Make a batcher below `lifetime`: many small adds become few large flushes. Every item that was added reaches exactly
@@ -698,13 +700,24 @@ CTXCANCEL_API int ctx_batch_add_wait(ctx_batch_t *batch, ctx_t *ctx, const void 
 /* Have everything that was added so far flushed soon. Does not wait. 0, or as for ctx_batch_add(). */
 CTXCANCEL_API int ctx_batch_flush(ctx_batch_t *batch);
 
-/* Refuse new items, flush what is left, and free the batcher. What is not flushed within `budget` goes to on_drop; a
-   flush that still runs is cancelled and given the notice time, and if it is stuck it is left behind with its items;
-   should it fail in the end, on_drop still gets them. 0 when the budget held, also if flushes failed; else
-   CTX_DEADLINE_EXCEEDED. When no thread can be had it flushes here, and cannot leave. No other thread may be about to
-   use the batcher, save those that wait in ctx_batch_add_wait(), which get CTX_CLOSED. Not to be called from flush.
-   NULL is fine. */
-CTXCANCEL_API int ctx_batch_close(ctx_batch_t *batch, ctx_dur_t budget);
+/* What became of the items that a batcher took in its life. Their sum is that number. */
+typedef struct {
+    uint64_t flushed; /* a flush that returned 0 had them */
+    uint64_t dropped; /* went to on_drop */
+    uint64_t stuck;   /* in a flush that still runs */
+    ctx_dur_t took;   /* how long the drain took */
+} ctx_batch_report_t;
+
+/* Refuse new items, and flush those that are left. Items that are not flushed within `budget` go to on_drop. A flush
+   that still runs then is canceled and given the grace period. If it is stuck it is abandoned with its items, which go
+   to on_drop if it later fails. Returns 0 if the budget was met, even if flushes failed, else CTX_DEADLINE_EXCEEDED.
+   From its beginning on, adds get CTX_CLOSED. If no thread is available, flush runs in this call, which must then wait
+   for it. Must not be called from flush. May be called again. `report` may be NULL. */
+CTXCANCEL_API int ctx_batch_drain(ctx_batch_t *batch, ctx_dur_t budget, ctx_batch_report_t *report);
+
+/* Free a batcher. If it was not drained it is drained first, with no budget. No other thread may be using it, except
+   those that wait in ctx_batch_add_wait(), which get CTX_CLOSED. NULL is fine. */
+CTXCANCEL_API void ctx_batch_free(ctx_batch_t *batch);
 
 /* Storage for a rate limiter: a token bucket. The fields are private. */
 typedef struct {
@@ -732,7 +745,7 @@ CTXCANCEL_API int ctx_limiter_wait(ctx_limiter_t *limiter, ctx_t *ctx, int64_t n
 CTXCANCEL_API ctx_dur_t ctx_limiter_reserve(ctx_limiter_t *limiter, int64_t n);
 
 /* Give back `n` tokens that were taken or reserved, but not acted on. */
-CTXCANCEL_API void ctx_limiter_cancel(ctx_limiter_t *limiter, int64_t n);
+CTXCANCEL_API void ctx_limiter_refund(ctx_limiter_t *limiter, int64_t n);
 
 typedef struct {
     int attempts;   /* how often to try at most (default: 3; negative: until `ctx` is done) */
@@ -754,7 +767,7 @@ CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_f
 /* Make a child of `parent` that the first of these signals cancels: ctx_cause() has the signal's number as code and its
    name, "SIGTERM", as text. That first one also restores the default action, so that a second one ends the process.
    The signal is handled on a thread of its own. Several such contexts may be live, for the same signals or others:
-   each is cancelled. When the last one for a signal has ended, the action that stood before comes back.
+   each is canceled. When the last one for a signal has ended, the action that stood before comes back.
    A failed context (CTX_INVALID) if `n` is 0 or one of them cannot be caught. */
 #define ctx_notify_signals(parent, ...) ctx_notify_signals_at((parent), __VA_ARGS__, CTX__SITE)
 CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, size_t n, const char *site);
@@ -764,17 +777,17 @@ CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, si
 /* What became of one component in a shutdown. Times count from its beginning; negative: it did not happen. */
 typedef struct {
     const char *name;
-    ctx_dur_t began;     /* its turn came: what depends on it had stopped */
-    ctx_dur_t noticed;   /* it first reacted: a callback of its own had returned, or `run` had */
-    ctx_dur_t drained;   /* `drain` returned */
-    ctx_dur_t cancelled; /* its context was cancelled */
-    ctx_dur_t forced;    /* `force` was called */
-    ctx_dur_t finished;  /* everything of it had returned */
-    int rc;              /* of a service the first error of its callbacks, of a cleanup what `fn` returned */
-    uint64_t dropped;    /* by pools and batchers that its callbacks drained, and what they said themselves */
-    uint64_t stuck;      /* tasks left running by pools that its callbacks drained */
-    bool not_started;    /* or its start has failed */
-    bool late;           /* it was not finished when the report was made: it is stuck, or goes on in the background */
+    ctx_dur_t began_at;    /* its turn came: what depends on it had stopped */
+    ctx_dur_t noticed_at;  /* it first reacted: a callback of its own had returned, or `run` had */
+    ctx_dur_t drained_at;  /* `drain` returned */
+    ctx_dur_t canceled_at; /* its context was canceled */
+    ctx_dur_t forced_at;   /* `force` was called */
+    ctx_dur_t finished_at; /* everything of it had returned */
+    int rc;                /* of a service the first error of its callbacks, of a cleanup what `fn` returned */
+    uint64_t dropped;      /* by pools and batchers that its callbacks drained, and what they said themselves */
+    uint64_t stuck;        /* tasks left running by pools that its callbacks drained */
+    bool not_started;      /* or its start has failed */
+    bool late;             /* it was not finished when the report was made: it is stuck, or goes on in the background */
 } ctx_shutdown_part_t;
 
 #define CTX_SHUTDOWN_PARTS 64
@@ -786,7 +799,7 @@ typedef struct {
     int rc;             /* what the call returned */
     ctx_dur_t budget;
     ctx_dur_t took;
-    bool held;          /* everything stopped inside the budget */
+    bool within_budget; /* everything stopped inside the budget */
     bool forced;        /* a second signal came */
     ctx_dur_t lame_duck; /* how long the readiness was off before the first component was told */
     size_t total;       /* components */
@@ -795,13 +808,13 @@ typedef struct {
     size_t n;           /* parts that follow: min(total, CTX_SHUTDOWN_PARTS), the late and the slowest of them, in the
                            order in which their turn came */
     ctx_shutdown_part_t parts[CTX_SHUTDOWN_PARTS];
-} ctx_shutdown_t;
+} ctx_shutdown_report_t;
 
 /* Draw a report as text: a line of facts, then a time line for each component. 0, or the system's error. */
-CTXCANCEL_API int ctx_shutdown_print(const ctx_shutdown_t *report, FILE *file);
+CTXCANCEL_API int ctx_shutdown_print(const ctx_shutdown_report_t *report, FILE *file);
 
 /* In a callback of a service or a cleanup: say that `n` pieces of accepted work were dropped, for the report. What
-   ctx_pool_drain() and ctx_batch_close() drop there is counted by itself. Elsewhere it does nothing. */
+   ctx_pool_drain() and ctx_batch_drain() drop there is counted by itself. Elsewhere it does nothing. */
 CTXCANCEL_API void ctx_shutdown_dropped(uint64_t n);
 
 typedef struct ctx_service ctx_service_t;
@@ -814,16 +827,16 @@ typedef struct {
                                                  (not the err of `ctx`) cancels its siblings, the services below the
                                                  same parent; an app shuts down in order instead */
     void (*refuse)(void *user);               /* accept no more; returns at once. Without a `drain`, the context of
-                                                 `run` is cancelled right after it */
+                                                 `run` is canceled right after it */
     int (*drain)(ctx_t *ctx, void *user);     /* finish what was accepted; `ctx` has the deadline, and is not
                                                  done before that unless a second signal comes. Also called if a
                                                  stop came before `run` */
-    void (*force)(void *user);                /* the last resort, if `run` or `drain` goes on after the notice */
+    void (*force)(void *user);                /* the last resort, if `run` or `drain` goes on after the grace period */
     void *user;                               /* for all callbacks; must live until they have returned */
     ctx_dur_t drain_budget;                   /* how long `drain` may take (default: what the stop has) */
-    ctx_dur_t notice;                         /* how long it gets to stop once cancelled (default: 100 ms; negative:
+    ctx_dur_t grace;                         /* how long it gets to stop once canceled (default: 100 ms; negative:
                                                  none) */
-    const char *const *after;                 /* names of the services that it needs, ended by NULL: it starts after
+    const char *const *needs;                 /* names of the services that it needs, ended by NULL: it starts after
                                                  them and stops before them; but when it is stuck they stop although it
                                                  may still call them. For apps (default: none) */
 } ctx_service_desc_t;
@@ -832,18 +845,18 @@ typedef struct {
    or an argument is bad. */
 CTXCANCEL_API ctx_service_t *ctx_service_new(ctx_t *parent, const ctx_service_desc_t *desc);
 
-/* Call `start` here, then `run` on its thread. 0, the error of `start`, the err of the parent, CTX_NO_MEMORY; CTX_BUSY
-   if it was started before, CTX_CLOSED if it was stopped. After an error it may be started again. */
+/* Call `start` here, then `run` on its thread. 0, the error of `start`, the err of the parent, CTX_NO_MEMORY;
+   CTX_ALREADY if it was started before, CTX_CLOSED if it was stopped. After an error it may be started again. */
 CTXCANCEL_API int ctx_service_start(ctx_service_t *service);
 
-/* Stop in phases: refuse; drain, for `.drain_budget` and at most until the notice time (but not more than half the
-   budget) before the end; cancel; and if it still goes on after the notice time, force. Each callback runs on a thread
-   of its own, so none can hold this up: it returns when all have, after budget + notice at the latest. (When no thread
+/* Stop in phases: refuse; drain, for `.drain_budget` and at most until the grace period (but not more than half the
+   budget) before the end; cancel; and if it still goes on after the grace period, force. Each callback runs on a thread
+   of its own, so none can hold this up: it returns when all have, after budget + grace at the latest. (When no thread
    can be had they run here, and can.) 0, CTX_DEADLINE_EXCEEDED if it was not finished inside the budget, else the first
    error of `run` or `drain`. Any number of callers, at any time, wait for the one stop and get its result. One that was
-   never started is stopped at once; a start that is under way has its context cancelled and, if it goes well, is
+   never started is stopped at once; a start that is under way has its context canceled and, if it goes well, is
    drained. `report` may be NULL. */
-CTXCANCEL_API int ctx_service_stop(ctx_service_t *service, ctx_dur_t budget, ctx_shutdown_t *report);
+CTXCANCEL_API int ctx_service_stop(ctx_service_t *service, ctx_dur_t budget, ctx_shutdown_report_t *report);
 
 /* Stop with no budget unless that is done, and free. What a stuck `run` touches of it lives until that ends. NULL is
    fine. */
@@ -859,7 +872,7 @@ typedef struct {
     void (*on_force)(void *user); /* called when a second signal comes or the budget has passed, before components are
                                      forced (default: none) */
     void *user;                   /* for on_force */
-    ctx_shutdown_t *report;       /* filled in (default: none) */
+    ctx_shutdown_report_t *report;       /* filled in (default: none) */
 } ctx_app_desc_t;
 
 /* Make an app: services that start and stop together. It takes over values of `parent`, and shuts down in order when
@@ -872,12 +885,12 @@ CTXCANCEL_API int ctx_app_add(ctx_app_t *app, const ctx_service_desc_t *desc);
 /* Start the services, each after those that it needs; wait for a signal, the end of the parent, or the first failure of
    a component (one whose `run` returns 0 is merely done); then turn the readiness off, wait for `.lame_duck`, and stop
    them, each as ctx_service_stop() does, all inside one budget: a service stops when those that need it have stopped or
-   are overdue after their notices, or when it must begin to be in time. Once the budget has passed, or a second signal
-   came, all that are left are cancelled and forced, without refuse and drain if their turn had not come: what must be
-   written belongs into a cleanup. Further signals change nothing; afterwards their old actions are back.
-   Returns after the budget and the longest notice at the latest, and frees the app. The first failure of a component
-   (of its start, run or drain, also of a drain that was cut off); else CTX_DEADLINE_EXCEEDED if something did not stop
-   inside the budget; else 0. At once CTX_INVALID if an `.after` names no service or goes in a circle, or a signal
+   are overdue after their grace periods, or when it must begin to be in time. Once the budget has passed, or a second
+   signal came, all that are left are canceled and forced, without refuse and drain if their turn had not come: what
+   must be written belongs into a cleanup. Further signals change nothing; afterwards their old actions are back.
+   Returns after the budget and the longest grace period at the latest, and frees the app. The first failure of a
+   component (of its start, run or drain, also of a drain that was cut off); else CTX_DEADLINE_EXCEEDED if something did not stop
+   inside the budget; else 0. At once CTX_INVALID if an `.needs` names no service or goes in a circle, or a signal
    cannot be caught, or CTX_NO_MEMORY. `desc` may be NULL. */
 CTXCANCEL_API int ctx_app_run(ctx_app_t *app, const ctx_app_desc_t *desc);
 
@@ -897,7 +910,7 @@ typedef struct {
     const char *name;   /* for people; static (default: "cleanup") */
     ctx_task_fn fn;     /* gets a context of its own, which nothing else cancels */
     void *arg;
-    ctx_dur_t deadline; /* how long it may take before its context is done (default: the budget of the run) */
+    ctx_dur_t timeout;  /* how long it may take before its context is done (default: the budget of the run) */
     bool critical;      /* locks, leases and the like: runs before the others (default: false) */
     void (*on_late)(const char *name, int rc, ctx_dur_t took, void *arg); /* called when it returns after
                            ctx_cleanup_run() has: in the background, on the thread of `fn` (default: none) */
@@ -910,7 +923,7 @@ CTXCANCEL_API int ctx_cleanup_add(ctx_cleanup_t *cleanup, const ctx_cleanup_desc
    or have had their deadline. Returns when all have, but after `budget` at the latest: the rest finishes in the
    background. 0, the first error, or CTX_DEADLINE_EXCEEDED if some are late. Each runs exactly once; afterwards the
    storage is as new. `report` may be NULL. */
-CTXCANCEL_API int ctx_cleanup_run(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_shutdown_t *report);
+CTXCANCEL_API int ctx_cleanup_run(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_shutdown_report_t *report);
 
 #ifdef __cplusplus
 }
@@ -1269,7 +1282,7 @@ static void ctx__parker_nudge(ctx__parker_t *parker) {
 }
 
 /* One of this process's own threads. Signals of the process are for the program's threads, so all but those that a
-   thread brings on itself are blocked here. 0, or a negative error. */
+   thread brings on itself are blocked here. 0, CTX_NO_MEMORY if the system has no room for another, or its error. */
 static int ctx__thread_start(pthread_t *thread, void *(*fn)(void *), void *arg) {
     sigset_t all, before;
     int rc;
@@ -1285,7 +1298,7 @@ static int ctx__thread_start(pthread_t *thread, void *(*fn)(void *), void *arg) 
     pthread_sigmask(SIG_SETMASK, &all, &before);
     rc = pthread_create(thread, NULL, fn, arg);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return -rc;
+    return rc == EAGAIN ? CTX_NO_MEMORY : -rc;
 }
 
 static void ctx__thread_name(const char *name) {
@@ -1426,7 +1439,8 @@ CTXCANCEL_API const char *ctx_strerror(int code) {
     case CTX_CLOSED: return "closed";
     case CTX_NO_MEMORY: return "out of memory";
     case CTX_INVALID: return "invalid argument";
-    case CTX_BUSY: return "not done yet";
+    case CTX_NOT_READY: return "not ready";
+    case CTX_ALREADY: return "already started";
     default: return code < 0 && code >= -INT32_MAX ? strerror(-code) : "unknown error";
     }
 }
@@ -1462,13 +1476,13 @@ static ctx_time_t ctx__min(ctx_time_t a, ctx_time_t b) { return a < b ? a : b; }
    A child needs no count in its parent: standing in the list is what holds it.
 
    Done-ness is one pointer, `why`, to an immutable record of err, code and text: NULL, then set once. A node that was
-   cancelled itself points to its own record, its descendants point to the same one, which their parents keep alive.
+   canceled itself points to its own record, its descendants point to the same one, which their parents keep alive.
    `err` repeats why->err for ctx_err() and follows at once; who finds `why` set and cares stores `err` itself.
 
    Locks: one in each list of children. The list inside the node also guards its callbacks. Order: a node before what
    was attached to it later, that is parents before children; then a wheel (5) or a stripe, which are innermost.
 
-   Cancelling has two phases. The first, holding the lock of the node at the top, walks down and sets `why`: a child
+   Canceling has two phases. The first, holding the lock of the node at the top, walks down and sets `why`: a child
    is marked by one compare-and-swap under its parent's list lock, without taking its own lock when nothing is
    attached to it. Attaching takes the lock first and looks at `why` then; marking sets `why` first and looks at the
    lock then; all four sequentially consistent, so one of the two sees the other: either the newcomer is born done or
@@ -1486,9 +1500,9 @@ static ctx_time_t ctx__min(ctx_time_t a, ctx_time_t b) { return a < b ? a : b; }
    A shared parent shows contention when its lock is often found taken. It then gets shards: child lists with a lock
    and a cache line each, picked by thread. The list inside the node keeps the children that it has.
 
-   Callbacks: state goes LINKED to FIRED by the canceller, or LINKED to STOPPING to IDLE by the stopper, whoever swaps
-   first. The canceller never touches `reg` once its callback has started, so a callback may free it; instead a frame
-   on the canceller's stack, in a table of stripes picked by reg's address, says what is running where. Callbacks that
+   Callbacks: state goes LINKED to FIRED by the canceler, or LINKED to STOPPING to IDLE by the stopper, whoever swaps
+   first. The canceler never touches `reg` once its callback has started, so a callback may free it; instead a frame
+   on the canceler's stack, in a table of stripes picked by reg's address, says what is running where. Callbacks that
    only unpark a thread (wakers) need no frame: they end in state DONE, which the thread waits for. */
 
 typedef struct {
@@ -1534,7 +1548,7 @@ struct ctx {
     ctx__shard_t *shards;   /* [atomic, set once under list.mu] NULL or ctx__shard_count of them */
     ctx_t *parent;          /* [const] */
     uint32_t refs, pins;    /* [atomic] */
-    ctx_after_t *after;     /* [list.mu] circular; wakers before others */
+    ctx_on_done_t *after;     /* [list.mu] circular; wakers before others */
     ctx__timer_t timer;     /* timer.deadline is the effective one, also when it belongs to an ancestor */
     ctx__why_t own;         /* [list.mu] until why points to it; own.what is the deadline's cause before that */
     ctx__record_t *values;  /* [const] */
@@ -1557,7 +1571,7 @@ enum {
 
 typedef struct {
     ctx_t node;
-    ctx_after_t reg; /* on b */
+    ctx_on_done_t reg; /* on b */
 } ctx__merged_t;
 
 static void ctx__record_release(ctx__record_t *record); /* section 4 */
@@ -1578,22 +1592,21 @@ static ctx_t ctx__root = CTX__STATIC_NODE(0, 0, NULL, "background");
 static const ctx__why_t ctx__failures[] = {
     { CTX_NO_MEMORY, CTX_NO_MEMORY, "out of memory" },
     { CTX_INVALID, CTX_INVALID, "invalid argument" },
-    { -EAGAIN, -EAGAIN, "cannot start a thread" },
     { -EPERM, -EPERM, "not permitted" },
 };
 static ctx_t ctx__failed_nodes[] = {
     CTX__STATIC_NODE(CTX_NO_MEMORY, CTX__F_FAILED, &ctx__failures[0], "failed"),
     CTX__STATIC_NODE(CTX_INVALID, CTX__F_FAILED, &ctx__failures[1], "failed"),
-    CTX__STATIC_NODE(-EAGAIN, CTX__F_FAILED, &ctx__failures[2], "failed"),
-    CTX__STATIC_NODE(-EPERM, CTX__F_FAILED, &ctx__failures[3], "failed"),
+    CTX__STATIC_NODE(-EPERM, CTX__F_FAILED, &ctx__failures[2], "failed"),
 };
 
-/* The shared context that failed with `err`; errors without one of their own read as EAGAIN. */
+/* The shared context that failed with `err`; errors without one of their own read as
+   CTX_NO_MEMORY. */
 static ctx_t *ctx__failed(int err) {
     size_t i;
     for (i = 0; i < sizeof ctx__failures / sizeof *ctx__failures; i++)
         if (ctx__failures[i].err == err) return &ctx__failed_nodes[i];
-    return &ctx__failed_nodes[2];
+    return &ctx__failed_nodes[0];
 }
 
 static unsigned ctx__shard_count = 4; /* [const] after ctx__once; a power of two */
@@ -1770,7 +1783,7 @@ static void ctx__pin_drop(ctx_t *node, ctx_t **dead) {
     *dead = node;
 }
 
-static bool ctx__after_unlink(ctx_after_t *reg, ctx_t **dead);
+static bool ctx__reg_unlink(ctx_on_done_t *reg, ctx_t **dead);
 
 /* Free a node that nothing holds. Its parent may die of it. */
 static void ctx__node_free(ctx_t *node, ctx_t **dead) {
@@ -1778,7 +1791,7 @@ static void ctx__node_free(ctx_t *node, ctx_t **dead) {
     ctx__list_t *list = ctx__list_of(parent, node->shard);
     bool last;
     if (__atomic_load_n(&node->timer.armed, __ATOMIC_ACQUIRE)) ctx__timer_remove(&node->timer);
-    if (node->flags & CTX__F_MERGED) ctx__after_unlink(&((ctx__merged_t *)(void *)node)->reg, dead);
+    if (node->flags & CTX__F_MERGED) ctx__reg_unlink(&((ctx__merged_t *)(void *)node)->reg, dead);
     ctx__lock(&list->mu);
     ctx__unlink_locked(node);
     last = list->orphan && ctx__list_idle(parent, list);
@@ -1830,7 +1843,7 @@ static CTX__COLD void ctx__unowned(ctx_t *node) {
     ctx__bury(dead);
 }
 
-/* -- the first phase of cancelling: marking -- */
+/* -- the first phase of canceling: marking -- */
 
 typedef struct ctx__walk {
     struct ctx__walk *next;
@@ -1912,7 +1925,7 @@ static void ctx__merge_fire(void *arg);
 static void ctx__mark_list(ctx__cascade_t *cascade, ctx_t *node, ctx__list_t *list, bool locked) {
     const ctx__why_t *why = ctx__why(node);
     ctx_t *child;
-    ctx_after_t *reg;
+    ctx_on_done_t *reg;
     if (!locked) ctx__lock(&list->mu);
     for (child = list->first; child; child = child->next) {
         if (child->next) __builtin_prefetch(child->next);
@@ -1981,7 +1994,7 @@ typedef struct ctx__stopper {
 
 typedef struct ctx__frame {
     struct ctx__frame *next;
-    const ctx_after_t *reg;
+    const ctx_on_done_t *reg;
     const ctx__thread_t *thread;
     ctx__stopper_t *stoppers; /* who waits for the end */
 } ctx__frame_t;
@@ -1994,13 +2007,13 @@ typedef struct {
 #define CTX__STRIPES 16
 static ctx__stripe_t ctx__stripes[CTX__STRIPES];
 
-static ctx__stripe_t *ctx__stripe_of(const ctx_after_t *reg) {
+static ctx__stripe_t *ctx__stripe_of(const ctx_on_done_t *reg) {
     return &ctx__stripes[((uintptr_t)reg >> 6 ^ (uintptr_t)reg >> 11) % CTX__STRIPES];
 }
 
 /* [ctx->list.mu] */
-static void ctx__after_link(ctx_t *ctx, ctx_after_t *reg) {
-    ctx_after_t *head = ctx->after;
+static void ctx__reg_link(ctx_t *ctx, ctx_on_done_t *reg) {
+    ctx_on_done_t *head = ctx->after;
     if (!head) {
         reg->next = reg->prev = reg;
         ctx->after = reg;
@@ -2013,7 +2026,7 @@ static void ctx__after_link(ctx_t *ctx, ctx_after_t *reg) {
 }
 
 /* [ctx->list.mu] */
-static void ctx__after_unlink_locked(ctx_t *ctx, ctx_after_t *reg) {
+static void ctx__reg_unlink_locked(ctx_t *ctx, ctx_on_done_t *reg) {
     if (ctx->after == reg) ctx->after = reg->next == reg ? NULL : reg->next;
     reg->next->prev = reg->prev;
     reg->prev->next = reg->next;
@@ -2021,7 +2034,7 @@ static void ctx__after_unlink_locked(ctx_t *ctx, ctx_after_t *reg) {
 
 /* From `state` to FIRED with the frame in place, so that a stopper who sees FIRED finds it. False: a stopper was
    first. */
-static bool ctx__frame_enter(ctx__frame_t *frame, ctx_after_t *reg, int state) {
+static bool ctx__frame_enter(ctx__frame_t *frame, ctx_on_done_t *reg, int state) {
     ctx__stripe_t *stripe = ctx__stripe_of(reg);
     bool won;
     frame->reg = reg;
@@ -2054,8 +2067,8 @@ static void ctx__frame_leave(ctx__frame_t *frame) {
 }
 
 /* Take the next callback that nobody is stopping. With `wakers`, only those. */
-static ctx_after_t *ctx__after_claim_locked(ctx_t *node, bool wakers, ctx__frame_t *frame) {
-    ctx_after_t *reg = node->after;
+static ctx_on_done_t *ctx__reg_claim_locked(ctx_t *node, bool wakers, ctx__frame_t *frame) {
+    ctx_on_done_t *reg = node->after;
     if (!reg) return NULL;
     do {
         bool waker = (reg->flags & CTX__REG_WAKER) != 0;
@@ -2064,7 +2077,7 @@ static ctx_after_t *ctx__after_claim_locked(ctx_t *node, bool wakers, ctx__frame
         if (waker ? __atomic_compare_exchange_n(&reg->state, &linked, CTX__REG_FIRED, false, __ATOMIC_ACQ_REL,
                                                 __ATOMIC_RELAXED)
                   : ctx__frame_enter(frame, reg, CTX__REG_LINKED)) {
-            ctx__after_unlink_locked(node, reg);
+            ctx__reg_unlink_locked(node, reg);
             return reg;
         }
         reg = reg->next;
@@ -2073,13 +2086,13 @@ static ctx_after_t *ctx__after_claim_locked(ctx_t *node, bool wakers, ctx__frame
 }
 
 /* Run the callbacks of a pinned node that is done. */
-static void ctx__after_run(ctx_t *node, bool wakers, ctx_t **dead) {
+static void ctx__reg_run(ctx_t *node, bool wakers, ctx_t **dead) {
     for (;;) {
         ctx__frame_t frame;
-        ctx_after_t *reg;
+        ctx_on_done_t *reg;
         bool last;
         ctx__lock(&node->list.mu);
-        reg = ctx__after_claim_locked(node, wakers, &frame);
+        reg = ctx__reg_claim_locked(node, wakers, &frame);
         last = reg && node->list.orphan && ctx__list_idle(node, &node->list);
         if (wakers && !reg && node->event) ctx__event_set(node->event);
         ctx__unlock(&node->list.mu);
@@ -2097,8 +2110,8 @@ static void ctx__after_run(ctx_t *node, bool wakers, ctx_t **dead) {
 
 static void ctx__cascade_notify(ctx__cascade_t *cascade) {
     ctx_t *node, *next, *dead = NULL;
-    for (node = cascade->first; node; node = node->work) ctx__after_run(node, true, &dead);
-    for (node = cascade->first; node; node = node->work) ctx__after_run(node, false, &dead);
+    for (node = cascade->first; node; node = node->work) ctx__reg_run(node, true, &dead);
+    for (node = cascade->first; node; node = node->work) ctx__reg_run(node, false, &dead);
     for (node = cascade->first; node; node = next) {
         next = node->work;
         ctx__pin_drop(node, &dead);
@@ -2164,7 +2177,7 @@ typedef struct {
 } ctx__make_t;
 
 static void ctx__record_retain(ctx__record_t *record);
-static bool ctx__after_or_run(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags);
+static bool ctx__reg_or_run(ctx_on_done_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags);
 
 static CTX__COLD ctx_t *ctx__make_failed(const ctx__make_t *make, int err) {
     if (make->record) ctx__record_release(make->record);
@@ -2298,7 +2311,7 @@ CTXCANCEL_API ctx_t *ctx_without_cancel_at(ctx_t *parent, const char *site) {
     return bad ? bad : ctx__make(parent, NULL, &make);
 }
 
-/* Runs when b is done. The walk from b has marked the node unless another was first: then b's canceller must not
+/* Runs when b is done. The walk from b has marked the node unless another was first: then b's canceler must not
    return before that one has marked everything below, so wait for each lock above that it may hold. */
 static void ctx__merge_fire(void *arg) {
     ctx__merged_t *merged = (ctx__merged_t *)arg;
@@ -2329,7 +2342,7 @@ CTXCANCEL_API ctx_t *ctx_merge_at(ctx_t *a, ctx_t *b, const char *site) {
     make.flags = CTX__F_MERGED;
     node = ctx__make(a, &merged->node, &make);
     node->timer.deadline = ctx__min(a->timer.deadline, b->timer.deadline);
-    ctx__after_or_run(&merged->reg, b, ctx__merge_fire, node, CTX__REG_OWN);
+    ctx__reg_or_run(&merged->reg, b, ctx__merge_fire, node, CTX__REG_OWN);
     return node;
 }
 
@@ -2344,7 +2357,7 @@ CTXCANCEL_API bool ctx_cancel_cause(ctx_t *ctx, int code, const char *what) {
 }
 
 /* The way out of nearly every context: the owner ends the only reference and nothing is attached. Then nobody can see
-   the node but through its parent's list, so under that list's lock it is simply taken out: no cancelling, no counts.
+   the node but through its parent's list, so under that list's lock it is simply taken out: no canceling, no counts.
    */
 static inline bool ctx__end_alone(ctx_t *node) {
     ctx__list_t *list;
@@ -2433,7 +2446,7 @@ CTXCANCEL_API bool ctx_sampled(const ctx_t *ctx) {
 }
 
 /* False if the context is done already; then `reg` is not linked. */
-static bool ctx__after_add(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags) {
+static bool ctx__reg_add(ctx_on_done_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags) {
     bool live;
     reg->fn = fn;
     reg->arg = arg;
@@ -2445,31 +2458,31 @@ static bool ctx__after_add(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), 
     live = !ctx__done(ctx);
     if (live) {
         ctx__list_attach(ctx, &ctx->list);
-        ctx__after_link(ctx, reg);
+        ctx__reg_link(ctx, reg);
         __atomic_store_n(&reg->state, CTX__REG_LINKED, __ATOMIC_RELEASE);
     }
     ctx__unlock(&ctx->list.mu);
     return live;
 }
 
-/* ctx_after() without a look at the timers. */
-static bool ctx__after_or_run(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags) {
+/* ctx_on_done() without a look at the timers. */
+static bool ctx__reg_or_run(ctx_on_done_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags) {
     ctx__frame_t frame;
-    if (ctx__after_add(reg, ctx, fn, arg, flags)) return true;
+    if (ctx__reg_add(reg, ctx, fn, arg, flags)) return true;
     ctx__frame_enter(&frame, reg, CTX__REG_IDLE);
     fn(arg);
     ctx__frame_leave(&frame);
     return false;
 }
 
-CTXCANCEL_API bool ctx_after(ctx_after_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg) {
+CTXCANCEL_API bool ctx_on_done(ctx_on_done_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg) {
     CTXCANCEL_ASSERT(reg != NULL && ctx != NULL && fn != NULL);
     ctx__timer_revive(ctx);
-    return ctx__after_or_run(reg, ctx, fn, arg, 0);
+    return ctx__reg_or_run(reg, ctx, fn, arg, 0);
 }
 
-/* Take a linked callback out, if no canceller has claimed it. */
-static bool ctx__after_unlink(ctx_after_t *reg, ctx_t **dead) {
+/* Take a linked callback out, if no canceler has claimed it. */
+static bool ctx__reg_unlink(ctx_on_done_t *reg, ctx_t **dead) {
     int state = CTX__REG_LINKED;
     ctx_t *ctx;
     bool last;
@@ -2503,7 +2516,7 @@ static bool ctx__after_unlink(ctx_after_t *reg, ctx_t **dead) {
     }
     ctx = reg->ctx;
     ctx__lock(&ctx->list.mu);
-    ctx__after_unlink_locked(ctx, reg);
+    ctx__reg_unlink_locked(ctx, reg);
     last = ctx->list.orphan && ctx__list_idle(ctx, &ctx->list);
     ctx__unlock(&ctx->list.mu);
     __atomic_store_n(&reg->state, CTX__REG_IDLE, __ATOMIC_RELEASE);
@@ -2511,11 +2524,11 @@ static bool ctx__after_unlink(ctx_after_t *reg, ctx_t **dead) {
     return true;
 }
 
-CTXCANCEL_API bool ctx_after_stop(ctx_after_t *reg) {
+CTXCANCEL_API bool ctx_on_done_stop(ctx_on_done_t *reg) {
     ctx_t *dead = NULL;
     bool stopped;
     CTXCANCEL_ASSERT(reg != NULL);
-    stopped = ctx__after_unlink(reg, &dead);
+    stopped = ctx__reg_unlink(reg, &dead);
     ctx__bury(dead);
     return stopped;
 }
@@ -2662,7 +2675,7 @@ CTXCANCEL_API const void *ctx_value(const ctx_t *ctx, const ctx_key_t *key) {
 
    A timer may be pushed later while armed without moving (`deadline` says the truth, the slot is a lower bound),
    which is what a pool's worker does for each task. A due timer is taken out and its node pinned under the wheel's
-   lock; nodes are then cancelled, in the order of their deadlines, with no lock held. With the fake clock nobody
+   lock; nodes are then canceled, in the order of their deadlines, with no lock held. With the fake clock nobody
    sleeps: the same wheels are turned by ctx_clock_advance(). */
 
 #define CTX__TICK_BITS 16
@@ -3154,7 +3167,7 @@ CTXCANCEL_API const volatile int *ctx_flag(const ctx_t *ctx) {
    closely. */
 
 typedef struct {
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     ctx__parker_t *parker;
 } ctx__watch_t;
 
@@ -3165,14 +3178,14 @@ static bool ctx__watch(ctx__watch_t *watch, ctx_t *ctx, ctx__parker_t *parker) {
     watch->reg.state = CTX__REG_IDLE;
     if (ctx == &ctx__root) return true; /* it never is */
     ctx__timer_revive(ctx);
-    return ctx__after_add(&watch->reg, ctx, ctx__watch_fire, parker, CTX__REG_WAKER);
+    return ctx__reg_add(&watch->reg, ctx, ctx__watch_fire, parker, CTX__REG_WAKER);
 }
 
 static void ctx__unwatch(ctx__watch_t *watch) {
     int state = CTX__REG_LINKED;
     unsigned turn = 0;
     if (__atomic_load_n(&watch->reg.state, __ATOMIC_ACQUIRE) == CTX__REG_LINKED) {
-        if (ctx_after_stop(&watch->reg)) return;
+        if (ctx_on_done_stop(&watch->reg)) return;
     }
     do {
         state = __atomic_load_n(&watch->reg.state, __ATOMIC_ACQUIRE);
@@ -3242,7 +3255,7 @@ static int ctx__wait_until(ctx_t *ctx, ctx_time_t until) {
 CTXCANCEL_API int ctx_wait(ctx_t *ctx, ctx_dur_t max) {
     int err = ctx_err(ctx);
     if (!err && max > 0) err = ctx__wait_until(ctx, ctx__from_now(max));
-    return err ? err : CTX_BUSY;
+    return err ? err : CTX_NOT_READY;
 }
 
 CTXCANCEL_API int ctx_sleep(ctx_t *ctx, ctx_dur_t dur) {
@@ -3290,7 +3303,7 @@ CTXCANCEL_API int ctx_done_fd(ctx_t *ctx) {
     return rc == -1 && done ? ctx__done_fd_shared() : rc;
 }
 
-/* A waiter on a condition variable cannot be woken reliably without its mutex, which the canceller may hold itself. So
+/* A waiter on a condition variable cannot be woken reliably without its mutex, which the canceler may hold itself. So
    the callback only tries the mutex. If it got it, the waiter was inside its wait and the broadcast reached it. If
    not, the waiter may be just before its wait: then the runtime thread goes on trying, every millisecond, until the
    waiter is gone. */
@@ -3349,7 +3362,7 @@ static void ctx__nag_remove(ctx__nag_t *nag) {
 
 CTXCANCEL_API int ctx_cond_wait(ctx_t *ctx, pthread_cond_t *cond, pthread_mutex_t *mutex) {
     ctx__nag_t nag;
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     int err = ctx_err(ctx), rc;
     if (err) return err;
     if (!cond || !mutex) return CTX_INVALID;
@@ -3358,9 +3371,9 @@ CTXCANCEL_API int ctx_cond_wait(ctx_t *ctx, pthread_cond_t *cond, pthread_mutex_
     nag.cond = cond;
     nag.mutex = mutex;
     nag.linked = false;
-    if (!ctx__after_add(&reg, ctx, ctx__nag_fire, &nag, 0)) return ctx_err(ctx);
+    if (!ctx__reg_add(&reg, ctx, ctx__nag_fire, &nag, 0)) return ctx_err(ctx);
     rc = -pthread_cond_wait(cond, mutex);
-    ctx_after_stop(&reg);
+    ctx_on_done_stop(&reg);
     ctx__nag_remove(&nag);
     err = ctx_err(ctx);
     return err ? err : rc;
@@ -3510,7 +3523,7 @@ CTXCANCEL_API void ctx_sem_destroy(ctx_sem_t *sem) {
    once before it pays for a sleep. With `.coalesce` the guard's nap is what gathers tasks: submitters wake nobody while
    a guard naps and the ring is not half full; one more guard covers for the first.
 
-   A worker owns a node below the pool's context and uses it for task after task, as long as nobody kept or cancelled
+   A worker owns a node below the pool's context and uses it for task after task, as long as nobody kept or canceled
    it: only the values, name and deadline change. Its timer stays armed and is merely pushed later.
 
    The pool is counted: its owner and each thread hold it. So freeing need not wait for a stuck task. */
@@ -3559,7 +3572,7 @@ typedef struct ctx__worker {
     ctx_dur_t average;             /* [owner thread] what a task takes, lately */
     ctx_time_t last;               /* [owner thread] when the current task began, 0: not known */
     int spin;                      /* [owner thread] how much spinning has paid lately */
-    uint64_t completed, failed, cancelled; /* [atomic, written by the owner thread] */
+    uint64_t completed, failed, canceled; /* [atomic, written by the owner thread] */
     const char *op;                /* [atomic] what it runs; NULL: nothing */
     uint32_t permit;               /* [atomic] holds a permit of pool->limit */
     struct ctx__worker *below;     /* [in] the idle stack */
@@ -3578,7 +3591,7 @@ struct ctx_pool {
     /* [const] */
     ctx_pool_desc_t desc; /* defaults resolved */
     ctx_t *ctx;           /* of all tasks, below the lifetime */
-    ctx_after_t on_end;   /* on ctx: drops what is queued */
+    ctx_on_done_t on_end;   /* on ctx: drops what is queued */
     size_t mask;          /* of cells; queue <= mask + 1 */
     unsigned forks;       /* ctx__forks when it was made: in a child of fork it has no threads */
     uint32_t refs;        /* [atomic] */
@@ -3600,7 +3613,7 @@ struct ctx_pool {
     ctx__waiter_t *drainers, *blocked; /* [in] */
     bool cut;              /* [in] a drain ran out of budget */
     uint64_t tallied;      /* [in] of dropped, what a component's report has */
-    uint64_t caller_ran[3]; /* [in] completed, failed, cancelled by callers */
+    uint64_t caller_ran[3]; /* [in] completed, failed, canceled by callers */
     uint64_t dropped;      /* [atomic] */
     uint64_t excused;      /* [atomic] tasks of the library's own that were dropped: nothing is lost with them */
     bool tiny;             /* [atomic] the tasks are not worth a second worker */
@@ -3879,7 +3892,7 @@ static void ctx__worker_pace(ctx__worker_t *worker, ctx_time_t now, uint32_t tas
 }
 
 static void ctx__worker_count(ctx__worker_t *worker, int verdict) {
-    uint64_t *count = verdict == 0 ? &worker->completed : verdict == 1 ? &worker->failed : &worker->cancelled;
+    uint64_t *count = verdict == 0 ? &worker->completed : verdict == 1 ? &worker->failed : &worker->canceled;
     __atomic_store_n(count, *count + 1, __ATOMIC_RELEASE);
 }
 
@@ -3918,18 +3931,18 @@ static void ctx__worker_run(ctx__worker_t *worker, const ctx__task_t *task) {
 /* -- how a worker finds a task -- */
 
 static void ctx__worker_permit_return(ctx__worker_t *worker) {
-    if (__atomic_exchange_n(&worker->permit, 0u, __ATOMIC_ACQ_REL)) ctx_sem_release(worker->pool->desc.limit, 1);
+    if (__atomic_exchange_n(&worker->permit, 0u, __ATOMIC_ACQ_REL)) ctx_sem_release(worker->pool->desc.permits, 1);
 }
 
-/* Get a permit of the shared limit. Who has to wait for one does not look meanwhile. Once the pool is cancelled none is
+/* Get a permit of the shared limit. Who has to wait for one does not look meanwhile. Once the pool is canceled none is
    needed: tasks are then only dropped. */
 static void ctx__worker_permit(ctx__worker_t *worker) {
     ctx_pool_t *pool = worker->pool;
-    if (!ctx_sem_try_acquire(pool->desc.limit, 1)) {
+    if (!ctx_sem_try_acquire(pool->desc.permits, 1)) {
         ctx__lock(&pool->in);
         ctx__worker_unlook(worker);
         ctx__unlock(&pool->in);
-        if (ctx_sem_acquire(pool->desc.limit, pool->ctx, 1)) return;
+        if (ctx_sem_acquire(pool->desc.permits, pool->ctx, 1)) return;
     }
     __atomic_store_n(&worker->permit, 1u, __ATOMIC_RELEASE);
 }
@@ -3959,12 +3972,12 @@ static void ctx__worker_promise(ctx__worker_t *worker, bool fresh) {
 static bool ctx__worker_next(ctx__worker_t *worker, ctx__task_t *task, bool fresh) {
     ctx_pool_t *pool = worker->pool;
     bool woke;
-    if (pool->desc.limit) {
+    if (pool->desc.permits) {
         if (ctx__pool_empty(pool)) return false;
         ctx__worker_permit(worker);
     }
     if (!ctx__pool_take(pool, task, &worker->op, &woke)) {
-        if (pool->desc.limit) ctx__worker_permit_return(worker);
+        if (pool->desc.permits) ctx__worker_permit_return(worker);
         return false;
     }
     if (woke) worker->last = 0; /* not to be taken for a slow task */
@@ -4130,7 +4143,7 @@ static void *ctx__worker_main(void *arg) {
     while (more) {
         if (ctx__worker_next(worker, &task, fresh)) {
             ctx__worker_run(worker, &task);
-            if (worker->pool->desc.limit) ctx__worker_permit_return(worker);
+            if (worker->pool->desc.permits) ctx__worker_permit_return(worker);
             fresh = false;
             if (worker->ran++ % 64 == 63 && ctx__worker_surplus(worker)) {
                 ctx__worker_untime(worker);
@@ -4164,7 +4177,7 @@ CTXCANCEL_API ctx_pool_t *ctx_pool_new(ctx_t *lifetime, const ctx_pool_desc_t *d
     if (!d.name) d.name = "pool";
     if (!d.workers) d.workers = (int)ctx__cpus;
     if (!d.queue) d.queue = 1024;
-    if (!d.notice) d.notice = CTX_MS(100);
+    if (!d.grace) d.grace = CTX_MS(100);
     errno = EINVAL;
     if (!lifetime || d.workers < 0 || d.coalesce < 0 || d.task_timeout < 0 || (int)d.when_full < 0 ||
         d.when_full > CTX_DROP_OLDEST)
@@ -4195,7 +4208,7 @@ CTXCANCEL_API ctx_pool_t *ctx_pool_new(ctx_t *lifetime, const ctx_pool_desc_t *d
         CTXCANCEL_FREE(raw);
         return NULL;
     }
-    ctx__after_or_run(&pool->on_end, pool->ctx, ctx__pool_ended, pool, CTX__REG_OWN);
+    ctx__reg_or_run(&pool->on_end, pool->ctx, ctx__pool_ended, pool, CTX__REG_OWN);
     return pool;
 }
 
@@ -4216,7 +4229,7 @@ static CTX__COLD int ctx__pool_first_worker(ctx_pool_t *pool) {
     }
     rc = ctx__worker_wake(worker);
     ctx__lock(&pool->in);
-    return rc == CTX_QUEUE_FULL ? CTX_NO_MEMORY : rc; /* EAGAIN of a thread that cannot be had is no full queue */
+    return rc;
 }
 
 /* [in] Is more than half the queue taken? The head's cache line is the workers': it is looked at only when what was
@@ -4416,33 +4429,33 @@ static void ctx__tally_add(uint64_t dropped, uint64_t stuck) {
     __atomic_fetch_add(&ctx__tally->stuck, stuck, __ATOMIC_RELAXED);
 }
 
-static void ctx__pool_report(ctx_pool_t *pool, ctx_drain_t *report) {
+static void ctx__pool_report(ctx_pool_t *pool, ctx_drain_report_t *report) {
     uint64_t accepted;
     size_t names = 0;
     int i;
     report->completed = pool->caller_ran[0];
     report->failed = pool->caller_ran[1];
-    report->cancelled = pool->caller_ran[2];
-    accepted = pool->tail + pool->callers + report->completed + report->failed + report->cancelled;
+    report->canceled = pool->caller_ran[2];
+    accepted = pool->tail + pool->callers + report->completed + report->failed + report->canceled;
     for (i = 0; i < pool->desc.workers; i++) {
         const ctx__worker_t *worker = &pool->all[i];
         const char *op = __atomic_load_n(&worker->op, __ATOMIC_ACQUIRE);
         report->completed += __atomic_load_n(&worker->completed, __ATOMIC_ACQUIRE);
         report->failed += __atomic_load_n(&worker->failed, __ATOMIC_ACQUIRE);
-        report->cancelled += __atomic_load_n(&worker->cancelled, __ATOMIC_ACQUIRE);
+        report->canceled += __atomic_load_n(&worker->canceled, __ATOMIC_ACQUIRE);
         if (op && names < CTX_DRAIN_OPS) report->running[names++] = op;
     }
     report->dropped = __atomic_load_n(&pool->dropped, __ATOMIC_ACQUIRE);
     accepted -= __atomic_load_n(&pool->excused, __ATOMIC_ACQUIRE);
-    report->stuck = accepted - report->completed - report->failed - report->cancelled - report->dropped;
+    report->stuck = accepted - report->completed - report->failed - report->canceled - report->dropped;
     while (names > report->stuck) report->running[--names] = NULL; /* ended between the two looks */
 }
 
-static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t notice, ctx_drain_t *report) {
+static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t grace, ctx_drain_report_t *report) {
     bool self = ctx__pool_runs_me(pool);
     ctx_time_t start = ctx_now(), cut_at;
     ctx__worker_t *roused = NULL;
-    ctx_drain_t r;
+    ctx_drain_report_t r;
     int rc;
     memset(&r, 0, sizeof r);
     ctx__lock(&pool->in);
@@ -4461,8 +4474,8 @@ static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t notice,
         ctx__cancel(pool->ctx, CTX_CANCELED, CTX_DEADLINE_EXCEEDED, "pool drained");
         ctx__pool_empty_out(pool);
         ctx__lock(&pool->in);
-        ctx__pool_wait_settled(pool, ctx_time_add(cut_at, notice > 0 ? notice : 0));
-        r.notice_time = ctx_now() - cut_at;
+        ctx__pool_wait_settled(pool, ctx_time_add(cut_at, grace > 0 ? grace : 0));
+        r.grace_time = ctx_now() - cut_at;
     } else {
         cut_at = ctx_now();
     }
@@ -4477,18 +4490,18 @@ static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t notice,
     return rc;
 }
 
-CTXCANCEL_API int ctx_pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_drain_t *report) {
+CTXCANCEL_API int ctx_pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_drain_report_t *report) {
     if (report) memset(report, 0, sizeof *report);
     if (!pool) return CTX_INVALID;
     if (ctx__pool_forked(pool)) return CTX_CLOSED;
-    return ctx__pool_drain(pool, budget, pool->desc.notice, report);
+    return ctx__pool_drain(pool, budget, pool->desc.grace, report);
 }
 
 /* Let go of a worker's thread: one that still runs a task is left behind, without its permit. */
 static void ctx__worker_dismiss(ctx__worker_t *worker) {
     bool self = __atomic_load_n(&worker->self, __ATOMIC_ACQUIRE) == &ctx__self;
     if (self || __atomic_load_n(&worker->op, __ATOMIC_ACQUIRE)) {
-        if (worker->pool->desc.limit) ctx__worker_permit_return(worker);
+        if (worker->pool->desc.permits) ctx__worker_permit_return(worker);
         pthread_detach(worker->thread);
     } else {
         pthread_join(worker->thread, NULL);
@@ -4501,14 +4514,14 @@ CTXCANCEL_API void ctx_pool_free(ctx_pool_t *pool) {
     int i;
     if (!pool) return;
     if (ctx__pool_forked(pool)) { /* its threads and its tasks are the parent process's */
-        ctx_after_stop(&pool->on_end);
+        ctx_on_done_stop(&pool->on_end);
         ctx_end(pool->ctx);
         CTXCANCEL_FREE(pool->raw);
         return;
     }
     ctx__pool_drain(pool, 0, 0, NULL);
     ctx_cancel(pool->ctx);
-    ctx_after_stop(&pool->on_end);
+    ctx_on_done_stop(&pool->on_end);
     ctx__lock(&pool->in);
     pool->quit = true;
     while (pool->starting) {
@@ -5217,11 +5230,11 @@ CTXCANCEL_API int ctx_group_wait(ctx_group_t *group) {
     return rc;
 }
 
-CTXCANCEL_API int ctx_race(ctx_t *a, ctx_t *b, ctx_task_fn fn, void *arg) {
+CTXCANCEL_API int ctx_run_either(ctx_t *a, ctx_t *b, ctx_task_fn fn, void *arg) {
     ctx_t *both;
     int rc, err;
     if (!a || !b || !fn) return CTX_INVALID;
-    both = ctx_merge_at(a, b, "ctx_race");
+    both = ctx_merge_at(a, b, "ctx_run_either");
     rc = ctx_err(both);
     if (!rc) {
         rc = fn(both, arg);
@@ -5246,7 +5259,7 @@ CTXCANCEL_API int ctx_race(ctx_t *a, ctx_t *b, ctx_task_fn fn, void *arg) {
    A waiter has one op for each channel that it waits on: one, or several for a select. `claimed` says which of them
    happens: whoever swaps it from 0 does so, copies the item and wakes the waiter, all under the locks of that op's
    channel. The waiter takes its ops out again under those locks; after that nobody can reach it, and it either was
-   claimed, also when it was cancelled at the same instant, or never will be. To start waiting on several channels it
+   claimed, also when it was canceled at the same instant, or never will be. To start waiting on several channels it
    holds the locks of all, taken in the order of their addresses, and looks once more.
 
    With capacity 0 there is no ring, only the waiting. */
@@ -5412,7 +5425,7 @@ static int ctx__chan_recv_locked(ctx_chan_t *chan, void *item, uint32_t **wake) 
         else ctx__chan_copy(chan, item, sender->item);
         *wake = ctx__chan_finish(sender, 0);
     }
-    return filled || sender ? 0 : chan->closed ? CTX_CLOSED : CTX_BUSY;
+    return filled || sender ? 0 : chan->closed ? CTX_CLOSED : CTX_NOT_READY;
 }
 
 /* [in and out] `*wake`: see ctx__chan_finish(). */
@@ -5421,7 +5434,7 @@ static int ctx__chan_do_locked(ctx_chan_t *chan, int op, void *item, uint32_t **
     return op == CTX_SEND ? ctx__chan_send_locked(chan, item, wake) : ctx__chan_recv_locked(chan, item, wake);
 }
 
-static bool ctx__chan_blocked(int rc) { return rc == CTX_QUEUE_FULL || rc == CTX_BUSY; }
+static bool ctx__chan_blocked(int rc) { return rc == CTX_QUEUE_FULL || rc == CTX_NOT_READY; }
 
 /* The usual send: one lock, no waiter. `ctx` is looked at under the lock, so that who has seen it done and the channel
    empty after that will not find an item sent with it later. False: it takes more than this. */
@@ -5629,7 +5642,7 @@ typedef struct {
     ctx__chan_wait_t wait;
 } ctx__select_t;
 
-/* Try the cases in a random order: so each that can be done is as likely. The index, or CTX_BUSY. */
+/* Try the cases in a random order: so each that can be done is as likely. The index, or CTX_NOT_READY. */
 static int ctx__select_try(ctx__select_t *select, bool locked) {
     size_t left;
     for (left = select->n; left > 0; left--) {
@@ -5646,7 +5659,7 @@ static int ctx__select_try(ctx__select_t *select, bool locked) {
         c->rc = rc;
         return i;
     }
-    return CTX_BUSY;
+    return CTX_NOT_READY;
 }
 
 static void ctx__select_sort(ctx__select_t *select) {
@@ -5666,12 +5679,12 @@ static void ctx__select_sort(ctx__select_t *select) {
 static int ctx__select_block(ctx__select_t *select, ctx_t *ctx) {
     ctx__watch_t watch;
     size_t i;
-    int index = CTX_BUSY;
+    int index = CTX_NOT_READY;
     if (!ctx__watch(&watch, ctx, &select->wait.parker)) return ctx_err(ctx);
     ctx__select_sort(select);
     for (i = 0; i < select->n_chans; i++) ctx__chan_lock(select->chans[i]);
     if (!ctx_err(ctx)) index = ctx__select_try(select, true);
-    if (index == CTX_BUSY) {
+    if (index == CTX_NOT_READY) {
         for (i = 0; i < select->n; i++) {
             ctx__chan_op_t *op = &select->ops[i];
             const ctx_case_t *c = &select->cases[op->index];
@@ -5681,7 +5694,7 @@ static int ctx__select_block(ctx__select_t *select, ctx_t *ctx) {
     }
     for (i = select->n_chans; i > 0; i--) ctx__chan_unlock(select->chans[i - 1]);
     ctx__chan_wake(select->wake);
-    if (index == CTX_BUSY) {
+    if (index == CTX_NOT_READY) {
         ctx__park(&select->wait.parker, CTX_NO_DEADLINE);
         for (i = 0; i < select->n; i++) {
             ctx__chan_op_t *op = &select->ops[i];
@@ -5694,7 +5707,7 @@ static int ctx__select_block(ctx__select_t *select, ctx_t *ctx) {
         if (select->wait.claimed) select->cases[index = select->wait.index].rc = select->wait.rc;
     }
     ctx__unwatch(&watch);
-    return index == CTX_BUSY ? ctx_err(ctx) : index;
+    return index == CTX_NOT_READY ? ctx_err(ctx) : index;
 }
 
 /* `ctx` NULL: do not wait. */
@@ -5722,7 +5735,7 @@ static int ctx__select(ctx_t *ctx, ctx_case_t *cases, size_t n) {
     select.chans = many ? (ctx_chan_t **)(void *)(many + n * sizeof(ctx__chan_op_t)) : few_chans;
     for (i = 0; i < n; i++) select.ops[i].index = (int)i;
     index = ctx__select_try(&select, false);
-    if (index == CTX_BUSY && ctx) index = ctx__select_block(&select, ctx);
+    if (index == CTX_NOT_READY && ctx) index = ctx__select_block(&select, ctx);
     if (many) CTXCANCEL_FREE(many);
     return index;
 }
@@ -5738,7 +5751,7 @@ CTXCANCEL_API int ctx_try_select(ctx_case_t *cases, size_t n) { return ctx__sele
 
 /* -- stages --
 
-   The caller is the first worker; others run on idle threads. With CTX_CANCEL_EMIT it works on none: it watches the
+   The caller is the first worker; others run on idle threads. With CTX_CANCEL_FINISH it works on none: it watches the
    context, from which that of the workers is detached, and cancels theirs when the budget is over. In an ordered stage
    one worker at a time receives, which numbers the items, and the results leave by number: each worker has at most one
    item, so who waits for its number to come up waits only for items that others are working on. */
@@ -5883,11 +5896,11 @@ static void ctx__stage_start(ctx__stage_t *stage, int first) {
 }
 
 static void ctx__stage_work(ctx__stage_t *stage, ctx_t *ctx) {
-    bool emit = stage->desc.on_cancel == CTX_CANCEL_EMIT;
+    bool emit = stage->desc.on_cancel == CTX_CANCEL_FINISH;
     ctx__stage_start(stage, emit ? 0 : 1);
     if (emit) {
         ctx__stage_await(stage, ctx, CTX_NO_DEADLINE);
-        ctx__stage_await(stage, NULL, ctx__from_now(stage->desc.emit_budget));
+        ctx__stage_await(stage, NULL, ctx__from_now(stage->desc.finish_budget));
         ctx_cancel_cause(stage->work, CTX_DEADLINE_EXCEEDED, "emit budget");
     } else {
         ctx__stage_worker_t worker;
@@ -5905,7 +5918,7 @@ static int ctx__stage_finish(ctx__stage_t *stage, ctx_t *ctx) {
         rest = ctx__chan_pending(stage->desc.in);
     while (rest-- > 0 && ctx_chan_try_recv(stage->desc.in, stage->items) == 0)
         ctx__stage_letter(stage, stage->items, rc);
-    if (stage->desc.on_cancel == CTX_CANCEL_EMIT && rc == CTX_DEADLINE_EXCEEDED && err) rc = err;
+    if (stage->desc.on_cancel == CTX_CANCEL_FINISH && rc == CTX_DEADLINE_EXCEEDED && err) rc = err;
     if (stage->desc.out) ctx_chan_close(stage->desc.out);
     return rc;
 }
@@ -5914,18 +5927,18 @@ CTXCANCEL_API int ctx_stage_run(ctx_t *ctx, const ctx_stage_desc_t *desc) {
     ctx__stage_t stage;
     int rc;
     if (!ctx || !desc || !desc->in || !desc->fn || desc->workers < 0 || desc->in == desc->out ||
-        (int)desc->on_cancel < 0 || desc->on_cancel > CTX_CANCEL_EMIT)
+        (int)desc->on_cancel < 0 || desc->on_cancel > CTX_CANCEL_FINISH)
         return CTX_INVALID;
     memset(&stage, 0, sizeof stage);
     stage.desc = *desc;
     if (!stage.desc.workers) stage.desc.workers = 1;
-    if (desc->on_cancel == CTX_CANCEL_EMIT && desc->emit_budget <= 0) stage.desc.on_cancel = CTX_CANCEL_DRAIN;
+    if (desc->on_cancel == CTX_CANCEL_FINISH && desc->finish_budget <= 0) stage.desc.on_cancel = CTX_CANCEL_DEAD_LETTER;
     stage.left = stage.desc.workers;
     stage.in_room = ctx__round_up(desc->in->item_size + 1, 2 * sizeof(void *));
     stage.room = stage.in_room + ctx__round_up(desc->out ? desc->out->item_size : 0, 2 * sizeof(void *));
     ctx_sem_init(&stage.letters, 1);
     ctx_sem_init(&stage.receiving, 1);
-    stage.work = stage.desc.on_cancel == CTX_CANCEL_EMIT ? ctx_without_cancel_at(ctx, "ctx_stage_run")
+    stage.work = stage.desc.on_cancel == CTX_CANCEL_FINISH ? ctx_without_cancel_at(ctx, "ctx_stage_run")
                                                           : ctx_with_cancel_at(ctx, "ctx_stage_run");
     stage.items = (char *)CTXCANCEL_MALLOC((size_t)stage.desc.workers * stage.room);
     if ((stage.work->flags & CTX__F_FAILED) || !stage.items) {
@@ -5960,7 +5973,7 @@ CTXCANCEL_API int ctx_stage_run(ctx_t *ctx, const ctx_stage_desc_t *desc) {
 struct ctx_batch {
     ctx_batch_desc_t desc; /* [const] defaults resolved */
     ctx_t *ctx;            /* [const] below the lifetime */
-    ctx_after_t on_end;    /* on ctx */
+    ctx_on_done_t on_end;  /* on ctx */
     char *items;           /* blocks of desc.max_items; who has taken a block out may read it */
     size_t blocks;         /* [const] */
     void *raw;             /* [const] what to free */
@@ -5978,7 +5991,11 @@ struct ctx_batch {
     bool closed;           /* [mu] */
     bool armed;            /* [mu] the timer is, or is about to call */
     ctx__call_t timer;
+    bool drained;          /* [mu] */
+    uint64_t added;        /* [mu] items ever */
+    uint64_t flushed;      /* [atomic] items of flushes that returned 0 */
     uint64_t dropped;      /* [atomic] items that went to on_drop */
+    uint64_t tallied;      /* [atomic] of these, told to the shutdown report */
     ctx__waiter_t *at_room, *at_end; /* [mu] */
 };
 
@@ -6024,6 +6041,7 @@ static void ctx__batch_do(ctx_batch_t *batch, const char *items, size_t n) {
         rc = batch->desc.flush(batch->ctx, items, n, batch->desc.user);
     } while (rc && tries-- > 0 && !ctx_err(batch->ctx));
     if (rc) ctx__batch_drop(batch, items, n, rc);
+    else __atomic_fetch_add(&batch->flushed, n, __ATOMIC_RELAXED);
 }
 
 /* [mu] Take the next block out, if it is ready: its items. */
@@ -6158,7 +6176,7 @@ CTXCANCEL_API ctx_batch_t *ctx_batch_new(ctx_t *lifetime, const ctx_batch_desc_t
     d = *desc;
     if (!d.name) d.name = "batch";
     if (!d.max_items) d.max_items = 100;
-    if (!d.notice) d.notice = CTX_MS(100);
+    if (!d.grace) d.grace = CTX_MS(100);
     errno = ENOMEM;
     if (d.max_items > SIZE_MAX / 16 / d.item_size) return NULL;
     block = d.max_items * d.item_size;
@@ -6185,7 +6203,7 @@ CTXCANCEL_API ctx_batch_t *ctx_batch_new(ctx_t *lifetime, const ctx_batch_desc_t
         CTXCANCEL_FREE(raw);
         return NULL;
     }
-    ctx__after_or_run(&batch->on_end, batch->ctx, ctx__batch_ended, batch, CTX__REG_OWN);
+    ctx__reg_or_run(&batch->on_end, batch->ctx, ctx__batch_ended, batch, CTX__REG_OWN);
     return batch;
 }
 
@@ -6198,6 +6216,7 @@ static inline void ctx__batch_put(ctx_batch_t *batch, const void *item) {
     size_t block = batch->head + batch->flushing + batch->full;
     if (block >= batch->blocks) block -= batch->blocks;
     memcpy(batch->items + (block * desc->max_items + batch->fill) * desc->item_size, item, desc->item_size);
+    batch->added++;
     if (batch->fill++ == 0 && desc->max_delay) {
         batch->first_at = ctx_now();
         ctx__batch_arm(batch, ctx_time_add(batch->first_at, desc->max_delay));
@@ -6312,16 +6331,30 @@ static void ctx__batch_disarm(ctx_batch_t *batch) {
     if (removed) ctx__batch_unref(batch);
 }
 
-CTXCANCEL_API int ctx_batch_close(ctx_batch_t *batch, ctx_dur_t budget) {
-    ctx_time_t end;
+/* Report the dropped items to the shutdown that this thread works for, each once. */
+static void ctx__batch_tally(ctx_batch_t *batch) {
+    uint64_t dropped = __atomic_load_n(&batch->dropped, __ATOMIC_ACQUIRE);
+    ctx__tally_add(dropped - __atomic_exchange_n(&batch->tallied, dropped, __ATOMIC_ACQ_REL), 0);
+}
+
+static void ctx__batch_report(ctx_batch_t *batch, ctx_dur_t took, ctx_batch_report_t *report) {
+    memset(report, 0, sizeof *report);
+    report->took = took;
+    report->dropped = __atomic_load_n(&batch->dropped, __ATOMIC_ACQUIRE);
+    ctx__lock(&batch->mu);
+    report->flushed = __atomic_load_n(&batch->flushed, __ATOMIC_ACQUIRE);
+    report->stuck = batch->added - report->flushed - report->dropped;
+    ctx__unlock(&batch->mu);
+}
+
+CTXCANCEL_API int ctx_batch_drain(ctx_batch_t *batch, ctx_dur_t budget, ctx_batch_report_t *report) {
+    ctx_time_t end, began;
     bool empty;
     int rc;
-    if (!batch) return 0;
-    if (batch->forks != ctx__forks) { /* its turn and its items are the parent process's */
-        ctx_after_stop(&batch->on_end);
-        ctx__batch_unref(batch);
-        return CTX_CLOSED;
-    }
+    if (report) memset(report, 0, sizeof *report);
+    if (!batch) return CTX_INVALID;
+    if (batch->forks != ctx__forks) return CTX_CLOSED; /* its turn and its items are the parent process's */
+    began = ctx_now();
     end = ctx__from_now(budget > 0 ? budget : 0);
     ctx__lock(&batch->mu);
     batch->closed = true;
@@ -6334,16 +6367,29 @@ CTXCANCEL_API int ctx_batch_close(ctx_batch_t *batch, ctx_dur_t budget) {
     if (!empty) {
         ctx_cancel_cause(batch->ctx, CTX_DEADLINE_EXCEEDED, "batcher closed");
         ctx__lock(&batch->mu);
-        empty = ctx__batch_wait_empty(batch, ctx__from_now(batch->desc.notice > 0 ? batch->desc.notice : 0));
+        empty = ctx__batch_wait_empty(batch, ctx__from_now(batch->desc.grace > 0 ? batch->desc.grace : 0));
         ctx__unlock(&batch->mu);
         if (!empty) ctx__batch_abandon(batch);
     }
-    ctx_after_stop(&batch->on_end);
     ctx__batch_disarm(batch);
-    ctx__tally_add(__atomic_load_n(&batch->dropped, __ATOMIC_ACQUIRE), 0);
+    ctx__batch_tally(batch);
     ctx_cancel(batch->ctx);
-    ctx__batch_unref(batch);
+    ctx__lock(&batch->mu);
+    batch->drained = true;
+    ctx__unlock(&batch->mu);
+    if (report) ctx__batch_report(batch, ctx_now() - began, report);
     return rc;
+}
+
+CTXCANCEL_API void ctx_batch_free(ctx_batch_t *batch) {
+    bool drained;
+    if (!batch) return;
+    ctx__lock(&batch->mu);
+    drained = batch->drained;
+    ctx__unlock(&batch->mu);
+    if (!drained) ctx_batch_drain(batch, 0, NULL);
+    ctx_on_done_stop(&batch->on_end);
+    ctx__batch_unref(batch);
 }
 
 /* -- limiter --
@@ -6416,7 +6462,7 @@ CTXCANCEL_API ctx_dur_t ctx_limiter_reserve(ctx_limiter_t *limiter, int64_t n) {
     return at > now ? at - now : 0;
 }
 
-CTXCANCEL_API void ctx_limiter_cancel(ctx_limiter_t *limiter, int64_t n) {
+CTXCANCEL_API void ctx_limiter_refund(ctx_limiter_t *limiter, int64_t n) {
     CTXCANCEL_ASSERT(limiter != NULL && n >= 0);
     if (n > CTX__SPAN_MAX / limiter->cost) n = CTX__SPAN_MAX / limiter->cost;
     ctx__limiter_return(limiter, n * limiter->cost, INT64_MAX);
@@ -6479,14 +6525,14 @@ CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_f
 /* Signals. The handler notes the signal and posts a semaphore, which is all that a handler may do; one thread waits
    there and cancels every context that asked for it. SA_RESETHAND has put the default action back by then. Per signal
    there is a count of contexts that want it and the action that stood before the first of them, which comes back with
-   the last. All of it under ctx__life; cancelling is done without. */
+   the last. All of it under ctx__life; canceling is done without. */
 
 enum { CTX__SIGNALS = 65 };
 
 typedef struct ctx__notify {
     ctx_t node;
     uint64_t wants[2];             /* [const] a bit per signal */
-    ctx_t *second;                 /* [const] cancelled by the second signal, which then does not end the process */
+    ctx_t *second;                 /* [const] canceled by the second signal, which then does not end the process */
     ctx_t *target;                 /* [signal thread] what the signal at hand cancels */
     struct ctx__notify *next_hit;  /* [signal thread] */
 } ctx__notify_t;
@@ -6747,13 +6793,13 @@ static ctx_t *ctx__fork_deepest(ctx_t *node) {
 
 /* In the child: forget the callbacks of threads that are gone, for their storage may go with their stacks. */
 static void ctx__fork_forget(ctx_t *node) {
-    ctx_after_t *all = node->after, *reg, *next;
+    ctx_on_done_t *all = node->after, *reg, *next;
     node->after = NULL;
     if (all) all->prev->next = NULL;
     for (reg = all; reg; reg = next) {
         next = reg->next;
         if ((reg->flags & CTX__REG_OWN) || (unsigned)reg->flags / CTX__REG_THREAD == ctx__self.index)
-            ctx__after_link(node, reg);
+            ctx__reg_link(node, reg);
         else
             reg->state = CTX__REG_IDLE;
     }
@@ -6922,8 +6968,8 @@ CTXCANCEL_API void ctx_runtime_stop(void) {
      FORCED    force was called; the same once more
      OVERDUE   what it needs goes on to stop, as if it had stopped; it may still do so inside the budget
      OVER      nothing is active any more, or it is late
-   A service is cancelled `notice` before the end of the budget at the latest, so one that stops when it is told does so
-   inside the budget. When the budget has passed, or in a hurry, everything is cancelled and forced without waiting for
+   A service is canceled `grace` before the end of the budget at the latest, so one that stops when it is told does so
+   inside the budget. When the budget has passed, or in a hurry, everything is canceled and forced without waiting for
    anything else. The fields of a phase belong to the supervisor.
 
    A service is counted: its owner and each active callback hold it. So a stuck one is left behind and nothing that it
@@ -6960,10 +7006,10 @@ struct ctx_service {
     int rc;                      /* [mu] the first error */
     ctx__tally_t tally;
     uint8_t phase;               /* [supervisor] from here on */
-    ctx_time_t began, cancelled, forced, deadline;
+    ctx_time_t began, canceled, forced, deadline;
     bool late;
     bool released;               /* what it needs has been told that it does not need that any more */
-    ctx_service_t **needs;       /* [const while an app runs] what `.after` names, ended by NULL */
+    ctx_service_t **needs;       /* [const while an app runs] what `.needs` names, ended by NULL */
     size_t dependents;           /* services that need this one and are not over */
     bool marked;                 /* scratch of who goes over all services */
     ctx__waiter_t *waiters;      /* [mu] callers that wait for the one stop */
@@ -7160,15 +7206,15 @@ static int ctx__service_launch(ctx_service_t *service, void (*run)(const ctx__jo
 
 /* -- one service's way through a stop: by the supervisor, without the lock -- */
 
-static ctx_dur_t ctx__service_notice(const ctx_service_t *service) {
-    return service->desc.notice > 0 ? service->desc.notice : 0;
+static ctx_dur_t ctx__service_grace(const ctx_service_t *service) {
+    return service->desc.grace > 0 ? service->desc.grace : 0;
 }
 
-/* When it must be cancelled to have its notice inside the budget. */
+/* When it must be canceled to have its grace period inside the budget. */
 static ctx_time_t ctx__stop_cut(const ctx__stop_t *stop, const ctx_service_t *service) {
-    ctx_dur_t notice = ctx__service_notice(service);
+    ctx_dur_t grace = ctx__service_grace(service);
     if (stop->end == CTX_NO_DEADLINE) return CTX_NO_DEADLINE;
-    return ctx_time_add(stop->end, -(notice < stop->budget / 2 ? notice : stop->budget / 2));
+    return ctx_time_add(stop->end, -(grace < stop->budget / 2 ? grace : stop->budget / 2));
 }
 
 static void ctx__stop_deadline(ctx__stop_t *stop, ctx_service_t *service, ctx_time_t deadline) {
@@ -7203,7 +7249,7 @@ static void ctx__stop_over(ctx__stop_t *stop, ctx_service_t *service, bool late)
     ctx__stop_release(service);
 }
 
-/* Its last notice has passed. */
+/* Its last grace period has passed. */
 static void ctx__stop_overdue(ctx__stop_t *stop, ctx_service_t *service, ctx_time_t now) {
     if (stop->hurry || now >= stop->end) {
         ctx__stop_over(stop, service, true);
@@ -7215,19 +7261,19 @@ static void ctx__stop_overdue(ctx__stop_t *stop, ctx_service_t *service, ctx_tim
 }
 
 static void ctx__stop_cancel(ctx__stop_t *stop, ctx_service_t *service) {
-    bool first = service->cancelled == CTX__NEVER;
+    bool first = service->canceled == CTX__NEVER;
     service->phase = CTX__CANCELED;
-    if (first) service->cancelled = ctx_now();
+    if (first) service->canceled = ctx_now();
     ctx__cancel(service->ctx, CTX_CANCELED, stop->code ? stop->code : CTX_CANCELED, stop->what);
     if (service->drain_ctx) ctx_cancel(service->drain_ctx);
     if (!ctx__service_is_active(service)) ctx__stop_over(stop, service, false);
-    else ctx__stop_deadline(stop, service, ctx__from_now(ctx__service_notice(service)));
+    else ctx__stop_deadline(stop, service, ctx__from_now(ctx__service_grace(service)));
 }
 
 static void ctx__stop_force(ctx__stop_t *stop, ctx_service_t *service) {
     service->phase = CTX__FORCED;
     service->forced = ctx_now();
-    ctx__stop_deadline(stop, service, ctx_time_add(ctx__min(service->forced, stop->end), ctx__service_notice(service)));
+    ctx__stop_deadline(stop, service, ctx_time_add(ctx__min(service->forced, stop->end), ctx__service_grace(service)));
     ctx__service_launch(service, ctx__service_force_job, NULL, true);
 }
 
@@ -7245,7 +7291,7 @@ static ctx_t *ctx__service_drain_ctx(ctx_service_t *service, ctx_time_t deadline
     return service->drain_ctx;
 }
 
-/* Refuse and drain, if there is anything to do; then it is cancelled. */
+/* Refuse and drain, if there is anything to do; then it is canceled. */
 static void ctx__stop_quiet(ctx__stop_t *stop, ctx_service_t *service) {
     ctx_time_t deadline = ctx__stop_cut(stop, service);
     if (!service->desc.refuse && !service->desc.drain) {
@@ -7300,7 +7346,7 @@ static void ctx__stop_advance(ctx__stop_t *stop, ctx_service_t *service, ctx_tim
     }
 }
 
-/* The budget of an app has passed, or a second signal came: all that are left go on to cancelled and forced. */
+/* The budget of an app has passed, or a second signal came: all that are left go on to canceled and forced. */
 static void ctx__stop_hurry(ctx__stop_t *stop) {
     size_t i;
     if (stop->hurry || !stop->app) return;
@@ -7312,7 +7358,7 @@ static void ctx__stop_hurry(ctx__stop_t *stop) {
         if (service->phase <= CTX__QUIET) ctx__stop_cancel(stop, service);
         if (service->phase == CTX__CANCELED && service->desc.force) ctx__stop_force(stop, service);
         if (service->phase == CTX__OVERDUE)
-            ctx__stop_deadline(stop, service, ctx__min(service->deadline, ctx__from_now(ctx__service_notice(service))));
+            ctx__stop_deadline(stop, service, ctx__min(service->deadline, ctx__from_now(ctx__service_grace(service))));
     }
 }
 
@@ -7374,11 +7420,11 @@ static ctx_dur_t ctx__since(ctx_time_t start, ctx_time_t t) {
 
 /* [mu] When the last thing of it was over. */
 static ctx_time_t ctx__service_over_at(const ctx_service_t *service) {
-    return service->finished > service->cancelled ? service->finished : service->cancelled;
+    return service->finished > service->canceled ? service->finished : service->canceled;
 }
 
 /* [mu] */
-static bool ctx__stop_held(const ctx__stop_t *stop) {
+static bool ctx__stop_within_budget(const ctx__stop_t *stop) {
     size_t i;
     for (i = 0; i < stop->n; i++)
         if (stop->services[i]->late || stop->services[i]->finished > stop->end) return false;
@@ -7389,12 +7435,12 @@ static bool ctx__stop_held(const ctx__stop_t *stop) {
 static void ctx__service_part(const ctx_service_t *service, ctx_time_t start, ctx_shutdown_part_t *part) {
     memset(part, 0, sizeof *part);
     part->name = service->desc.name;
-    part->began = ctx__since(start, service->began);
-    part->noticed = ctx__since(start, service->noticed);
-    part->drained = ctx__since(start, service->drained);
-    part->cancelled = ctx__since(start, service->cancelled);
-    part->forced = ctx__since(start, service->forced);
-    part->finished = service->late ? -1 : ctx__since(start, ctx__service_over_at(service));
+    part->began_at = ctx__since(start, service->began);
+    part->noticed_at = ctx__since(start, service->noticed);
+    part->drained_at = ctx__since(start, service->drained);
+    part->canceled_at = ctx__since(start, service->canceled);
+    part->forced_at = ctx__since(start, service->forced);
+    part->finished_at = service->late ? -1 : ctx__since(start, ctx__service_over_at(service));
     part->rc = service->rc;
     part->dropped = __atomic_load_n(&service->tally.dropped, __ATOMIC_RELAXED);
     part->stuck = __atomic_load_n(&service->tally.stuck, __ATOMIC_RELAXED);
@@ -7423,7 +7469,7 @@ static void ctx__stop_mark(const ctx__stop_t *stop, size_t most) {
 }
 
 static int ctx__part_compare(const ctx_shutdown_part_t *a, const ctx_shutdown_part_t *b) {
-    return a->began < b->began ? -1 : a->began > b->began;
+    return a->began_at < b->began_at ? -1 : a->began_at > b->began_at;
 }
 
 static void ctx__parts_sort(ctx_shutdown_part_t *parts, size_t n) {
@@ -7436,7 +7482,7 @@ static void ctx__parts_sort(ctx_shutdown_part_t *parts, size_t n) {
 }
 
 /* [mu] All but lame_duck and rc. */
-static void ctx__stop_report(const ctx__stop_t *stop, ctx_dur_t took, ctx_shutdown_t *report) {
+static void ctx__stop_report(const ctx__stop_t *stop, ctx_dur_t took, ctx_shutdown_report_t *report) {
     ctx_time_t start = stop->start;
     size_t i;
     memset(report, 0, sizeof *report);
@@ -7451,7 +7497,7 @@ static void ctx__stop_report(const ctx__stop_t *stop, ctx_dur_t took, ctx_shutdo
         report->dropped += __atomic_load_n(&service->tally.dropped, __ATOMIC_RELAXED);
         if (service->marked) ctx__service_part(service, start, &report->parts[report->n++]);
     }
-    report->held = ctx__stop_held(stop);
+    report->within_budget = ctx__stop_within_budget(stop);
     ctx__parts_sort(report->parts, report->n);
 }
 
@@ -7467,13 +7513,13 @@ static const char *ctx__dur_text(char *text, size_t size, ctx_dur_t dur) {
 #define CTX__BAR 32 /* columns of a time line */
 
 /* The column of a time. */
-static int ctx__bar_at(const ctx_shutdown_t *report, ctx_dur_t t) {
+static int ctx__bar_at(const ctx_shutdown_report_t *report, ctx_dur_t t) {
     double at = report->took > 0 ? (double)t / (double)report->took * CTX__BAR : 0;
     return at < 0 ? 0 : at > CTX__BAR ? CTX__BAR : (int)at;
 }
 
 /* Something that took no time still shows, in one column. */
-static void ctx__bar_fill(char *bar, const ctx_shutdown_t *report, ctx_dur_t from, ctx_dur_t to, char mark) {
+static void ctx__bar_fill(char *bar, const ctx_shutdown_report_t *report, ctx_dur_t from, ctx_dur_t to, char mark) {
     int i = ctx__bar_at(report, from), end = to < 0 ? CTX__BAR : ctx__bar_at(report, to);
     if (from < 0) return;
     if (i == CTX__BAR) i--;
@@ -7490,13 +7536,13 @@ static void ctx__print_fitted(const char *text, int columns, FILE *file) {
     while (columns-- > 0) fputc(' ', file);
 }
 
-static void ctx__part_bar(const ctx_shutdown_t *report, const ctx_shutdown_part_t *part, char *bar) {
+static void ctx__part_bar(const ctx_shutdown_report_t *report, const ctx_shutdown_part_t *part, char *bar) {
     memset(bar, ' ', CTX__BAR);
     bar[CTX__BAR] = 0;
     if (part->not_started) return;
-    ctx__bar_fill(bar, report, part->began, part->finished, '=');
-    ctx__bar_fill(bar, report, part->cancelled, part->finished, '~');
-    ctx__bar_fill(bar, report, part->forced, part->finished, '!');
+    ctx__bar_fill(bar, report, part->began_at, part->finished_at, '=');
+    ctx__bar_fill(bar, report, part->canceled_at, part->finished_at, '~');
+    ctx__bar_fill(bar, report, part->forced_at, part->finished_at, '!');
     if (part->late) bar[CTX__BAR - 1] = '>';
 }
 
@@ -7506,14 +7552,14 @@ static void ctx__part_text(const ctx_shutdown_part_t *part, char *text, size_t s
     int n;
     if (part->late) n = snprintf(text, size, "LATE");
     else if (part->not_started) n = snprintf(text, size, part->rc ? "start failed" : "not started");
-    else n = snprintf(text, size, "until %s", ctx__dur_text(time, sizeof time, part->finished));
+    else n = snprintf(text, size, "until %s", ctx__dur_text(time, sizeof time, part->finished_at));
     if (part->dropped)
         n += snprintf(text + n, size - (size_t)n, ", %llu dropped", (unsigned long long)part->dropped);
     if (part->stuck) n += snprintf(text + n, size - (size_t)n, ", %llu stuck", (unsigned long long)part->stuck);
     if (part->rc) snprintf(text + n, size - (size_t)n, ", %.60s", ctx_strerror(part->rc));
 }
 
-static void ctx__part_print(const ctx_shutdown_t *report, const ctx_shutdown_part_t *part, FILE *file) {
+static void ctx__part_print(const ctx_shutdown_report_t *report, const ctx_shutdown_part_t *part, FILE *file) {
     char bar[CTX__BAR + 1], text[200];
     ctx__part_bar(report, part, bar);
     ctx__part_text(part, text, sizeof text);
@@ -7522,7 +7568,7 @@ static void ctx__part_print(const ctx_shutdown_t *report, const ctx_shutdown_par
     fprintf(file, " |%s| %.46s\n", bar, text);
 }
 
-CTXCANCEL_API int ctx_shutdown_print(const ctx_shutdown_t *report, FILE *file) {
+CTXCANCEL_API int ctx_shutdown_print(const ctx_shutdown_report_t *report, FILE *file) {
     char took[32], budget[32], duck[32];
     size_t i, n;
     if (!report || !file) return CTX_INVALID;
@@ -7530,14 +7576,14 @@ CTXCANCEL_API int ctx_shutdown_print(const ctx_shutdown_t *report, FILE *file) {
     errno = 0;
     fprintf(file, "shutdown (%.24s): %s of %s, %s\n", report->cause ? report->cause : "request",
             ctx__dur_text(took, sizeof took, report->took), ctx__dur_text(budget, sizeof budget, report->budget),
-            report->late ? "some are late" : report->held ? "inside the budget" : "over the budget");
+            report->late ? "some are late" : report->within_budget ? "inside the budget" : "over the budget");
     if (report->lame_duck > 0)
         fprintf(file, "  of which %s as a lame duck\n", ctx__dur_text(duck, sizeof duck, report->lame_duck));
     if (report->forced) fprintf(file, "  forced by a second signal\n");
     if (report->rc) fprintf(file, "  error: %.80s\n", ctx_strerror(report->rc));
     fprintf(file, "  components: %llu, late: %llu, dropped: %llu\n", (unsigned long long)report->total,
             (unsigned long long)report->late, (unsigned long long)report->dropped);
-    if (n) fprintf(file, "  = refuse and drain   ~ cancelled   ! forced   > still running\n");
+    if (n) fprintf(file, "  = refuse and drain   ~ canceled   ! forced   > still running\n");
     for (i = 0; i < n; i++) ctx__part_print(report, &report->parts[i], file);
     if (report->total > n) fprintf(file, "  and %llu more\n", (unsigned long long)(report->total - n));
     if (!fflush(file) && !ferror(file)) return 0;
@@ -7557,10 +7603,10 @@ static ctx_service_t *ctx__service_make(ctx_t *parent, const ctx_service_desc_t 
     ctx__me();
     service->desc = *desc;
     if (!service->desc.name) service->desc.name = "service";
-    if (!service->desc.notice) service->desc.notice = CTX_MS(100);
+    if (!service->desc.grace) service->desc.grace = CTX_MS(100);
     service->refs = 1;
     service->noticed = service->drained = service->finished = CTX__NEVER;
-    service->began = service->cancelled = service->forced = CTX__NEVER;
+    service->began = service->canceled = service->forced = CTX__NEVER;
     service->deadline = CTX_NO_DEADLINE;
     make.name = service->desc.name;
     make.site = "ctx_service_new";
@@ -7643,7 +7689,7 @@ CTXCANCEL_API int ctx_service_start(ctx_service_t *service) {
     }
     ctx__unlock(&ctx__services.mu);
     if (state >= CTX__STOPPING) return CTX_CLOSED;
-    if (state != CTX__NEW) return CTX_BUSY;
+    if (state != CTX__NEW) return CTX_ALREADY;
     __atomic_fetch_add(&service->refs, 1u, __ATOMIC_RELAXED);
     rc = ctx__service_do_start(service);
     ctx__service_unref(service);
@@ -7651,7 +7697,7 @@ CTXCANCEL_API int ctx_service_start(ctx_service_t *service) {
 }
 
 /* [mu] What the one stop came to, for each of its callers. */
-static int ctx__service_result(ctx_service_t *service, ctx_shutdown_t *report) {
+static int ctx__service_result(ctx_service_t *service, ctx_shutdown_report_t *report) {
     ctx__stop_t stop;
     if (!report) return service->stop_rc;
     memset(&stop, 0, sizeof stop);
@@ -7677,12 +7723,12 @@ static void ctx__service_supervise(ctx_service_t *service, ctx__stop_t *stop) {
     service->stop_start = stop->start;
     service->stop_budget = stop->budget;
     service->stop_took = ctx_now() - stop->start;
-    service->stop_rc = ctx__stop_held(stop) ? service->rc : CTX_DEADLINE_EXCEEDED;
+    service->stop_rc = ctx__stop_within_budget(stop) ? service->rc : CTX_DEADLINE_EXCEEDED;
     ctx__waiters_wake(&service->waiters);
     ctx__unlock(&ctx__services.mu);
 }
 
-CTXCANCEL_API int ctx_service_stop(ctx_service_t *service, ctx_dur_t budget, ctx_shutdown_t *report) {
+CTXCANCEL_API int ctx_service_stop(ctx_service_t *service, ctx_dur_t budget, ctx_shutdown_report_t *report) {
     ctx__waiter_t waiter;
     ctx__stop_t stop;
     bool mine;
@@ -7810,7 +7856,7 @@ static int ctx__app_resolve(ctx_app_t *app) {
     size_t i, n, at;
     for (i = 0; i < stbds_arrlenu(app->services); i++) {
         ctx_service_t *service = app->services[i];
-        const char *const *after = service->desc.after;
+        const char *const *after = service->desc.needs;
         for (n = 0; after && after[n]; n++) {}
         service->needs = (ctx_service_t **)ctx__alloc((n + 1) * sizeof(ctx_service_t *));
         if (!service->needs) return CTX_NO_MEMORY;
@@ -7943,7 +7989,7 @@ static int ctx__app_shut_down(ctx_app_t *app, const ctx_app_desc_t *desc, ctx__s
     ctx__lock(&ctx__services.mu);
     rc = app->failed_rc;
     for (i = 0; i < stop->n; i++) stop->services[i]->stop = NULL;
-    if (!rc && !ctx__stop_held(stop)) rc = CTX_DEADLINE_EXCEEDED;
+    if (!rc && !ctx__stop_within_budget(stop)) rc = CTX_DEADLINE_EXCEEDED;
     if (desc->report) {
         ctx__stop_report(stop, ctx_now() - stop->start, desc->report);
         desc->report->lame_duck = duck;
@@ -8008,7 +8054,7 @@ static void ctx__cleanup_item_free(ctx__cleanup_item_t *item) {
 
 CTXCANCEL_API int ctx_cleanup_add(ctx_cleanup_t *cleanup, const ctx_cleanup_desc_t *desc) {
     ctx__cleanup_item_t *item;
-    if (!cleanup || !desc || !desc->fn || desc->deadline < 0) return CTX_INVALID;
+    if (!cleanup || !desc || !desc->fn || desc->timeout < 0) return CTX_INVALID;
     item = (ctx__cleanup_item_t *)ctx__alloc(sizeof *item);
     if (!item) return CTX_NO_MEMORY;
     item->desc = *desc;
@@ -8059,7 +8105,7 @@ static void ctx__cleanup_launch(ctx__cleanup_item_t *item, ctx__cleanup_run_t *r
     job.owner = item;
     item->run = run;
     item->began = ctx_now();
-    item->deadline = ctx_time_add(item->began, item->desc.deadline ? item->desc.deadline : budget);
+    item->deadline = ctx_time_add(item->began, item->desc.timeout ? item->desc.timeout : budget);
     make.name = item->desc.name;
     make.site = "ctx_cleanup_run";
     make.deadline = ctx__timer_ready() ? CTX_NO_DEADLINE : item->deadline;
@@ -8095,19 +8141,19 @@ static void ctx__cleanup_wait(const ctx__cleanup_item_t *items, ctx__cleanup_run
 static void ctx__cleanup_part(const ctx__cleanup_item_t *item, ctx_time_t start, ctx_shutdown_part_t *part) {
     memset(part, 0, sizeof *part);
     part->name = item->desc.name;
-    part->began = ctx__since(start, item->began);
-    part->drained = part->forced = -1;
+    part->began_at = ctx__since(start, item->began);
+    part->drained_at = part->forced_at = -1;
     part->late = item->finished == CTX__NEVER;
-    part->cancelled = item->finished > item->deadline || (part->late && ctx_err(item->ctx))
+    part->canceled_at = item->finished > item->deadline || (part->late && ctx_err(item->ctx))
                           ? ctx__since(start, item->deadline) : -1;
-    part->noticed = part->finished = ctx__since(start, item->finished);
+    part->noticed_at = part->finished_at = ctx__since(start, item->finished);
     part->rc = item->rc;
     part->dropped = __atomic_load_n(&item->tally.dropped, __ATOMIC_RELAXED);
     part->stuck = __atomic_load_n(&item->tally.stuck, __ATOMIC_RELAXED);
 }
 
 /* [mu] The late ones first, for they matter most if there are too many. */
-static void ctx__cleanup_report(const ctx__cleanup_item_t *items, ctx_time_t start, ctx_shutdown_t *report) {
+static void ctx__cleanup_report(const ctx__cleanup_item_t *items, ctx_time_t start, ctx_shutdown_report_t *report) {
     const ctx__cleanup_item_t *item;
     int late;
     for (late = 1; late >= 0; late--) {
@@ -8145,7 +8191,7 @@ static int ctx__cleanup_part_ways(ctx__cleanup_item_t *items, ctx__cleanup_item_
     return rc ? rc : late ? CTX_DEADLINE_EXCEEDED : 0;
 }
 
-CTXCANCEL_API int ctx_cleanup_run(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_shutdown_t *report) {
+CTXCANCEL_API int ctx_cleanup_run(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_shutdown_report_t *report) {
     ctx__cleanup_item_t *items, *item, *done = NULL;
     ctx_time_t start = ctx_now(), end;
     ctx__cleanup_run_t run;
@@ -8176,7 +8222,7 @@ CTXCANCEL_API int ctx_cleanup_run(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_
     report->cause = "cleanup";
     report->budget = budget;
     report->took = ctx_now() - start;
-    report->held = report->late == 0;
+    report->within_budget = report->late == 0;
     report->rc = rc;
     return rc;
 }

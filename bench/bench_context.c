@@ -1,4 +1,4 @@
-/* Contexts: make and end, alone and on a shared parent; a request's whole budget; cancelling many; callbacks and
+/* Contexts: make and end, alone and on a shared parent; a request's whole budget; canceling many; callbacks and
    leaves. */
 #ifdef BENCH_COUNT
 #include "count.h"
@@ -76,7 +76,7 @@ static uint64_t monotonic_clock(size_t n) {
     return bench_now() - began;
 }
 
-/* `n` children below one parent, cancelled by it `times` times: nanoseconds of the cancelling alone. */
+/* `n` children below one parent, canceled by it `times` times: nanoseconds of the canceling alone. */
 static uint64_t cancel_many(size_t n, size_t times) {
     ctx_t **child = (ctx_t **)malloc(n * sizeof *child);
     uint64_t spent = 0;
@@ -87,7 +87,7 @@ static uint64_t cancel_many(size_t n, size_t times) {
         uint64_t began = bench_now();
         ctx_cancel(parent);
         spent += bench_now() - began;
-        bench_check(ctx_err(child[0]) && ctx_err(child[n - 1]), "a child was not cancelled");
+        bench_check(ctx_err(child[0]) && ctx_err(child[n - 1]), "a child was not canceled");
         for (size_t i = 0; i < n; i++) ctx_end(child[i]);
         ctx_end(parent);
     }
@@ -101,12 +101,12 @@ static uint64_t cancel_10k(size_t n) { return cancel_many(10000, n / 10000 + 1);
 static void on_done(void *arg) { BENCH_KEEP(arg); }
 
 static uint64_t after_stop(size_t n) {
-    ctx_after_t after;
+    ctx_on_done_t after;
     uint64_t began = bench_now();
     for (size_t i = 0; i < n; i++) {
-        ctx_after(&after, server, on_done, &after);
+        ctx_on_done(&after, server, on_done, &after);
         BENCH_BARRIER();
-        bool stopped = ctx_after_stop(&after);
+        bool stopped = ctx_on_done_stop(&after);
         BENCH_KEEP((int)stopped);
     }
     return bench_now() - began;

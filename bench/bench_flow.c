@@ -83,7 +83,8 @@ static uint64_t batch_add(size_t n) {
         add_row(batch, 0);
         while (__atomic_load_n(&written, __ATOMIC_ACQUIRE) != b * BATCH) sched_yield();
     }
-    bench_check(ctx_batch_close(batch, CTX_S(5)) == 0, "the batcher did not close");
+    bench_check(ctx_batch_drain(batch, CTX_S(5), NULL) == 0, "the batcher did not drain");
+    ctx_batch_free(batch);
     return spent * n / (batches * (BATCH - 1));
 }
 
@@ -95,7 +96,8 @@ static uint64_t batch_flush(size_t n) {
         row_t row = {i, 0.5};
         bench_check(ctx_batch_add_wait(batch, server, &row) == 0, "a row was not taken");
     }
-    bench_check(ctx_batch_close(batch, CTX_S(5)) == 0, "the batcher did not close");
+    bench_check(ctx_batch_drain(batch, CTX_S(5), NULL) == 0, "the batcher did not drain");
+    ctx_batch_free(batch);
     uint64_t spent = bench_now() - began;
     bench_check(written == n, "rows were lost");
     return spent;

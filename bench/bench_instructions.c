@@ -35,7 +35,7 @@ static void request(size_t n) {
     }
 }
 
-/* All made, cancelled at once, and ended: what is made and ended is in the count. */
+/* All made, canceled at once, and ended: what is made and ended is in the count. */
 static void cancel_each(size_t n) {
     ctx_t **child = (ctx_t **)malloc(n * sizeof *child);
     ctx_t *parent = ctx_with_cancel(server);
@@ -50,10 +50,10 @@ static void cancel_each(size_t n) {
 static void on_done(void *arg) { BENCH_KEEP(arg); }
 
 static void after_stop(size_t n) {
-    ctx_after_t after;
+    ctx_on_done_t after;
     for (size_t i = 0; i < n; i++) {
-        ctx_after(&after, server, on_done, NULL);
-        ctx_after_stop(&after);
+        ctx_on_done(&after, server, on_done, NULL);
+        ctx_on_done_stop(&after);
     }
 }
 

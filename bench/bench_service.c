@@ -50,7 +50,7 @@ static void *stopper_main(void *arg) {
     stop_t *stop = (stop_t *)arg;
     while (!ctx_app_ready(stop->app) || __atomic_load_n(&running, __ATOMIC_ACQUIRE) != stop->runs) sleep_us(100);
     sleep_us(stop->settle_us);
-    stop->began = bench_now();
+    stop->began_at = bench_now();
     kill(getpid(), SIGTERM);
     return NULL;
 }
@@ -65,7 +65,7 @@ static uint64_t run_and_stop(ctx_app_t *app, uint32_t runs, long settle_us) {
     uint64_t ended = bench_now();
     bench_check(rc == 0, "the app did not end well");
     pthread_join(stopper, NULL);
-    return ended - stop.began;
+    return ended - stop.began_at;
 }
 
 /* A program stops once, so each app starts without idle threads and caches. */
@@ -100,8 +100,8 @@ static uint64_t stop_few(bool chain) {
     ctx_app_t *app = new_app();
     for (int i = 0; i < FEW; i++) {
         ctx_service_desc_t desc = {
-            .name = name[i], .run = run_parked, .refuse = refuse_nothing, .drain = drain_nothing, .notice = NOTICE};
-        if (chain) desc.after = after[i];
+            .name = name[i], .run = run_parked, .refuse = refuse_nothing, .drain = drain_nothing, .grace = NOTICE};
+        if (chain) desc.needs = after[i];
         bench_check(ctx_app_add(app, &desc) == 0, "no service");
     }
     return run_and_stop(app, FEW, SETTLE_FEW);
@@ -131,8 +131,8 @@ static void stop_many_bare(void) {
 }
 
 int main(void) {
-    static const ctx_service_desc_t only_drain = {.drain = drain_nothing, .notice = NOTICE};
-    static const ctx_service_desc_t only_run = {.run = run_parked, .notice = NOTICE};
+    static const ctx_service_desc_t only_drain = {.drain = drain_nothing, .grace = NOTICE};
+    static const ctx_service_desc_t only_run = {.run = run_parked, .grace = NOTICE};
     server = ctx_with_cancel(ctx_background());
     app_figure("app_shutdown", true);
     app_figure("app_shutdown_flat", false);

@@ -198,4 +198,11 @@ static inline UNUSED_OK int threads_settled(void) {
 
 static inline UNUSED_OK int fd_count(void) { return entries("/proc/self/fd"); }
 
+/* Drain a batcher and free it: the result of the drain, 0 for none. */
+static inline int batch_close(ctx_batch_t *batch, ctx_dur_t budget) {
+    int rc = batch ? ctx_batch_drain(batch, budget, NULL) : 0;
+    ctx_batch_free(batch);
+    return rc;
+}
+
 #endif /* GATES_H */

@@ -72,7 +72,7 @@ static inline void drive(const int *flag) {
 
 /* -- actors ----------------------------------------------------------------------------------------------------- */
 
-typedef enum { STARTS, STARTED, RUNS, REFUSES, DRAINS, DRAINED, CANCELLED, FORCES, RETURNED, EVENTS } event_t;
+typedef enum { STARTS, STARTED, RUNS, REFUSES, DRAINS, DRAINED, CANCELED, FORCES, RETURNED, EVENTS } event_t;
 
 typedef struct {
     const char *name;
@@ -81,7 +81,7 @@ typedef struct {
     gate_t *start_gate, *run_gate, *refuse_gate, *drain_gate, *force_gate;
     gate_t *force_opens;   /* `force` opens this gate */
     bool run_ends;         /* `run` returns without waiting for its context */
-    ctx_dur_t run_lingers; /* once cancelled `run` goes on for so long */
+    ctx_dur_t run_lingers; /* once canceled `run` goes on for so long */
     ctx_dur_t drain_takes; /* how long `drain` takes unless its context ends before */
     int start_rc, run_rc, drain_rc;
 
@@ -94,7 +94,7 @@ typedef struct {
     ctx_time_t run_deadline;
     ctx_cause_t cause; /* of the context of `run` */
     pthread_t starter, runner, drainer;
-    ctx_after_t reg;
+    ctx_on_done_t reg;
 } actor_t;
 
 static int events_so_far; /* [atomic] */
@@ -121,7 +121,7 @@ static inline bool before(const actor_t *a, event_t first, const actor_t *b, eve
     return times(a, first) && times(b, second) && a->place[first] < b->place[second];
 }
 
-static inline void notes_cancelled(void *arg) { note((actor_t *)arg, CANCELLED); }
+static inline void notes_canceled(void *arg) { note((actor_t *)arg, CANCELED); }
 
 static inline int actor_start(ctx_t *ctx, void *user) {
     actor_t *a = (actor_t *)user;
@@ -139,14 +139,14 @@ static inline int actor_run(ctx_t *ctx, void *user) {
     actor_t *a = (actor_t *)user;
     a->runner = pthread_self();
     a->run_deadline = ctx_deadline(ctx);
-    ctx_after(&a->reg, ctx, notes_cancelled, a);
+    ctx_on_done(&a->reg, ctx, notes_canceled, a);
     note(a, RUNS);
     if (a->run_gate)
         gate_pass(a->run_gate);
     else if (!a->run_ends)
         ctx_wait(ctx, CTX_FOREVER);
     if (a->run_lingers) ctx_sleep(ctx_background(), a->run_lingers);
-    if (ctx_after_stop(&a->reg) && ctx_err(ctx)) note(a, CANCELLED); /* it was woken before the callback ran */
+    if (ctx_on_done_stop(&a->reg) && ctx_err(ctx)) note(a, CANCELED); /* it was woken before the callback ran */
     a->cause = ctx_cause(ctx);
     int rc = a->run_rc;
     note(a, RETURNED);
@@ -207,8 +207,8 @@ static inline void expect_stopped(const actor_t *a) {
     expect_orderly(a);
     EXPECT(before(a, RUNS, a, REFUSES));
     EXPECT(before(a, REFUSES, a, DRAINS));
-    EXPECT(before(a, DRAINED, a, CANCELLED));
-    EXPECT(before(a, CANCELLED, a, RETURNED));
+    EXPECT(before(a, DRAINED, a, CANCELED));
+    EXPECT(before(a, CANCELED, a, RETURNED));
     EXPECT_EQ(times(a, FORCES), 0);
 }
 
@@ -238,7 +238,7 @@ static inline UNUSED_OK ctx_service_t *started(ctx_t *parent, const ctx_service_
 typedef struct {
     ctx_service_t *service;
     ctx_dur_t budget;
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     int tid, done, rc;
     pthread_t thread;
 } stopper_t;
@@ -259,7 +259,7 @@ static inline UNUSED_OK void stop_apart(stopper_t *s, ctx_service_t *service, ct
 }
 
 /* Stop while the fake clock moves. */
-static inline UNUSED_OK int stop_driven(ctx_service_t *service, ctx_dur_t budget, ctx_shutdown_t *report) {
+static inline UNUSED_OK int stop_driven(ctx_service_t *service, ctx_dur_t budget, ctx_shutdown_report_t *report) {
     stopper_t s;
     stop_apart(&s, service, budget);
     drive(&s.done);

@@ -4,7 +4,7 @@
        #include "ctxcancel.h"
        #include "test.h"
 
-       TEST(a_cancelled_child_leaves_its_parent_alone) {
+       TEST(a_canceled_child_leaves_its_parent_alone) {
            ...
            CHECK(ctx_err(parent) == 0);
        }

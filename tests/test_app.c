@@ -33,7 +33,7 @@ static ctx_app_t *new_app(void) {
 
 static void join(ctx_app_t *app, actor_t *a, const char *const *after) {
     ctx_service_desc_t desc = describe(a);
-    desc.after = after;
+    desc.needs = after;
     EXPECT_EQ(ctx_app_add(app, &desc), 0);
 }
 
@@ -41,7 +41,7 @@ static void join(ctx_app_t *app, actor_t *a, const char *const *after) {
 typedef struct {
     ctx_app_t *app;
     ctx_app_desc_t desc;
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     int rc, done;
     int forces;           /* [atomic] calls of on_force */
     int force_place;      /* the first of them among the events of actors */
@@ -108,7 +108,7 @@ static bool caused_by(const runner_t *runner, const char *cause) {
     return runner->report.cause && strcmp(runner->report.cause, cause) == 0;
 }
 
-static const ctx_shutdown_part_t *part_of(const ctx_shutdown_t *report, const char *name) {
+static const ctx_shutdown_part_t *part_of(const ctx_shutdown_report_t *report, const char *name) {
     static const ctx_shutdown_part_t none;
     for (size_t i = 0; i < report->n; i++)
         if (strcmp(report->parts[i].name, name) == 0) return &report->parts[i];
@@ -139,7 +139,7 @@ static const char *const after_nothing[] = {NULL};
 static void expect_in_order(const actor_t *first, const actor_t *second) {
     EXPECT(before(first, STARTED, second, STARTS));
     EXPECT(before(second, RETURNED, first, REFUSES));
-    EXPECT(before(second, RETURNED, first, CANCELLED));
+    EXPECT(before(second, RETURNED, first, CANCELED));
 }
 
 TEST(a_diamond_starts_from_its_bottom_and_stops_from_its_top) {
@@ -198,9 +198,9 @@ TEST(one_is_told_to_stop_as_soon_as_those_that_need_it_have) {
     EXPECT_EQ(a.at[REFUSES], CTX_S(1));
     EXPECT_EQ(c.at[REFUSES], CTX_S(3));
     EXPECT_EQ(runner.report.took, CTX_S(3));
-    EXPECT_EQ(part_of(&runner.report, "a")->began, CTX_S(1));
-    EXPECT_EQ(part_of(&runner.report, "b")->began, 0);
-    EXPECT_EQ(part_of(&runner.report, "c")->began, CTX_S(3));
+    EXPECT_EQ(part_of(&runner.report, "a")->began_at, CTX_S(1));
+    EXPECT_EQ(part_of(&runner.report, "b")->began_at, 0);
+    EXPECT_EQ(part_of(&runner.report, "c")->began_at, CTX_S(3));
     nothing_is_left();
 }
 
@@ -302,7 +302,7 @@ TEST(a_failed_run_ends_the_app_in_order_and_is_returned) {
     gate_open(&gate);
     EXPECT_EQ(await_end(&runner), -ENOSPC);
     EXPECT(caused_by(&runner, "c"));
-    expect_stopped(&a); /* drained before it was cancelled: the failure was another's */
+    expect_stopped(&a); /* drained before it was canceled: the failure was another's */
     expect_stopped(&b);
     expect_in_order(&a, &b);
     expect_orderly(&c);
@@ -343,7 +343,7 @@ TEST(a_failure_during_the_shutdown_is_returned) {
     runner_t runner;
     EXPECT_EQ(run_and_terminate(&runner, app), -EPERM);
     EXPECT(caused_by(&runner, "SIGTERM"));
-    EXPECT(runner.report.held);
+    EXPECT(runner.report.within_budget);
     EXPECT_EQ(part_of(&runner.report, "a")->rc, -EPERM);
     nothing_is_left();
 }
@@ -402,7 +402,7 @@ TEST(by_default_sigterm_and_sigint_end_the_app) {
         send_self(all[i].sig);
         EXPECT_EQ(await_end(&runner), 0);
         EXPECT(caused_by(&runner, all[i].name));
-        EXPECT(!runner.report.forced && runner.report.held);
+        EXPECT(!runner.report.forced && runner.report.within_budget);
         EXPECT(is_default(SIGTERM) && is_default(SIGINT));
         expect_stopped(&a);
     }
@@ -530,13 +530,13 @@ TEST(a_second_signal_skips_to_force) {
     send_self(SIGTERM);
     pass(CTX_S(1));
     EXPECT_EQ(times(&b, DRAINS), 1);
-    EXPECT_EQ(times(&b, CANCELLED), 0);
+    EXPECT_EQ(times(&b, CANCELED), 0);
     send_self(SIGINT);                /* any of them */
     EXPECT_EQ(await_end(&runner), 0); /* everything stopped inside the budget */
     EXPECT_EQ(b.at[DRAINED], CTX_S(1));
-    EXPECT_EQ(b.at[CANCELLED], CTX_S(1));
-    EXPECT_EQ(a.at[CANCELLED], CTX_S(1));
-    EXPECT(runner.report.forced && runner.report.held);
+    EXPECT_EQ(b.at[CANCELED], CTX_S(1));
+    EXPECT_EQ(a.at[CANCELED], CTX_S(1));
+    EXPECT(runner.report.forced && runner.report.within_budget);
     EXPECT(caused_by(&runner, "SIGTERM"));
     EXPECT_EQ(runner.report.took, CTX_S(1));
     EXPECT_EQ(runner.forces, 1);
@@ -564,7 +564,7 @@ TEST(after_a_second_signal_a_stuck_component_does_not_hold_the_app) {
     EXPECT_EQ(times(&stuck, FORCES), 1);
     EXPECT(runner.force_place < stuck.place[FORCES]);
     EXPECT_EQ(runner.forces, 1);
-    EXPECT(runner.report.forced && !runner.report.held && runner.report.late == 1);
+    EXPECT(runner.report.forced && !runner.report.within_budget && runner.report.late == 1);
     EXPECT(part_of(&runner.report, "stuck")->late && !part_of(&runner.report, "a")->late);
     EXPECT_EQ(times(&a, RETURNED), 1);
     gate_open(&gate);
@@ -690,14 +690,14 @@ TEST(a_lame_duck_works_on_with_the_readiness_off) {
     pass(CTX_MS(2900));
     EXPECT(!ctx_app_ready(app));
     EXPECT_EQ(times(&a, REFUSES), 0);
-    EXPECT_EQ(times(&a, CANCELLED), 0);
+    EXPECT_EQ(times(&a, CANCELED), 0);
     EXPECT_EQ(await_end(&runner), 0);
     EXPECT_EQ(a.at[REFUSES], CTX_S(3));
     EXPECT_EQ(a.drain_deadline - T0, CTX_MS(9900)); /* it is a part of the budget */
     EXPECT_EQ(runner.report.lame_duck, CTX_S(3));
     EXPECT_EQ(runner.report.budget, CTX_S(10));
     EXPECT_EQ(runner.report.took, CTX_S(3));
-    EXPECT_EQ(part_of(&runner.report, "a")->began, CTX_S(3));
+    EXPECT_EQ(part_of(&runner.report, "a")->began_at, CTX_S(3));
     expect_stopped(&a);
     nothing_is_left();
 }
@@ -712,10 +712,10 @@ TEST(a_second_signal_cuts_the_lame_duck_short) {
     run_until_ready(&runner);
     send_self(SIGTERM);
     pass(CTX_S(2));
-    EXPECT_EQ(times(&a, CANCELLED), 0);
+    EXPECT_EQ(times(&a, CANCELED), 0);
     send_self(SIGTERM);
     EXPECT_EQ(await_end(&runner), 0);
-    EXPECT_EQ(a.at[CANCELLED], CTX_S(2));
+    EXPECT_EQ(a.at[CANCELED], CTX_S(2));
     EXPECT_EQ(runner.report.took, CTX_S(2));
     EXPECT_EQ(runner.report.lame_duck, CTX_S(2));
     EXPECT(runner.report.forced);
@@ -734,7 +734,7 @@ TEST(a_lame_duck_is_not_longer_than_the_budget) {
     run_until_ready(&runner);
     send_self(SIGTERM);
     await_end(&runner);
-    EXPECT(a.at[CANCELLED] <= CTX_S(2));
+    EXPECT(a.at[CANCELED] <= CTX_S(2));
     EXPECT(runner.report.took <= CTX_MS(2100));
     EXPECT_EQ(times(&a, RETURNED), 1);
     nothing_is_left();
@@ -777,7 +777,7 @@ TEST(the_default_budget_is_25_seconds) {
     run_and_terminate(&runner, app);
     EXPECT_EQ(runner.report.budget, CTX_S(25));
     EXPECT_EQ(a.drain_deadline - T0, CTX_MS(24900));
-    EXPECT_EQ(a.at[CANCELLED], CTX_MS(24900));
+    EXPECT_EQ(a.at[CANCELED], CTX_MS(24900));
     EXPECT_EQ(a.at[FORCES], CTX_S(25));
     gate_destroy(&gate);
     nothing_is_left();
@@ -799,18 +799,18 @@ TEST(one_that_ignores_its_cancellation_is_named_and_holds_nobody) {
     send_self(SIGTERM);
     EXPECT_EQ(await_end(&runner), CTX_DEADLINE_EXCEEDED);
     EXPECT(runner.report.took <= CTX_MS(2100));
-    EXPECT(!runner.report.held && !runner.report.forced);
+    EXPECT(!runner.report.within_budget && !runner.report.forced);
     EXPECT_EQ(runner.report.total, 3);
     EXPECT_EQ(runner.report.late, 1);
     EXPECT(part_of(&runner.report, "stuck")->late);
-    EXPECT(part_of(&runner.report, "stuck")->finished < 0);
+    EXPECT(part_of(&runner.report, "stuck")->finished_at < 0);
     EXPECT(!part_of(&runner.report, "a")->late && !part_of(&runner.report, "other")->late);
     EXPECT_EQ(times(&stuck, FORCES), 1);
     EXPECT_EQ(stuck.at[FORCES], CTX_MS(100));
     expect_stopped(&other);
     EXPECT_EQ(other.at[RETURNED], 0);
-    expect_orderly(&needed); /* its turn did not come, yet it was cancelled */
-    EXPECT(needed.at[CANCELLED] <= CTX_S(2));
+    expect_orderly(&needed); /* its turn did not come, yet it was canceled */
+    EXPECT(needed.at[CANCELED] <= CTX_S(2));
     EXPECT_EQ(times(&needed, RETURNED), 1);
     gate_open(&gate);
     UNTIL(times(&stuck, RETURNED) == 1);
@@ -838,7 +838,7 @@ TEST(all_are_forced_when_the_budget_has_passed) {
     EXPECT_EQ(runner.report.late, 3);
     const actor_t *all[] = {&a, &b, &c};
     for (int i = 0; i < 3; i++) {
-        EXPECT_EQ(times(all[i], CANCELLED), 1);
+        EXPECT_EQ(times(all[i], CANCELED), 1);
         EXPECT_EQ(times(all[i], FORCES), 1);
     }
     EXPECT_EQ(runner.forces, 1); /* once for all of them */
@@ -866,10 +866,10 @@ TEST(a_chain_of_slow_drains_shares_one_budget) {
     EXPECT_EQ(await_end(&runner), 0);
     EXPECT_EQ(c.at[DRAINED], CTX_S(2));
     EXPECT_EQ(b.at[DRAINED], CTX_S(4));
-    EXPECT_EQ(a.at[DRAINED], CTX_MS(4900)); /* cut short, the notice time before the end */
+    EXPECT_EQ(a.at[DRAINED], CTX_MS(4900)); /* cut short, the grace period before the end */
     EXPECT_EQ(a.drain_deadline - T0, CTX_MS(4900));
     EXPECT(runner.report.took <= CTX_S(5));
-    EXPECT(runner.report.held);
+    EXPECT(runner.report.within_budget);
     nothing_is_left();
 }
 
@@ -881,7 +881,7 @@ TEST(each_drain_has_a_budget_of_its_own_within_that) {
     b.drain_takes = CTX_S(3600);
     join(app, &a, NULL);
     ctx_service_desc_t desc = describe(&b);
-    desc.after = after_a;
+    desc.needs = after_a;
     desc.drain_budget = CTX_S(1);
     EXPECT_EQ(ctx_app_add(app, &desc), 0);
     runner_t runner;
@@ -927,7 +927,7 @@ TEST(the_end_of_the_parent_is_a_shutdown_in_order) {
     ctx_cancel_cause(parent, -EPERM, "enough");
     EXPECT_EQ(await_end(&runner), 0);
     EXPECT(caused_by(&runner, "enough"));
-    expect_stopped(&a); /* drained first, cancelled then: though the parent was cancelled before */
+    expect_stopped(&a); /* drained first, canceled then: though the parent was canceled before */
     expect_stopped(&b);
     expect_in_order(&a, &b);
     EXPECT_EQ(a.drain_err, 0);
@@ -1011,7 +1011,7 @@ TEST(an_app_without_services_waits_for_its_signal) {
     EXPECT_EQ(load(&runner.done), 0);
     send_self(SIGTERM);
     EXPECT_EQ(await_end(&runner), 0);
-    EXPECT(runner.report.total == 0 && runner.report.n == 0 && runner.report.held);
+    EXPECT(runner.report.total == 0 && runner.report.n == 0 && runner.report.within_budget);
     EXPECT_EQ(runner.report.took, 0);
     nothing_is_left();
 }
@@ -1111,12 +1111,12 @@ TEST(the_parts_are_in_the_order_of_their_turns) {
     for (int i = 0; i < 3; i++) {
         const ctx_shutdown_part_t *part = &runner.report.parts[i];
         EXPECT(strcmp(part->name, names[i]) == 0);
-        EXPECT_EQ(part->began, CTX_MS(500) * i);
-        EXPECT_EQ(part->noticed, CTX_MS(500) * i);
-        EXPECT_EQ(part->drained, CTX_MS(500) * (i + 1));
-        EXPECT_EQ(part->cancelled, CTX_MS(500) * (i + 1));
-        EXPECT_EQ(part->finished, CTX_MS(500) * (i + 1));
-        EXPECT(part->forced < 0 && part->rc == 0 && !part->late);
+        EXPECT_EQ(part->began_at, CTX_MS(500) * i);
+        EXPECT_EQ(part->noticed_at, CTX_MS(500) * i);
+        EXPECT_EQ(part->drained_at, CTX_MS(500) * (i + 1));
+        EXPECT_EQ(part->canceled_at, CTX_MS(500) * (i + 1));
+        EXPECT_EQ(part->finished_at, CTX_MS(500) * (i + 1));
+        EXPECT(part->forced_at < 0 && part->rc == 0 && !part->late);
     }
     EXPECT_EQ(runner.report.took, CTX_MS(1500));
     EXPECT_EQ(a.at[REFUSES], from - T0 + CTX_S(1));
@@ -1186,7 +1186,7 @@ TEST(what_a_drained_pool_drops_shows_in_the_report) {
     ctx_pool_desc_t pool;
     memset(&pool, 0, sizeof pool);
     pool.workers = 1;
-    pool.notice = -1;
+    pool.grace = -1;
     cargo.pool = ctx_pool_new(ctx_background(), &pool);
     if (!cargo.pool) abort();
     for (int i = 0; i < 4; i++)
@@ -1217,7 +1217,7 @@ TEST(what_a_drained_pool_drops_shows_in_the_report) {
 /* -- printing --------------------------------------------------------------------------------------------------- */
 
 /* The text of a report; to be freed. */
-static char *drawn(const ctx_shutdown_t *report) {
+static char *drawn(const ctx_shutdown_report_t *report) {
     char *text = NULL;
     size_t size = 0;
     FILE *file = open_memstream(&text, &size);
@@ -1282,26 +1282,26 @@ static ctx_shutdown_part_t drawn_part(const char *name, ctx_dur_t began, ctx_dur
     ctx_shutdown_part_t p;
     memset(&p, 0, sizeof p);
     p.name = name;
-    p.began = p.noticed = began;
-    p.drained = p.cancelled = drained;
-    p.forced = -1;
-    p.finished = finished;
+    p.began_at = p.noticed_at = began;
+    p.drained_at = p.canceled_at = drained;
+    p.forced_at = -1;
+    p.finished_at = finished;
     return p;
 }
 
-static ctx_shutdown_t report_of(size_t n) {
-    ctx_shutdown_t report;
+static ctx_shutdown_report_t report_of(size_t n) {
+    ctx_shutdown_report_t report;
     memset(&report, 0, sizeof report);
     report.cause = "SIGTERM";
     report.budget = CTX_S(25);
     report.took = CTX_S(4);
-    report.held = true;
+    report.within_budget = true;
     report.total = report.n = n;
     return report;
 }
 
 TEST(a_drawn_report_has_a_line_of_facts_and_one_for_each_component) {
-    ctx_shutdown_t report = report_of(3);
+    ctx_shutdown_report_t report = report_of(3);
     report.dropped = 1234;
     report.parts[0] = drawn_part("http", 0, CTX_S(1), CTX_S(1));
     report.parts[1] = drawn_part("writer", CTX_S(1), CTX_S(2), CTX_S(3));
@@ -1317,7 +1317,7 @@ TEST(a_drawn_report_has_a_line_of_facts_and_one_for_each_component) {
 }
 
 TEST(the_bars_lie_where_their_times_are) {
-    ctx_shutdown_t report = report_of(4);
+    ctx_shutdown_report_t report = report_of(4);
     report.parts[0] = drawn_part("http", 0, CTX_S(1), CTX_S(1));
     report.parts[1] = drawn_part("writer", CTX_S(1), CTX_S(2), CTX_S(3));
     report.parts[2] = drawn_part("database", CTX_S(3), CTX_S(4), CTX_S(4));
@@ -1335,7 +1335,7 @@ TEST(the_bars_lie_where_their_times_are) {
 }
 
 TEST(no_line_of_a_drawn_report_is_wider_than_100_columns) {
-    ctx_shutdown_t report = report_of(2);
+    ctx_shutdown_report_t report = report_of(2);
     report.parts[0] = drawn_part("a-component-with-a-name-of-more-than-forty-characters", 0, CTX_S(1), CTX_S(12));
     report.parts[1] = drawn_part("stubborn", 0, CTX_S(1), -1);
     report.parts[1].late = true;
@@ -1350,7 +1350,7 @@ TEST(no_line_of_a_drawn_report_is_wider_than_100_columns) {
     report.took = CTX_S(25);
     report.lame_duck = CTX_S(10);
     report.forced = true;
-    report.held = false;
+    report.within_budget = false;
     report.rc = CTX_DEADLINE_EXCEEDED;
     char *text = drawn(&report);
     expect_plain(text);
@@ -1359,13 +1359,13 @@ TEST(no_line_of_a_drawn_report_is_wider_than_100_columns) {
 }
 
 TEST(a_drawn_report_shows_who_is_late) {
-    ctx_shutdown_t report = report_of(2);
+    ctx_shutdown_report_t report = report_of(2);
     report.parts[0] = drawn_part("prompt", 0, CTX_S(1), CTX_S(1));
     report.parts[1] = drawn_part("stubborn", 0, CTX_S(1), -1);
-    report.parts[1].forced = CTX_S(2);
+    report.parts[1].forced_at = CTX_S(2);
     report.parts[1].late = true;
     report.late = 1;
-    report.held = false;
+    report.within_budget = false;
     report.rc = CTX_DEADLINE_EXCEEDED;
     char *text = drawn(&report);
     expect_plain(text);
@@ -1375,7 +1375,7 @@ TEST(a_drawn_report_shows_who_is_late) {
 }
 
 TEST(a_report_of_nothing_can_be_drawn) {
-    ctx_shutdown_t report = report_of(0);
+    ctx_shutdown_report_t report = report_of(0);
     report.took = 0;
     char *text = drawn(&report);
     expect_plain(text);
@@ -1388,7 +1388,7 @@ TEST(a_report_of_nothing_can_be_drawn) {
 
 TEST(a_report_of_more_than_it_holds_says_how_many) {
     static char names[CTX_SHUTDOWN_PARTS][16];
-    ctx_shutdown_t report = report_of(CTX_SHUTDOWN_PARTS);
+    ctx_shutdown_report_t report = report_of(CTX_SHUTDOWN_PARTS);
     report.total = 100;
     for (int i = 0; i < CTX_SHUTDOWN_PARTS; i++) {
         snprintf(names[i], sizeof names[i], "part%d", i);
@@ -1408,7 +1408,7 @@ TEST(odd_times_and_names_are_drawn_all_the_same) {
     memset(endless, 'x', sizeof endless - 1);
     const char *const names[] = {endless, "", NULL, "\xc3\xa9t\xc3\xa9", "line\nbreak"};
     for (int i = 0; i < ODD * ODD; i++) {
-        ctx_shutdown_t report = report_of(5);
+        ctx_shutdown_report_t report = report_of(5);
         report.took = odd[i % ODD];
         report.budget = odd[i / ODD];
         report.lame_duck = odd[(i / 2) % ODD];
@@ -1419,9 +1419,9 @@ TEST(odd_times_and_names_are_drawn_all_the_same) {
         for (int k = 0; k < 5; k++) {
             ctx_shutdown_part_t *p = &report.parts[k];
             *p = drawn_part(names[k], odd[(i + k) % ODD], odd[(i / ODD + k) % ODD], odd[(i * 5 + k) % ODD]);
-            p->cancelled = odd[(i + 2 * k) % ODD];
-            p->forced = odd[(i * 7 + k) % ODD];
-            p->noticed = odd[(i * 3 + k) % ODD];
+            p->canceled_at = odd[(i + 2 * k) % ODD];
+            p->forced_at = odd[(i * 7 + k) % ODD];
+            p->noticed_at = odd[(i * 3 + k) % ODD];
             p->dropped = p->stuck = UINT64_MAX;
             p->late = (i + k) % 2 != 0;
             p->rc = INT_MIN;
@@ -1449,7 +1449,7 @@ TEST(the_report_of_a_real_shutdown_is_drawn_within_100_columns) {
 }
 
 TEST(a_file_that_cannot_be_written_is_an_error) {
-    ctx_shutdown_t report = report_of(2);
+    ctx_shutdown_report_t report = report_of(2);
     report.parts[0] = drawn_part("a", 0, CTX_S(1), CTX_S(1));
     report.parts[1] = drawn_part("b", 0, CTX_S(1), CTX_S(1));
     FILE *file = fopen("/dev/full", "w");
@@ -1463,7 +1463,7 @@ TEST(a_file_that_cannot_be_written_is_an_error) {
 }
 
 TEST(a_print_without_report_or_file_is_invalid) {
-    ctx_shutdown_t report = report_of(0);
+    ctx_shutdown_report_t report = report_of(0);
     EXPECT_EQ(ctx_shutdown_print(NULL, stderr), CTX_INVALID);
     EXPECT_EQ(ctx_shutdown_print(&report, NULL), CTX_INVALID);
 }

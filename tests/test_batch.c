@@ -171,7 +171,7 @@ static void expect_reason(rig_t *rig, int reason) {
 
 /* Close with all the time there is, expecting everything to be flushed. */
 static void rig_flush_and_end(rig_t *rig) {
-    EXPECT_EQ(ctx_batch_close(rig->batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(rig->batch, CTX_FOREVER), 0);
     EXPECT_EQ(rig->dropped, 0);
     rig_end(rig);
 }
@@ -197,7 +197,7 @@ typedef struct {
 static void *closes(void *arg) {
     closer_t *c = (closer_t *)arg;
     store(&c->tid, thread_id());
-    c->rc = ctx_batch_close(c->batch, c->budget);
+    c->rc = batch_close(c->batch, c->budget);
     c->at = ctx_now();
     store(&c->done, 1);
     return NULL;
@@ -465,7 +465,7 @@ TEST(items_of_any_size_are_copied) {
             EXPECT_EQ(ctx_batch_add_wait(batch, ctx_background(), &wide), 0);
             memset(&wide, 0xee, sizeof wide);
         }
-        EXPECT_EQ(ctx_batch_close(batch, CTX_FOREVER), 0);
+        EXPECT_EQ(batch_close(batch, CTX_FOREVER), 0);
         EXPECT_EQ(sizes.seen, 50);
     }
 }
@@ -517,7 +517,7 @@ TEST(one_flush_runs_at_a_time_under_eight_adders) {
     crowd.batch = ctx_batch_new(ctx_background(), &desc);
     CHECK(crowd.batch != NULL);
     race_run(8, adds_and_requests, &crowd);
-    EXPECT_EQ(ctx_batch_close(crowd.batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(crowd.batch, CTX_FOREVER), 0);
     EXPECT_EQ(crowd.flushed, 8 * crowd.each);
 }
 
@@ -615,14 +615,14 @@ TEST(all_adds_that_wait_go_on_when_there_is_room) {
     gate_open(&gate);
     for (int i = 0; i < ADDERS; i++) thread_join(threads[i]);
     for (int i = 0; i < ADDERS; i++) EXPECT_EQ(adders[i].rc, 0);
-    EXPECT_EQ(ctx_batch_close(rig.batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(rig.batch, CTX_FOREVER), 0);
     EXPECT_EQ(rig.flushed, 4 + ADDERS);
     rig.added = rig.flushed = 4; /* the others all have one number */
     rig_end(&rig);
     gate_destroy(&gate);
 }
 
-TEST(an_add_that_waits_can_be_cancelled_and_adds_nothing) {
+TEST(an_add_that_waits_can_be_canceled_and_adds_nothing) {
     rig_t rig;
     gate_t gate;
     rig_init(&rig, 2, 0, 2);
@@ -703,7 +703,7 @@ TEST(after_the_last_retry_the_items_are_dropped_with_the_last_error) {
     EXPECT_EQ(calls_after_a_moment(&rig), 3);
     put(&rig, 3); /* a failure is no end */
     UNTIL(flushed(&rig) == 3);
-    EXPECT_EQ(ctx_batch_close(rig.batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(rig.batch, CTX_FOREVER), 0);
     EXPECT_EQ(rig.drop_calls, 1);
     expect_reason(&rig, -3);
     EXPECT_EQ(rig.calls, 4);
@@ -719,7 +719,7 @@ TEST(by_default_a_failed_flush_is_not_tried_again) {
     UNTIL(dropped(&rig) == 3);
     put(&rig, 3);
     UNTIL(dropped(&rig) == 6);
-    EXPECT_EQ(ctx_batch_close(rig.batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(rig.batch, CTX_FOREVER), 0);
     EXPECT_EQ(rig.calls, 2);
     EXPECT_EQ(rig.reasons[0], -1);
     EXPECT_EQ(rig.reasons[3], -2);
@@ -732,7 +732,7 @@ TEST(a_flush_may_fail_in_the_close_too) {
     rig.fails = 1;
     rig_start(&rig);
     put(&rig, 2);
-    EXPECT_EQ(ctx_batch_close(rig.batch, CTX_FOREVER), 0); /* the budget held */
+    EXPECT_EQ(batch_close(rig.batch, CTX_FOREVER), 0); /* the budget held */
     EXPECT_EQ(rig.dropped, 2);
     expect_reason(&rig, -1);
     rig_end(&rig);
@@ -745,7 +745,7 @@ TEST(nobody_need_take_what_is_dropped) {
     rig.fails = 1;
     rig_start(&rig);
     put(&rig, 6);
-    EXPECT_EQ(ctx_batch_close(rig.batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(rig.batch, CTX_FOREVER), 0);
     EXPECT_EQ(rig.calls, 2);
     EXPECT_EQ(rig.flushed, 3);
     ctx_end(rig.lifetime);
@@ -766,7 +766,7 @@ TEST(anything_but_zero_is_a_failure) {
     rig.desc.retries = 1;
     rig_start(&rig);
     put(&rig, 3);
-    EXPECT_EQ(ctx_batch_close(rig.batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(rig.batch, CTX_FOREVER), 0);
     EXPECT_EQ(rig.calls, 2);
     EXPECT_EQ(rig.dropped, 3);
     expect_reason(&rig, 7);
@@ -781,15 +781,32 @@ TEST(a_batcher_never_used_starts_no_thread_and_closes) {
     rig_init(&rig, 3, CTX_MS(10), 0);
     rig_start(&rig);
     EXPECT_EQ(thread_count(), before);
-    EXPECT_EQ(ctx_batch_close(rig.batch, 0), 0);
+    EXPECT_EQ(batch_close(rig.batch, 0), 0);
     EXPECT_EQ(thread_count(), before);
     rig_end(&rig);
     EXPECT_EQ(rig.calls + rig.drop_calls, 0);
 }
 
+TEST(a_drain_reports_every_item_and_may_be_repeated) {
+    rig_t rig;
+    ctx_batch_report_t report;
+    rig_init(&rig, 4, 0, 100);
+    rig_start(&rig);
+    put(&rig, 10);
+    EXPECT_EQ(ctx_batch_drain(rig.batch, CTX_FOREVER, &report), 0);
+    EXPECT(report.flushed == 10 && report.dropped == 0 && report.stuck == 0 && report.took >= 0);
+    int item = 10;
+    EXPECT_EQ(ctx_batch_add(rig.batch, &item), CTX_CLOSED); /* between drain and free adds are refused, not undefined */
+    EXPECT_EQ(ctx_batch_flush(rig.batch), CTX_CLOSED);
+    EXPECT_EQ(ctx_batch_drain(rig.batch, 0, &report), 0);
+    EXPECT_EQ(report.flushed, 10);
+    ctx_batch_free(rig.batch);
+    rig_end(&rig);
+}
+
 TEST(closing_nothing_is_fine) {
-    EXPECT_EQ(ctx_batch_close(NULL, 0), 0);
-    EXPECT_EQ(ctx_batch_close(NULL, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(NULL, 0), 0);
+    EXPECT_EQ(batch_close(NULL, CTX_FOREVER), 0);
 }
 
 TEST(a_closing_batcher_takes_no_more) {
@@ -892,7 +909,7 @@ TEST(within_the_budget_everything_is_flushed) {
     ctx_clock_real();
 }
 
-TEST(when_the_budget_is_over_the_flush_is_cancelled_and_the_rest_dropped) {
+TEST(when_the_budget_is_over_the_flush_is_canceled_and_the_rest_dropped) {
     rig_t rig;
     ctx_clock_fake(CTX_S(1000));
     rig_init(&rig, 2, 0, 100);
@@ -907,7 +924,7 @@ TEST(when_the_budget_is_over_the_flush_is_cancelled_and_the_rest_dropped) {
     EXPECT(still_closing(&closer));
     EXPECT_EQ(dropped(&rig), 0);
     ctx_clock_advance(1);
-    thread_join(thread); /* no notice time passes */
+    thread_join(thread); /* no grace period passes */
     EXPECT_EQ(closer.rc, CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(rig.calls, 1);
     EXPECT(load(&rig.flush_err) != 0);
@@ -917,7 +934,7 @@ TEST(when_the_budget_is_over_the_flush_is_cancelled_and_the_rest_dropped) {
     ctx_clock_real();
 }
 
-TEST(a_cancelled_flush_is_not_tried_again) {
+TEST(a_canceled_flush_is_not_tried_again) {
     rig_t rig;
     ctx_clock_fake(CTX_S(1000));
     rig_init(&rig, 2, 0, 100);
@@ -942,7 +959,7 @@ TEST(a_flush_that_succeeds_in_the_notice_time_counts) {
     gate_t gate;
     ctx_clock_fake(CTX_S(1000));
     rig_init(&rig, 2, 0, 100);
-    rig.desc.notice = CTX_MS(50);
+    rig.desc.grace = CTX_MS(50);
     rig_start_held(&rig, &gate);
     put(&rig, 3);
     closer_t closer;
@@ -967,10 +984,10 @@ TEST(a_flush_that_succeeds_in_the_notice_time_counts) {
 static void expect_close_without_time(ctx_dur_t budget) {
     rig_t rig;
     rig_init(&rig, 100, 0, 0);
-    rig.desc.notice = PATIENCE_NS;
+    rig.desc.grace = PATIENCE_NS;
     rig_start(&rig);
     put(&rig, 5);
-    int rc = ctx_batch_close(rig.batch, budget);
+    int rc = batch_close(rig.batch, budget);
     EXPECT(rc == CTX_DEADLINE_EXCEEDED || rig.dropped == 0);
     expect_reason(&rig, CTX_DEADLINE_EXCEEDED);
     rig_end(&rig);
@@ -990,7 +1007,7 @@ static void expect_close_to_leave_a_stuck_flush(ctx_pool_t *pool, ctx_dur_t noti
     gate_t gate;
     ctx_clock_fake(CTX_S(1000));
     rig_init(&rig, 2, 0, 100);
-    rig.desc.notice = notice;
+    rig.desc.grace = notice;
     rig.desc.pool = pool;
     rig.desc.retries = 3;
     rig.desc.on_drop = NULL; /* rig.inside is the stuck one's */
@@ -1059,7 +1076,7 @@ TEST(what_waits_behind_a_stuck_flush_is_dropped_and_its_memory_outlives_the_clos
     memset(&desc, 0, sizeof desc);
     desc.item_size = sizeof(int);
     desc.max_items = 2;
-    desc.notice = -1;
+    desc.grace = -1;
     desc.flush = sticks;
     desc.on_drop = counts_drops;
     desc.user = &stuck;
@@ -1069,7 +1086,7 @@ TEST(what_waits_behind_a_stuck_flush_is_dropped_and_its_memory_outlives_the_clos
     for (int i = 0; i < 2; i++) EXPECT_EQ(ctx_batch_add(batch, &i), 0);
     gate_await(&stuck.gate, 1);
     for (int i = 2; i < 5; i++) EXPECT_EQ(ctx_batch_add(batch, &i), 0);
-    EXPECT_EQ(ctx_batch_close(batch, 0), CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(batch_close(batch, 0), CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(load(&stuck.dropped), 3);
     ctx_end(lifetime);
     gate_open(&stuck.gate);
@@ -1090,7 +1107,7 @@ TEST(when_the_lifetime_ends_adds_are_refused_and_what_waits_is_dropped) {
     EXPECT_EQ(put_one(&rig), CTX_CANCELED);
     EXPECT_EQ(ctx_batch_add_wait(rig.batch, ctx_background(), &rig.added), CTX_CANCELED);
     EXPECT_EQ(ctx_batch_flush(rig.batch), CTX_CANCELED);
-    EXPECT_EQ(ctx_batch_close(rig.batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(rig.batch, CTX_FOREVER), 0);
     EXPECT_EQ(rig.calls, 0);
     EXPECT_EQ(rig.dropped, 7);
     expect_reason(&rig, CTX_CANCELED);
@@ -1104,7 +1121,7 @@ TEST(when_the_lifetime_ends_what_waits_is_dropped_without_a_close) {
     put(&rig, 7);
     ctx_cancel(rig.lifetime);
     UNTIL(dropped(&rig) == 7);
-    EXPECT_EQ(ctx_batch_close(rig.batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(rig.batch, CTX_FOREVER), 0);
     expect_reason(&rig, CTX_CANCELED);
     rig_end(&rig);
 }
@@ -1120,14 +1137,14 @@ TEST(a_lifetime_may_end_by_its_deadline) {
     ctx_clock_advance(CTX_S(1));
     EXPECT_EQ(put_one(&rig), CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(ctx_batch_flush(rig.batch), CTX_DEADLINE_EXCEEDED);
-    EXPECT_EQ(ctx_batch_close(rig.batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(rig.batch, CTX_FOREVER), 0);
     EXPECT_EQ(rig.dropped, 7);
     expect_reason(&rig, CTX_DEADLINE_EXCEEDED); /* the err of the lifetime */
     rig_end(&rig);
     ctx_clock_real();
 }
 
-TEST(when_the_lifetime_ends_the_running_flush_is_cancelled) {
+TEST(when_the_lifetime_ends_the_running_flush_is_canceled) {
     rig_t rig;
     rig_init(&rig, 2, 0, 100);
     rig.obeys = true;
@@ -1138,7 +1155,7 @@ TEST(when_the_lifetime_ends_the_running_flush_is_cancelled) {
     ctx_cancel(rig.lifetime);
     UNTIL(dropped(&rig) == 7);
     EXPECT_EQ(load(&rig.flush_err), CTX_CANCELED);
-    EXPECT_EQ(ctx_batch_close(rig.batch, 0), 0);
+    EXPECT_EQ(batch_close(rig.batch, 0), 0);
     EXPECT_EQ(rig.calls, 1);
     expect_reason(&rig, CTX_CANCELED);
     rig_end(&rig);
@@ -1152,7 +1169,7 @@ TEST(a_flush_that_succeeds_after_the_lifetime_ended_counts) {
     put(&rig, 3);
     ctx_cancel(rig.lifetime);
     gate_open(&gate);
-    EXPECT_EQ(ctx_batch_close(rig.batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(rig.batch, CTX_FOREVER), 0);
     EXPECT_EQ(rig.flushed, 2);
     EXPECT_EQ(rig.dropped, 3);
     expect_reason(&rig, CTX_CANCELED);
@@ -1172,7 +1189,7 @@ TEST(the_end_of_the_lifetime_ends_an_add_that_waits) {
     thread_join(thread);
     EXPECT_EQ(adder.rc, CTX_CANCELED);
     gate_open(&gate);
-    EXPECT_EQ(ctx_batch_close(rig.batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(rig.batch, CTX_FOREVER), 0);
     rig_end(&rig);
     gate_destroy(&gate);
 }
@@ -1183,7 +1200,7 @@ TEST(below_a_lifetime_that_is_over_nothing_is_taken) {
     ctx_cancel(rig.lifetime);
     rig_start(&rig);
     EXPECT_EQ(put_one(&rig), CTX_CANCELED);
-    EXPECT_EQ(ctx_batch_close(rig.batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(rig.batch, CTX_FOREVER), 0);
     rig_end(&rig);
 }
 
@@ -1195,7 +1212,7 @@ TEST(the_lifetime_may_be_ended_before_the_close) {
     ctx_end(rig.lifetime);
     rig.lifetime = NULL;
     EXPECT_EQ(put_one(&rig), CTX_CANCELED);
-    EXPECT_EQ(ctx_batch_close(rig.batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(rig.batch, CTX_FOREVER), 0);
     EXPECT_EQ(rig.dropped, 5);
     rig_end(&rig);
 }
@@ -1301,7 +1318,7 @@ TEST(a_full_pool_keeps_no_close_beyond_its_budget) {
     rig.desc.pool = pool;
     rig_start(&rig);
     put(&rig, 7);
-    int rc = ctx_batch_close(rig.batch, CTX_MS(5));
+    int rc = batch_close(rig.batch, CTX_MS(5));
     EXPECT_EQ(rc, rig.dropped ? CTX_DEADLINE_EXCEEDED : 0);
     rig_end(&rig);
     gate_open(&gate);
@@ -1319,7 +1336,7 @@ TEST(a_pool_drained_before_the_close_loses_nothing) {
         put(&rig, 2);
         EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
         while (rig.added < 50 && put_one(&rig) == 0) continue;
-        EXPECT_EQ(ctx_batch_close(rig.batch, CTX_FOREVER), 0);
+        EXPECT_EQ(batch_close(rig.batch, CTX_FOREVER), 0);
         rig_end(&rig);
         ctx_pool_free(pool);
     }
@@ -1339,13 +1356,13 @@ TEST(a_flush_dropped_by_its_pool_loses_nothing) {
     ctx_pool_drain(pool, 0, NULL); /* and is dropped */
     gate_open(&gate);
     put(&rig, 2);
-    EXPECT_EQ(ctx_batch_close(rig.batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(rig.batch, CTX_FOREVER), 0);
     rig_end(&rig);
     ctx_pool_free(pool);
     gate_destroy(&gate);
 }
 
-TEST(a_cancelled_flush_on_a_pool_stops) {
+TEST(a_canceled_flush_on_a_pool_stops) {
     ctx_pool_t *pool = pool_of(2, 4);
     rig_t rig;
     rig_init(&rig, 2, 0, 100);
@@ -1355,7 +1372,7 @@ TEST(a_cancelled_flush_on_a_pool_stops) {
     put(&rig, 2);
     UNTIL(calls(&rig) == 1);
     put(&rig, 3);
-    EXPECT_EQ(ctx_batch_close(rig.batch, CTX_MS(1)), CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(batch_close(rig.batch, CTX_MS(1)), CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(rig.dropped, 5);
     rig_end(&rig);
     pool_end(pool);
@@ -1427,7 +1444,7 @@ TEST(a_flush_may_add) {
     rig_start(&rig);
     EXPECT_EQ(ctx_batch_add(rig.batch, &rig.added), 0); /* the number 0 twice: then the flush owns the count */
     UNTIL(flushed(&rig) == 51);
-    EXPECT_EQ(ctx_batch_close(rig.batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(rig.batch, CTX_FOREVER), 0);
     EXPECT_EQ(rig.calls, 51);
     EXPECT_EQ(rig.items[50], 49);
     ctx_end(rig.lifetime);
@@ -1493,7 +1510,7 @@ TEST(an_add_from_on_drop_is_refused_when_the_lifetime_has_ended) {
     ctx_cancel(lifetime);
     UNTIL(load(&w.rc) != 99);
     EXPECT_EQ(load(&w.rc), CTX_CANCELED);
-    EXPECT_EQ(ctx_batch_close(w.batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(w.batch, CTX_FOREVER), 0);
     gate_destroy(&w.gate);
     ctx_end(lifetime);
 }
@@ -1683,7 +1700,7 @@ static void *ends_the_storm(void *arg) {
     if (s->way != CLOSE && s->way != CLOSE_SOON) return NULL;
     entry_t sentinel = {SENTINEL, 0};
     EXPECT_EQ(ctx_batch_add_wait(s->batch, ctx_background(), &sentinel), 0);
-    int rc = ctx_batch_close(s->batch, s->way == CLOSE ? CTX_FOREVER : CTX_US(s->seed % 300));
+    int rc = batch_close(s->batch, s->way == CLOSE ? CTX_FOREVER : CTX_US(s->seed % 300));
     EXPECT(rc == 0 || (rc == CTX_DEADLINE_EXCEEDED && s->way == CLOSE_SOON));
     return NULL;
 }
@@ -1708,15 +1725,14 @@ static void one_storm(int number, ctx_pool_t *pool) {
     desc.on_drop = drops_some;
     desc.user = &storm;
     desc.pool = number / 16 % 2 ? pool : NULL;
-    desc.notice = PATIENCE_NS; /* no flush here is stuck, however slow the machine */
+    desc.grace = PATIENCE_NS; /* no flush here is stuck, however slow the machine */
     storm.batch = ctx_batch_new(lifetime, &desc);
     if (!storm.batch) abort();
     ender_t ender = {&storm, lifetime, race_below(&seed, ADDERS * EACH)};
     pthread_t ending = thread_start(ends_the_storm, &ender);
     race_run(ADDERS, adds_in_a_storm, &storm);
     thread_join(ending);
-    if (storm.way == JOIN_THEN_CLOSE || storm.way == END_LIFETIME)
-        EXPECT_EQ(ctx_batch_close(storm.batch, CTX_FOREVER), 0);
+    if (storm.way == JOIN_THEN_CLOSE || storm.way == END_LIFETIME) EXPECT_EQ(batch_close(storm.batch, CTX_FOREVER), 0);
     EXPECT_EQ(storm.flushed + storm.dropped, storm.accepted);
     for (int i = 0; i < ADDERS; i++)
         for (int k = 0; k < EACH; k++) EXPECT_EQ(storm.fate[i][k], 1);

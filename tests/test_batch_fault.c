@@ -75,7 +75,7 @@ static void rig_end(rig_t *rig) {
 
 /* Close with all the time there is. */
 static void rig_close_and_end(rig_t *rig) {
-    EXPECT_EQ(ctx_batch_close(rig->batch, CTX_FOREVER), 0);
+    EXPECT_EQ(batch_close(rig->batch, CTX_FOREVER), 0);
     rig_end(rig);
 }
 
@@ -97,7 +97,7 @@ TEST(a_batcher_that_cannot_be_had_is_null_and_leaks_nothing) {
         bool failed = fault_off();
         if (!failed) EXPECT(made);
         if (!made) EXPECT_EQ(err, ENOMEM);
-        if (made) EXPECT_EQ(ctx_batch_close(rig.batch, 0), 0);
+        if (made) EXPECT_EQ(batch_close(rig.batch, 0), 0);
         ctx_end(rig.lifetime);
         if (!failed) break;
     }
@@ -185,7 +185,7 @@ static void expect_nothing_lost_without_threads(long n, bool all, ctx_dur_t max_
     put(&rig, 10);
     ctx_batch_flush(rig.batch);
     put(&rig, 10);
-    int rc = ctx_batch_close(rig.batch, budget);
+    int rc = batch_close(rig.batch, budget);
     fault_threads_off();
     EXPECT(rc == 0 || (rc == CTX_DEADLINE_EXCEEDED && budget < CTX_FOREVER));
     rig_end(&rig);

@@ -1,4 +1,4 @@
-/* Section 11: channels and select. What was sent is received once, whoever waits, closes or is cancelled meanwhile. */
+/* Section 11: channels and select. What was sent is received once, whoever waits, closes or is canceled meanwhile. */
 #include "blocks.h"
 
 #define CTXCANCEL_IMPLEMENTATION
@@ -111,9 +111,9 @@ static pthread_t act_parked(actor_t *a, ctx_chan_t *chan, ctx_t *ctx, int op, in
 
 /* An open and empty channel works as a new one does: nobody is queued there who has gone. */
 static void works_as_new(ctx_chan_t *chan, size_t capacity) {
-    EXPECT_EQ(ctx_chan_try_recv(chan, NULL), CTX_BUSY);
+    EXPECT_EQ(ctx_chan_try_recv(chan, NULL), CTX_NOT_READY);
     fill(chan, capacity);
-    holds(chan, 1, capacity, CTX_BUSY);
+    holds(chan, 1, capacity, CTX_NOT_READY);
     actor_t receiver;
     pthread_t thread = act_parked(&receiver, chan, ctx_background(), CTX_RECV, -1, NULL);
     put(chan, 5);
@@ -134,7 +134,7 @@ static bool same_items(int *a, size_t n, int *b, size_t m) {
     return memcmp(a, b, n * sizeof *a) == 0;
 }
 
-/* A context that is done for this reason: cancelled, expired, or failed from the start. */
+/* A context that is done for this reason: canceled, expired, or failed from the start. */
 static ctx_t *done_context(int err) {
     if (err == CTX_DEADLINE_EXCEEDED) return ctx_with_timeout(ctx_background(), 0);
     if (err == CTX_INVALID) return ctx_with_cancel(NULL);
@@ -217,7 +217,7 @@ TEST(an_item_whose_bytes_do_not_matter_is_taken_all_the_same) {
     ctx_case_t one = case_of(chan, CTX_RECV, NULL);
     EXPECT_EQ(ctx_select(ctx_background(), &one, 1), 0);
     EXPECT_EQ(one.rc, 0);
-    holds(chan, 4, 1, CTX_BUSY);
+    holds(chan, 4, 1, CTX_NOT_READY);
     ctx_chan_free(chan);
 }
 
@@ -253,10 +253,10 @@ TEST(try_forms_tell_full_from_empty) {
     for (size_t capacity = 0; capacity <= 3; capacity++) {
         ctx_chan_t *chan = ints(capacity);
         int item = -1;
-        EXPECT_EQ(ctx_chan_try_recv(chan, &item), CTX_BUSY);
+        EXPECT_EQ(ctx_chan_try_recv(chan, &item), CTX_NOT_READY);
         EXPECT_EQ(item, -1);
         fill(chan, capacity);
-        holds(chan, 1, capacity, CTX_BUSY);
+        holds(chan, 1, capacity, CTX_NOT_READY);
         ctx_chan_free(chan);
     }
 }
@@ -426,7 +426,7 @@ static void receive_wakes_send(size_t capacity, bool by_select) {
     EXPECT_EQ(take(s.chan), 1);
     EXPECT_EQ(scene_rc(&s), 0);
     EXPECT_EQ(ctx_chan_len(s.chan), capacity);
-    holds(s.chan, 2, capacity, CTX_BUSY);
+    holds(s.chan, 2, capacity, CTX_NOT_READY);
     works_as_new(s.chan, capacity);
     scene_close(&s);
 }
@@ -438,7 +438,7 @@ static void try_receive_wakes_send(size_t capacity, bool by_select) {
     scene_open(&s, CTX_SEND, capacity, by_select, ctx_background());
     EXPECT_EQ(ctx_chan_try_recv(s.chan, NULL), 0);
     EXPECT_EQ(scene_rc(&s), 0);
-    holds(s.chan, 2, capacity, CTX_BUSY);
+    holds(s.chan, 2, capacity, CTX_NOT_READY);
     works_as_new(s.chan, capacity);
     scene_close(&s);
 }
@@ -484,7 +484,7 @@ static void cancel_wakes_send(size_t capacity, bool by_select) {
     scene_open(&s, CTX_SEND, capacity, by_select, ctx_with_cancel(ctx_background()));
     ctx_cancel_cause(s.ctx, -7, "enough");
     EXPECT_EQ(scene_rc(&s), CTX_CANCELED);
-    holds(s.chan, 1, capacity, CTX_BUSY);
+    holds(s.chan, 1, capacity, CTX_NOT_READY);
     works_as_new(s.chan, capacity);
     scene_close(&s);
 }
@@ -517,7 +517,7 @@ static void deadline_wakes_send(size_t capacity, bool by_select) {
     EXPECT_EQ(load(&s.actor.done), 0);
     ctx_clock_advance(1);
     EXPECT_EQ(scene_rc(&s), CTX_DEADLINE_EXCEEDED);
-    holds(s.chan, 1, capacity, CTX_BUSY);
+    holds(s.chan, 1, capacity, CTX_NOT_READY);
     works_as_new(s.chan, capacity);
     scene_close(&s);
 }
@@ -597,7 +597,7 @@ TEST(senders_that_wait_are_served_in_order) {
         fill(chan, capacity);
         queue_up(&q, chan, CTX_SEND, capacity);
         EXPECT_EQ(ctx_chan_len(chan), capacity); /* those who wait do not count */
-        holds(chan, 1, capacity + LINE, CTX_BUSY);
+        holds(chan, 1, capacity + LINE, CTX_NOT_READY);
         queue_end(&q, 0);
         ctx_chan_free(chan);
     }
@@ -611,7 +611,7 @@ TEST(a_new_sender_does_not_overtake_those_who_wait) {
     int item = 99;
     EXPECT_EQ(take(chan), 1); /* the room goes to the first of them, at once */
     EXPECT_EQ(ctx_chan_try_send(chan, &item), CTX_QUEUE_FULL);
-    holds(chan, 2, LINE, CTX_BUSY);
+    holds(chan, 2, LINE, CTX_NOT_READY);
     queue_end(&q, 0);
     ctx_chan_free(chan);
 }
@@ -671,7 +671,7 @@ TEST(each_of_the_receivers_that_wait_gets_one_item) {
 
 /* -- at the same instant ---------------------------------------------------------------------------------------- */
 
-/* Senders and receivers in pairs, each by a context that is cancelled, or runs out, about when its partner comes. Who
+/* Senders and receivers in pairs, each by a context that is canceled, or runs out, about when its partner comes. Who
    was cut off tries again with a context that lasts: so all get through in the end, and every item that a call said it
    sent must be found exactly once, and no other. */
 enum { PAIRS = 2, SIDES = 2 * PAIRS, DEPTH = 4, CUT_SENDS = 1, CUT_RECEIVES = 2 };
@@ -739,7 +739,7 @@ static void account(cut_race_t *race, int inside) {
     for (int i = 0; i < race->sides; i++)
         if (side_op(i) == CTX_RECV) out[m++] = race->items[i];
     while (m < n && ctx_chan_try_recv(race->chan, &out[m]) == 0) m++;
-    EXPECT_EQ(ctx_chan_try_recv(race->chan, NULL), CTX_BUSY);
+    EXPECT_EQ(ctx_chan_try_recv(race->chan, NULL), CTX_NOT_READY);
     EXPECT(same_items(in, n, out, m));
 }
 
@@ -787,17 +787,17 @@ static void race_each_capacity(int cuts, int pairs) {
     }
 }
 
-TEST(a_receive_that_is_cancelled_as_an_item_comes_has_it_or_leaves_it) {
+TEST(a_receive_that_is_canceled_as_an_item_comes_has_it_or_leaves_it) {
     race_each_capacity(CUT_RECEIVES, 1);
     race_each_capacity(CUT_RECEIVES, 2);
 }
 
-TEST(a_send_that_is_cancelled_as_a_receiver_comes_was_done_or_was_not) {
+TEST(a_send_that_is_canceled_as_a_receiver_comes_was_done_or_was_not) {
     race_each_capacity(CUT_SENDS, 1);
     race_each_capacity(CUT_SENDS, 2);
 }
 
-TEST(a_send_and_a_receive_that_are_both_cancelled_as_they_meet_agree) {
+TEST(a_send_and_a_receive_that_are_both_canceled_as_they_meet_agree) {
     race_each_capacity(CUT_SENDS | CUT_RECEIVES, 1);
     race_each_capacity(CUT_SENDS | CUT_RECEIVES, 2);
 }
@@ -903,7 +903,7 @@ TEST(select_does_the_one_that_can_be_done) {
         cases[3] = case_of(empty, CTX_SEND, &give);
         EXPECT_EQ(i % 2 ? ctx_try_select(cases, 4) : ctx_select(ctx_background(), cases, 4), 3);
         EXPECT_EQ(cases[3].rc, 0);
-        holds(empty, 6, 1, CTX_BUSY);
+        holds(empty, 6, 1, CTX_NOT_READY);
     }
     EXPECT_EQ(other, -1);
     ctx_chan_free(full);
@@ -965,10 +965,10 @@ TEST(a_null_channel_never_happens) {
     cases[2] = case_of(NULL, CTX_RECV, NULL);
     for (int i = 0; i < 50; i++) {
         EXPECT_EQ(i % 2 ? ctx_try_select(cases, 3) : ctx_select(ctx_background(), cases, 3), 1);
-        holds(chan, 3, 1, CTX_BUSY);
+        holds(chan, 3, 1, CTX_NOT_READY);
     }
     cases[1].chan = NULL;
-    EXPECT_EQ(ctx_try_select(cases, 3), CTX_BUSY);
+    EXPECT_EQ(ctx_try_select(cases, 3), CTX_NOT_READY);
     ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_MS(2));
     EXPECT_EQ(ctx_select(ctx, cases, 3), CTX_DEADLINE_EXCEEDED);
     ctx_end(ctx);
@@ -1005,7 +1005,7 @@ static pthread_t select_parked(selector_t *s, ctx_t *ctx, ctx_case_t *cases, siz
 }
 
 TEST(a_select_of_nothing_waits_for_its_context) {
-    EXPECT_EQ(ctx_try_select(NULL, 0), CTX_BUSY);
+    EXPECT_EQ(ctx_try_select(NULL, 0), CTX_NOT_READY);
     ctx_t *ctx = ctx_with_cancel(ctx_background());
     selector_t s;
     pthread_t thread = select_parked(&s, ctx, NULL, 0);
@@ -1057,7 +1057,7 @@ static void triple_close(triple_t *t, int at, int rc) {
     for (int i = 0; i < THREE; i++) {
         if (i == at) EXPECT_EQ(t->cases[i].rc, rc);
         if (i != at && t->op == CTX_RECV) EXPECT_EQ(t->items[i], -1);
-        if (i != at && t->op == CTX_SEND) holds(t->chans[i], 1, t->capacity, CTX_BUSY);
+        if (i != at && t->op == CTX_SEND) holds(t->chans[i], 1, t->capacity, CTX_NOT_READY);
         if (i != at) works_as_new(t->chans[i], t->capacity);
     }
     if (rc == 0) works_as_new(t->chans[at], t->capacity);
@@ -1096,7 +1096,7 @@ TEST(a_select_that_met_a_close_leaves_nothing_behind_in_the_others) {
         }
 }
 
-TEST(a_select_that_was_cancelled_leaves_nothing_behind) {
+TEST(a_select_that_was_canceled_leaves_nothing_behind) {
     for (size_t capacity = 0; capacity <= 1; capacity++)
         for (int op = CTX_RECV; op <= CTX_SEND; op++) {
             triple_t t;
@@ -1148,7 +1148,7 @@ TEST(the_rc_of_a_case_is_set_only_if_it_happened) {
         cases[2] = case_of(idle, CTX_RECV, NULL);
         ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_US(50));
         EXPECT_EQ(i % 2 ? ctx_try_select(cases, 3) : ctx_select(ctx, cases, 3),
-                  i % 2 ? CTX_BUSY : CTX_DEADLINE_EXCEEDED);
+                  i % 2 ? CTX_NOT_READY : CTX_DEADLINE_EXCEEDED);
         EXPECT_EQ(cases[1].rc, UNSET);
         fill(full, 1);
         EXPECT_EQ(i % 2 ? ctx_try_select(cases, 3) : ctx_select(ctx_background(), cases, 3), 1);
@@ -1252,7 +1252,7 @@ TEST(a_channel_may_be_in_a_select_twice) {
     put(chan, 1);
     count_shares(cases, 4, DRAWS, shares);
     for (int i = 0; i < 4; i++) EXPECT(share_is_fair(shares[i], 4));
-    holds(chan, 1, 1, CTX_BUSY);
+    holds(chan, 1, 1, CTX_NOT_READY);
     ctx_chan_free(chan);
 }
 
@@ -1284,7 +1284,7 @@ TEST(a_select_never_meets_itself) {
     ctx_case_t cases[2];
     cases[0] = case_of(chan, CTX_SEND, &give);
     cases[1] = case_of(chan, CTX_RECV, &got);
-    EXPECT_EQ(ctx_try_select(cases, 2), CTX_BUSY);
+    EXPECT_EQ(ctx_try_select(cases, 2), CTX_NOT_READY);
     ctx_t *ctx = ctx_with_cancel(ctx_background());
     selector_t s;
     pthread_t thread = select_parked(&s, ctx, cases, 2);
@@ -1316,9 +1316,9 @@ static void many_open(many_t *m) {
 
 static void many_close(many_t *m) {
     for (int i = 0; i < MANY; i++) {
-        EXPECT_EQ(ctx_chan_try_recv(m->chans[i], NULL), CTX_BUSY);
+        EXPECT_EQ(ctx_chan_try_recv(m->chans[i], NULL), CTX_NOT_READY);
         fill(m->chans[i], 1); /* nobody takes it who has gone */
-        holds(m->chans[i], 1, 1, CTX_BUSY);
+        holds(m->chans[i], 1, 1, CTX_NOT_READY);
         ctx_chan_free(m->chans[i]);
     }
 }
@@ -1326,7 +1326,7 @@ static void many_close(many_t *m) {
 TEST(forty_cases_are_no_different) {
     many_t m;
     many_open(&m);
-    EXPECT_EQ(ctx_try_select(m.cases, MANY), CTX_BUSY);
+    EXPECT_EQ(ctx_try_select(m.cases, MANY), CTX_NOT_READY);
     for (int i = 0; i < MANY; i++) {
         put(m.chans[i], i);
         EXPECT_EQ(i % 2 ? ctx_try_select(m.cases, MANY) : ctx_select(ctx_background(), m.cases, MANY), i);
@@ -1344,7 +1344,7 @@ TEST(forty_cases_are_no_different) {
     many_close(&m);
 }
 
-TEST(forty_cases_are_chosen_equally_often_and_cancelled_clean) {
+TEST(forty_cases_are_chosen_equally_often_and_canceled_clean) {
     many_t m;
     int shares[MANY];
     many_open(&m);
@@ -1705,7 +1705,7 @@ typedef struct {
     ctx_chan_t *chan, *beside;
     size_t capacity;
     int each;
-    ctx_t *slots[STORM_SIDES]; /* [atomic] what each may be cancelled by: a reference for whoever takes it out */
+    ctx_t *slots[STORM_SIDES]; /* [atomic] what each may be canceled by: a reference for whoever takes it out */
     int *seen;                 /* [atomic] for each item, how often it came */
     int left;                  /* [atomic] producers at work */
     int at_work;               /* [atomic] both kinds */
@@ -1785,7 +1785,7 @@ static void run_storm(size_t capacity, int each) {
     ctx_chan_free(storm.beside);
 }
 
-TEST(every_item_is_accounted_for_under_thousands_of_contexts_cancelled_at_random) {
+TEST(every_item_is_accounted_for_under_thousands_of_contexts_canceled_at_random) {
     run_storm(0, test_scale(4000));
     run_storm(1, test_scale(4000));
     run_storm(16, test_scale(10000));

@@ -71,7 +71,7 @@ static ctx_cleanup_desc_t describe_job(job_t *j, const char *name, bool critical
 
 static void add_job(ctx_cleanup_t *cleanup, job_t *j, const char *name, bool critical, ctx_dur_t deadline) {
     ctx_cleanup_desc_t desc = describe_job(j, name, critical);
-    desc.deadline = deadline;
+    desc.timeout = deadline;
     EXPECT_EQ(ctx_cleanup_add(cleanup, &desc), 0);
 }
 
@@ -98,7 +98,7 @@ static int does_the_job(ctx_t *ctx, void *arg) {
 typedef struct {
     ctx_cleanup_t *cleanup;
     ctx_dur_t budget;
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     int rc, done;
     pthread_t thread;
 } cleaner_t;
@@ -124,7 +124,7 @@ static int cleaned(cleaner_t *c) {
     return c->rc;
 }
 
-static int clean_driven(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_shutdown_t *report) {
+static int clean_driven(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_shutdown_report_t *report) {
     cleaner_t c;
     clean_apart(&c, cleanup, budget);
     int rc = cleaned(&c);
@@ -132,7 +132,7 @@ static int clean_driven(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_shutdown_t
     return rc;
 }
 
-static const ctx_shutdown_part_t *part_of(const ctx_shutdown_t *report, const char *name) {
+static const ctx_shutdown_part_t *part_of(const ctx_shutdown_report_t *report, const char *name) {
     static const ctx_shutdown_part_t none;
     for (size_t i = 0; i < report->n; i++)
         if (strcmp(report->parts[i].name, name) == 0) return &report->parts[i];
@@ -186,7 +186,7 @@ TEST(the_others_do_not_wait_longer_than_the_deadline_of_the_critical_ones) {
     add_job(&cleanup, &stuck, "stuck", true, CTX_S(2));
     add_job(&cleanup, &quick, "quick", true, CTX_S(1));
     add_job(&cleanup, &other, "other", false, 0);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(clean_driven(&cleanup, CTX_S(10), &report), CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(other.began_at, CTX_S(2));
     EXPECT_EQ(load(&other.ended), 1);
@@ -208,7 +208,7 @@ TEST(a_critical_one_that_is_stuck_for_the_whole_budget_keeps_no_other_from_runni
     stuck.gate = &gate;
     add_job(&cleanup, &stuck, "stuck", true, 0);
     add_job(&cleanup, &other, "other", false, 0);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(clean_driven(&cleanup, CTX_S(1), &report), CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(report.took, CTX_S(1));
     UNTIL(load(&other.ended) == 1);
@@ -296,7 +296,7 @@ TEST(a_slow_one_goes_to_the_background_and_says_when_it_returns) {
     job_t slow = job(), quick = job();
     slow.gate = &gate;
     slow.rc = -EIO;
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     {
         ctx_cleanup_t cleanup = {0};
         add_job(&cleanup, &slow, "slow", false, 0);
@@ -305,8 +305,8 @@ TEST(a_slow_one_goes_to_the_background_and_says_when_it_returns) {
         memset(&cleanup, 0xff, sizeof cleanup); /* the storage may go */
     }
     EXPECT_EQ(report.took, CTX_S(2));
-    EXPECT(!report.held && report.late == 1 && report.total == 2);
-    EXPECT(part_of(&report, "slow")->late && part_of(&report, "slow")->finished < 0);
+    EXPECT(!report.within_budget && report.late == 1 && report.total == 2);
+    EXPECT(part_of(&report, "slow")->late && part_of(&report, "slow")->finished_at < 0);
     EXPECT(!part_of(&report, "quick")->late);
     EXPECT_EQ(load(&slow.lates), 0);
     pass(CTX_S(3));
@@ -333,7 +333,7 @@ TEST(a_slow_one_without_on_late_is_fine) {
     desc.on_late = NULL;
     ctx_cleanup_t cleanup = {0};
     EXPECT_EQ(ctx_cleanup_add(&cleanup, &desc), 0);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(clean_driven(&cleanup, CTX_S(1), &report), CTX_DEADLINE_EXCEEDED);
     EXPECT(strcmp(report.parts[0].name, "cleanup") == 0);
     gate_open(&gate);
@@ -460,18 +460,18 @@ TEST(the_report_says_what_became_of_each) {
     EXPECT_EQ(ctx_cleanup_add(&cleanup, &desc), 0);
     add_job(&cleanup, &other, "other", false, 0);
     add_job(&cleanup, &critical, "critical", true, 0);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(clean_driven(&cleanup, CTX_S(10), &report), -EIO);
     EXPECT(report.total == 3 && report.n == 3 && report.late == 0);
     EXPECT_EQ(report.budget, CTX_S(10));
     EXPECT_EQ(report.took, CTX_S(3));
-    EXPECT(report.held && report.cause != NULL);
+    EXPECT(report.within_budget && report.cause != NULL);
     EXPECT_EQ(report.dropped, 11);
     EXPECT(strcmp(report.parts[0].name, "critical") == 0); /* in the order of their turns */
-    EXPECT_EQ(part_of(&report, "critical")->began, 0);
-    EXPECT_EQ(part_of(&report, "critical")->finished, CTX_S(1));
-    EXPECT_EQ(part_of(&report, "other")->began, CTX_S(1));
-    EXPECT_EQ(part_of(&report, "other")->finished, CTX_S(3));
+    EXPECT_EQ(part_of(&report, "critical")->began_at, 0);
+    EXPECT_EQ(part_of(&report, "critical")->finished_at, CTX_S(1));
+    EXPECT_EQ(part_of(&report, "other")->began_at, CTX_S(1));
+    EXPECT_EQ(part_of(&report, "other")->finished_at, CTX_S(3));
     EXPECT_EQ(part_of(&report, "other")->rc, 0);
     EXPECT_EQ(part_of(&report, "drops")->rc, -EIO);
     EXPECT_EQ(part_of(&report, "drops")->dropped, 11);
@@ -484,10 +484,10 @@ TEST(a_clock_that_shows_0_is_a_clock) {
     ctx_cleanup_t cleanup = {0};
     add_job(&cleanup, &a, "a", true, 0);
     add_job(&cleanup, &b, "b", false, 0);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(clean_driven(&cleanup, CTX_S(10), &report), 0);
     EXPECT(report.late == 0 && report.took == 0);
-    EXPECT_EQ(report.parts[0].finished, 0);
+    EXPECT_EQ(report.parts[0].finished_at, 0);
     UNTIL(load(&a.ended) == 1 && load(&b.ended) == 1);
     nothing_is_left();
 }
@@ -496,10 +496,10 @@ TEST(a_clock_that_shows_0_is_a_clock) {
 
 TEST(a_run_of_nothing_is_fine) {
     ctx_cleanup_t cleanup = {0};
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(ctx_cleanup_run(&cleanup, CTX_S(1), NULL), 0);
     EXPECT_EQ(ctx_cleanup_run(&cleanup, 0, &report), 0);
-    EXPECT(report.total == 0 && report.n == 0 && report.rc == 0 && report.held);
+    EXPECT(report.total == 0 && report.n == 0 && report.rc == 0 && report.within_budget);
     nothing_is_left();
 }
 
@@ -509,7 +509,7 @@ TEST(the_storage_can_be_used_again) {
         job_t a = job(), b = job();
         add_job(&cleanup, &a, "a", false, 0);
         add_job(&cleanup, &b, "b", true, 0);
-        ctx_shutdown_t report;
+        ctx_shutdown_report_t report;
         EXPECT_EQ(ctx_cleanup_run(&cleanup, LONG_WAIT, &report), 0);
         EXPECT_EQ(report.total, 2);
         EXPECT(load(&a.ended) == 1 && load(&b.ended) == 1);
@@ -542,7 +542,7 @@ TEST(eight_threads_may_add) {
     memset(&crowd, 0, sizeof crowd);
     start_line_init(&crowd.line, ADDERS);
     race_run(ADDERS, adds_many, &crowd);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(ctx_cleanup_run(&crowd.cleanup, LONG_WAIT, &report), 0);
     EXPECT_EQ(report.total, ADDERS * EACH);
     EXPECT_EQ(report.n, CTX_SHUTDOWN_PARTS);
@@ -593,7 +593,7 @@ TEST(bad_arguments_are_invalid) {
     desc.fn = NULL;
     EXPECT_EQ(ctx_cleanup_add(&cleanup, &desc), CTX_INVALID);
     EXPECT_EQ(ctx_cleanup_run(NULL, CTX_S(1), NULL), CTX_INVALID);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(ctx_cleanup_run(&cleanup, CTX_S(1), &report), 0);
     EXPECT_EQ(report.total, 0);
     nothing_is_left();

@@ -64,7 +64,7 @@ static bool cause_is(ctx_t *ctx, int code, const char *what) {
 
 /* == the background ============================================================================================== */
 
-TEST(the_background_is_never_cancelled_and_never_freed) {
+TEST(the_background_is_never_canceled_and_never_freed) {
     ctx_t *root = ctx_background();
     CHECK(root != NULL);
     for (int i = 0; i < 3; i++) {
@@ -361,7 +361,7 @@ TEST(a_cancel_reaches_every_descendant_and_nobody_else) {
     EXPECT_EQ(settled_blocks(), 0);
 }
 
-TEST(cancelling_a_child_never_touches_parent_or_siblings) {
+TEST(canceling_a_child_never_touches_parent_or_siblings) {
     ctx_t *parent = ctx_with_timeout(ctx_background(), CTX_S(1000));
     ctx_t *a = ctx_with_cancel(parent);
     ctx_t *b = ctx_with_cancel(parent);
@@ -489,13 +489,13 @@ TEST(a_child_of_a_done_context_is_born_done_with_its_cause) {
     EXPECT_EQ(settled_blocks(), 0);
 }
 
-/* Threads derive from a parent and end what they derived until it is cancelled under their hands. */
+/* Threads derive from a parent and end what they derived until it is canceled under their hands. */
 enum { STORM_SIDES = 8, STORM_KEPT = 16 };
 
 typedef struct {
     start_line_t barrier;
     ctx_t *parent, *other;
-    int cancelled;  /* [atomic] ctx_cancel() has returned */
+    int canceled;   /* [atomic] ctx_cancel() has returned */
     long derived;   /* [atomic] */
     long wanted;    /* children in all */
     int over;       /* no further round */
@@ -529,10 +529,10 @@ static void *derive_in_storm(void *arg) {
         start_line(&storm->barrier);
         if (storm->over) return NULL;
         for (unsigned at = 0;; at = (at + 1) % STORM_KEPT) {
-            bool cancelled = load(&storm->cancelled);
+            bool canceled = load(&storm->canceled);
             ctx_t *child = storm_derive(storm, race_random(&seed));
             int err = ctx_err(child);
-            if (cancelled && err == 0) __atomic_add_fetch(&storm->late, 1, __ATOMIC_RELAXED);
+            if (canceled && err == 0) __atomic_add_fetch(&storm->late, 1, __ATOMIC_RELAXED);
             if (kept[at]) ctx_end(kept[at]);
             kept[at] = child;
             __atomic_add_fetch(&storm->derived, 1, __ATOMIC_RELAXED);
@@ -549,7 +549,7 @@ static void *derive_in_storm(void *arg) {
     }
 }
 
-TEST(a_parent_cancelled_while_eight_threads_derive_leaves_no_child_live) {
+TEST(a_parent_canceled_while_eight_threads_derive_leaves_no_child_live) {
     storm_t storm;
     memset(&storm, 0, sizeof storm);
     start_line_init(&storm.barrier, STORM_SIDES + 1);
@@ -565,13 +565,13 @@ TEST(a_parent_cancelled_while_eight_threads_derive_leaves_no_child_live) {
     while (__atomic_load_n(&storm.derived, __ATOMIC_RELAXED) < storm.wanted) {
         storm.parent = ctx_with_cancel(ctx_background());
         storm.other = ctx_with_cancel(ctx_background());
-        storm.cancelled = 0;
+        storm.canceled = 0;
         long until = __atomic_load_n(&storm.derived, __ATOMIC_RELAXED) + race_below(&seed, 10000);
         start_line(&storm.barrier);
         int turns = 0;
         while (__atomic_load_n(&storm.derived, __ATOMIC_RELAXED) < until) race_pause(&turns);
         EXPECT(ctx_cancel_cause(storm.parent, -EIO, words[5]));
-        store(&storm.cancelled, 1);
+        store(&storm.canceled, 1);
         start_line(&storm.barrier);
         start_line(&storm.barrier);
         EXPECT_EQ(ctx_err(storm.other), 0);
@@ -622,7 +622,7 @@ TEST(the_first_to_attach_during_a_cancel_is_not_overlooked) {
     int overlooked = 0;
     for (int round = 0; round < race.rounds; round++) {
         ctx_t *child = NULL;
-        ctx_after_t reg;
+        ctx_on_done_t reg;
         int runs = 0, fd = -1, kind = round % 16;
         race.top = ctx_with_cancel(ctx_background());
         race.middle = ctx_with_cancel(race.top);
@@ -631,7 +631,7 @@ TEST(the_first_to_attach_during_a_cancel_is_not_overlooked) {
         if (kind < 8)
             child = ctx_with_cancel(race.middle);
         else if (kind < 14)
-            ctx_after(&reg, race.middle, count, &runs);
+            ctx_on_done(&reg, race.middle, count, &runs);
         else if (kind == 14)
             fd = ctx_done_fd(race.middle);
         else
@@ -1011,7 +1011,7 @@ TEST(release_does_not_cancel_and_end_does) {
     EXPECT_EQ(settled_blocks(), 0);
 }
 
-TEST(descendants_of_a_released_context_are_cancelled_from_above) {
+TEST(descendants_of_a_released_context_are_canceled_from_above) {
     enum { DEPTH = 1000 };
     ctx_t *top = ctx_with_cancel(ctx_background());
     ctx_t *bottom = ctx_retain(top);
@@ -1191,10 +1191,10 @@ static void check_failed(ctx_t *ctx) {
     EXPECT_EQ(ctx_wait(ctx, CTX_FOREVER), CTX_INVALID);
     EXPECT_EQ(ctx_sleep(ctx, CTX_S(100)), CTX_INVALID);
     seen_t seen = seen_of(ctx);
-    ctx_after_t reg;
-    EXPECT(!ctx_after(&reg, ctx, see, &seen));
+    ctx_on_done_t reg;
+    EXPECT(!ctx_on_done(&reg, ctx, see, &seen));
     EXPECT_EQ(ran(&seen), 1);
-    EXPECT(!ctx_after_stop(&reg));
+    EXPECT(!ctx_on_done_stop(&reg));
     ctx_leaf_t leaf;
     ctx_leaf_init(&leaf, ctx, CTX_NO_DEADLINE);
     EXPECT_EQ(ctx_leaf_err(&leaf), CTX_INVALID);
@@ -1246,12 +1246,12 @@ TEST(a_key_without_a_value_gives_a_failed_context) {
 
 /* == after-callbacks ============================================================================================= */
 
-TEST(a_callback_runs_once_on_the_cancelling_thread) {
+TEST(a_callback_runs_once_on_the_canceling_thread) {
     ctx_t *ctx = ctx_with_cancel(ctx_background());
     seen_t seen = seen_of(ctx);
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     memset(&reg, 0xa5, sizeof reg); /* it need not be initialised */
-    EXPECT(ctx_after(&reg, ctx, see, &seen));
+    EXPECT(ctx_on_done(&reg, ctx, see, &seen));
     EXPECT_EQ(ran(&seen), 0);
     EXPECT(ctx_cancel_cause(ctx, -EIO, words[1]));
     EXPECT_EQ(ran(&seen), 1);
@@ -1259,7 +1259,7 @@ TEST(a_callback_runs_once_on_the_cancelling_thread) {
     EXPECT_EQ(seen.err, CTX_CANCELED);
     EXPECT(seen.cause.code == -EIO && seen.cause.what == words[1]);
     EXPECT(!ctx_cancel(ctx));
-    EXPECT(!ctx_after_stop(&reg));
+    EXPECT(!ctx_on_done_stop(&reg));
     ctx_end(ctx);
     EXPECT_EQ(ran(&seen), 1);
     EXPECT_EQ(settled_blocks(), 0);
@@ -1269,12 +1269,12 @@ TEST(a_callback_on_a_done_context_runs_at_once_in_the_caller) {
     ctx_t *ctx = ctx_with_cancel(ctx_background());
     ctx_cancel(ctx);
     seen_t seen = seen_of(ctx);
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     memset(&reg, 0xa5, sizeof reg);
-    EXPECT(!ctx_after(&reg, ctx, see, &seen));
+    EXPECT(!ctx_on_done(&reg, ctx, see, &seen));
     EXPECT_EQ(ran(&seen), 1);
     EXPECT(pthread_equal(seen.thread, pthread_self()));
-    EXPECT(!ctx_after_stop(&reg));
+    EXPECT(!ctx_on_done_stop(&reg));
     ctx_end(ctx);
     EXPECT_EQ(ran(&seen), 1);
 }
@@ -1282,10 +1282,10 @@ TEST(a_callback_on_a_done_context_runs_at_once_in_the_caller) {
 TEST(callbacks_of_all_descendants_have_run_when_cancel_returns) {
     uint64_t seed = 3;
     static tree_t tree;
-    static ctx_after_t regs[TREE_MOST];
+    static ctx_on_done_t regs[TREE_MOST];
     int ran_in_all = 0;
     tree_grow(&tree, TREE_MOST, ctx_background(), &seed);
-    for (int i = 0; i < TREE_MOST; i++) EXPECT(ctx_after(&regs[i], tree.nodes[i], count, &ran_in_all));
+    for (int i = 0; i < TREE_MOST; i++) EXPECT(ctx_on_done(&regs[i], tree.nodes[i], count, &ran_in_all));
     EXPECT(ctx_cancel(tree.nodes[0]));
     EXPECT_EQ(ran_in_all, TREE_MOST);
     tree_end(&tree);
@@ -1297,9 +1297,9 @@ TEST(ending_runs_callbacks_and_releasing_does_not) {
     ctx_t *ended = ctx_with_cancel(parent);
     ctx_t *released = ctx_with_cancel(parent);
     int of_ended = 0, of_released = 0;
-    ctx_after_t a, b;
-    EXPECT(ctx_after(&a, ended, count, &of_ended));
-    EXPECT(ctx_after(&b, released, count, &of_released));
+    ctx_on_done_t a, b;
+    EXPECT(ctx_on_done(&a, ended, count, &of_ended));
+    EXPECT(ctx_on_done(&b, released, count, &of_released));
     ctx_end(ended);
     ctx_release(released);
     EXPECT_EQ(of_ended, 1);
@@ -1312,14 +1312,14 @@ TEST(ending_runs_callbacks_and_releasing_does_not) {
 
 TEST(a_hundred_thousand_callbacks_on_one_context_run_once_each) {
     int n = test_scale(100000), wrong = 0;
-    ctx_after_t *regs = (ctx_after_t *)malloc((size_t)n * sizeof *regs);
+    ctx_on_done_t *regs = (ctx_on_done_t *)malloc((size_t)n * sizeof *regs);
     int *runs = (int *)calloc((size_t)n, sizeof *runs);
     ctx_t *ctx = ctx_with_cancel(ctx_background());
-    for (int i = 0; i < n; i++) wrong += !ctx_after(&regs[i], ctx, count, &runs[i]);
-    for (int i = 0; i < n; i += 3) wrong += !ctx_after_stop(&regs[i]);
+    for (int i = 0; i < n; i++) wrong += !ctx_on_done(&regs[i], ctx, count, &runs[i]);
+    for (int i = 0; i < n; i += 3) wrong += !ctx_on_done_stop(&regs[i]);
     ctx_cancel(ctx);
     for (int i = 0; i < n; i++) wrong += runs[i] != (i % 3 != 0);
-    for (int i = 0; i < n; i++) wrong += i % 3 != 0 && ctx_after_stop(&regs[i]);
+    for (int i = 0; i < n; i++) wrong += i % 3 != 0 && ctx_on_done_stop(&regs[i]);
     EXPECT_EQ(wrong, 0);
     ctx_end(ctx);
     free(runs);
@@ -1330,32 +1330,32 @@ TEST(a_hundred_thousand_callbacks_on_one_context_run_once_each) {
 TEST(a_stopped_callback_never_runs) {
     ctx_t *ctx = ctx_with_cancel(ctx_background());
     int runs = 0;
-    ctx_after_t reg;
-    EXPECT(ctx_after(&reg, ctx, count, &runs));
-    EXPECT(ctx_after_stop(&reg));
+    ctx_on_done_t reg;
+    EXPECT(ctx_on_done(&reg, ctx, count, &runs));
+    EXPECT(ctx_on_done_stop(&reg));
     ctx_end(ctx);
     EXPECT_EQ(runs, 0);
     EXPECT_EQ(settled_blocks(), 0);
 }
 
 TEST(stopping_a_zeroed_registration_is_true) {
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     memset(&reg, 0, sizeof reg);
-    EXPECT(ctx_after_stop(&reg));
-    EXPECT(ctx_after_stop(&reg));
+    EXPECT(ctx_on_done_stop(&reg));
+    EXPECT(ctx_on_done_stop(&reg));
 }
 
 TEST(a_registration_may_be_used_again) {
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     int runs = 0;
     for (int i = 0; i < 1000; i++) {
         ctx_t *ctx = ctx_with_cancel(ctx_background());
-        EXPECT(ctx_after(&reg, ctx, count, &runs));
-        if (i % 2) EXPECT(ctx_after_stop(&reg));
-        EXPECT(i % 2 == 0 || ctx_after(&reg, ctx, count, &runs));
+        EXPECT(ctx_on_done(&reg, ctx, count, &runs));
+        if (i % 2) EXPECT(ctx_on_done_stop(&reg));
+        EXPECT(i % 2 == 0 || ctx_on_done(&reg, ctx, count, &runs));
         ctx_cancel(ctx);
         EXPECT_EQ(runs, 2 * i + 1);
-        EXPECT(!ctx_after(&reg, ctx, count, &runs)); /* at once */
+        EXPECT(!ctx_on_done(&reg, ctx, count, &runs)); /* at once */
         EXPECT_EQ(runs, 2 * i + 2);
         ctx_end(ctx);
     }
@@ -1366,8 +1366,8 @@ TEST(a_registration_holds_its_context) {
     ctx_t *parent = ctx_with_cancel(ctx_background());
     ctx_t *ctx = ctx_with_cancel(parent);
     seen_t seen = seen_of(ctx);
-    ctx_after_t reg;
-    EXPECT(ctx_after(&reg, ctx, see, &seen));
+    ctx_on_done_t reg;
+    EXPECT(ctx_on_done(&reg, ctx, see, &seen));
     ctx_release(ctx); /* the last reference but the registration's */
     EXPECT(ctx_cancel_cause(parent, -EIO, words[2]));
     EXPECT_EQ(ran(&seen), 1);
@@ -1376,9 +1376,9 @@ TEST(a_registration_holds_its_context) {
     EXPECT_EQ(settled_blocks(), 0);
 
     ctx = ctx_with_cancel(ctx_background());
-    EXPECT(ctx_after(&reg, ctx, see, &seen));
+    EXPECT(ctx_on_done(&reg, ctx, see, &seen));
     ctx_release(ctx);
-    EXPECT(ctx_after_stop(&reg));
+    EXPECT(ctx_on_done_stop(&reg));
     EXPECT_EQ(settled_blocks(), 0);
 }
 
@@ -1386,7 +1386,7 @@ TEST(a_registration_holds_its_context) {
 
 typedef struct {
     ctx_t *parent, *self, *sibling;
-    ctx_after_t reg, pending, at_once;
+    ctx_on_done_t reg, pending, at_once;
     seen_t seen;
     int steps, pending_runs, at_once_runs, reused_runs;
 } busy_t;
@@ -1406,11 +1406,11 @@ static void do_everything(void *arg) {
     ctx_end(detached);
     EXPECT_EQ(ctx_wait(busy->self, CTX_FOREVER), CTX_CANCELED);
     EXPECT(ctx_done_fd(busy->self) >= 0);
-    EXPECT(!ctx_after_stop(&busy->reg));                                        /* from inside it */
-    EXPECT(ctx_after_stop(&busy->pending));                                     /* another's */
-    EXPECT(!ctx_after(&busy->at_once, busy->self, count, &busy->at_once_runs)); /* on itself */
+    EXPECT(!ctx_on_done_stop(&busy->reg));                                        /* from inside it */
+    EXPECT(ctx_on_done_stop(&busy->pending));                                     /* another's */
+    EXPECT(!ctx_on_done(&busy->at_once, busy->self, count, &busy->at_once_runs)); /* on itself */
     EXPECT_EQ(busy->at_once_runs, 1);
-    EXPECT(ctx_after(&busy->reg, busy->sibling, count, &busy->reused_runs)); /* its own, again */
+    EXPECT(ctx_on_done(&busy->reg, busy->sibling, count, &busy->reused_runs)); /* its own, again */
     EXPECT(ctx_cancel(busy->sibling));
     EXPECT_EQ(busy->reused_runs, 1);
     EXPECT(ctx_cancel(busy->parent));
@@ -1424,8 +1424,8 @@ TEST(a_callback_may_call_anything) {
     busy.parent = ctx_with_cancel(ctx_background());
     busy.self = ctx_with_cancel(busy.parent);
     busy.sibling = ctx_with_cancel(busy.parent);
-    EXPECT(ctx_after(&busy.reg, busy.self, do_everything, &busy));
-    EXPECT(ctx_after(&busy.pending, busy.sibling, count, &busy.pending_runs));
+    EXPECT(ctx_on_done(&busy.reg, busy.self, do_everything, &busy));
+    EXPECT(ctx_on_done(&busy.pending, busy.sibling, count, &busy.pending_runs));
     EXPECT(ctx_cancel(busy.self)); /* ended by its own callback on the way */
     EXPECT_EQ(busy.steps, 1);
     EXPECT_EQ(busy.pending_runs, 0);
@@ -1437,15 +1437,15 @@ TEST(a_callback_may_call_anything) {
 
 static void end_it(void *arg) { ctx_end((ctx_t *)arg); }
 
-TEST(a_callback_may_end_the_context_that_is_being_cancelled) {
+TEST(a_callback_may_end_the_context_that_is_being_canceled) {
     for (int how = 0; how < 3; how++) {
         ctx_t *parent = ctx_with_cancel(ctx_background());
         ctx_t *ctx = ctx_with_cancel(parent);
         ctx_t *below = ctx_with_cancel(ctx);
-        ctx_after_t on_self, on_below;
+        ctx_on_done_t on_self, on_below;
         seen_t seen = seen_of(below);
-        EXPECT(ctx_after(&on_self, ctx, end_it, ctx));
-        EXPECT(ctx_after(&on_below, below, see, &seen));
+        EXPECT(ctx_on_done(&on_self, ctx, end_it, ctx));
+        EXPECT(ctx_on_done(&on_below, below, see, &seen));
         if (how == 0) EXPECT(ctx_cancel(ctx));
         if (how == 1) EXPECT(ctx_cancel(parent));
         if (how == 2) ctx_end(ctx_retain(ctx));
@@ -1460,7 +1460,7 @@ enum { RING = 100 };
 
 typedef struct {
     ctx_t *ctx;
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     struct ring *ring;
     int at, runs;
 } ring_node_t;
@@ -1492,7 +1492,7 @@ TEST(callbacks_may_end_siblings_and_the_parent_during_the_cascade) {
             ring.nodes[i].ctx = ctx_with_cancel(ring.parent);
         }
         for (int i = 0; i < RING; i++)
-            EXPECT(ctx_after(&ring.nodes[i].reg, ring.nodes[i].ctx, end_a_neighbour, &ring.nodes[i]));
+            EXPECT(ctx_on_done(&ring.nodes[i].reg, ring.nodes[i].ctx, end_a_neighbour, &ring.nodes[i]));
         EXPECT(ctx_cancel(ring.parent));
         for (int i = 0; i < RING; i++) EXPECT_EQ(ring.nodes[i].runs, 1);
         EXPECT_EQ(settled_blocks(), 0);
@@ -1500,7 +1500,7 @@ TEST(callbacks_may_end_siblings_and_the_parent_during_the_cascade) {
 }
 
 typedef struct {
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     int *runs;
     char padding[64];
 } freed_t;
@@ -1518,20 +1518,20 @@ TEST(a_callback_may_free_the_memory_of_its_own_registration) {
     for (int i = 0; i < 100; i++) {
         freed_t *own = (freed_t *)malloc(sizeof *own);
         own->runs = &runs;
-        EXPECT(ctx_after(&own->reg, ctx, free_own_memory, own));
+        EXPECT(ctx_on_done(&own->reg, ctx, free_own_memory, own));
     }
     EXPECT(ctx_cancel(ctx));
     EXPECT_EQ(runs, 100);
     freed_t *own = (freed_t *)malloc(sizeof *own);
     own->runs = &runs;
-    EXPECT(!ctx_after(&own->reg, ctx, free_own_memory, own));
+    EXPECT(!ctx_on_done(&own->reg, ctx, free_own_memory, own));
     EXPECT_EQ(runs, 101);
     ctx_end(ctx);
     EXPECT_EQ(settled_blocks(), 0);
 }
 
 typedef struct {
-    ctx_after_t regs[10];
+    ctx_on_done_t regs[10];
     int runs, stopped, refused;
 } rivals_t;
 
@@ -1539,7 +1539,7 @@ static void stop_all_rivals(void *arg) {
     rivals_t *rivals = (rivals_t *)arg;
     rivals->runs++;
     for (int i = 0; i < 10; i++) {
-        if (ctx_after_stop(&rivals->regs[i]))
+        if (ctx_on_done_stop(&rivals->regs[i]))
             rivals->stopped++;
         else
             rivals->refused++;
@@ -1551,7 +1551,7 @@ TEST(a_callback_may_stop_those_that_have_not_run_yet) {
     memset(&rivals, 0, sizeof rivals);
     ctx_t *parent = ctx_with_cancel(ctx_background());
     ctx_t *child = ctx_with_cancel(parent);
-    for (int i = 0; i < 10; i++) EXPECT(ctx_after(&rivals.regs[i], i % 2 ? parent : child, stop_all_rivals, &rivals));
+    for (int i = 0; i < 10; i++) EXPECT(ctx_on_done(&rivals.regs[i], i % 2 ? parent : child, stop_all_rivals, &rivals));
     EXPECT(ctx_cancel(parent));
     EXPECT_EQ(rivals.runs, 1); /* a stop that said true while it ran later, or false while it never ran, shows here */
     EXPECT_EQ(rivals.stopped, 9);
@@ -1563,21 +1563,21 @@ TEST(a_callback_may_stop_those_that_have_not_run_yet) {
 
 typedef struct {
     ctx_t *ctx;
-    ctx_after_t regs[3];
+    ctx_on_done_t regs[3];
     int depth;
 } nest_t;
 
 static void register_more(void *arg) {
     nest_t *nest = (nest_t *)arg;
     if (++nest->depth == 1000) return;
-    EXPECT(!ctx_after(&nest->regs[nest->depth % 3], nest->ctx, register_more, nest));
+    EXPECT(!ctx_on_done(&nest->regs[nest->depth % 3], nest->ctx, register_more, nest));
 }
 
 TEST(a_callback_may_register_on_the_context_that_it_is_called_for) {
     nest_t nest;
     memset(&nest, 0, sizeof nest);
     nest.ctx = ctx_with_cancel(ctx_background());
-    EXPECT(ctx_after(&nest.regs[0], nest.ctx, register_more, &nest));
+    EXPECT(ctx_on_done(&nest.regs[0], nest.ctx, register_more, &nest));
     EXPECT(ctx_cancel(nest.ctx));
     EXPECT_EQ(nest.depth, 1000);
     ctx_end(nest.ctx);
@@ -1587,14 +1587,14 @@ TEST(a_callback_may_register_on_the_context_that_it_is_called_for) {
 TEST(a_deadline_callback_runs_on_another_thread) {
     ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_MS(20));
     seen_t seen = seen_of(ctx);
-    ctx_after_t reg;
-    if (ctx_after(&reg, ctx, see, &seen)) { /* false if this thread slept through the deadline */
+    ctx_on_done_t reg;
+    if (ctx_on_done(&reg, ctx, see, &seen)) { /* false if this thread slept through the deadline */
         int turns = 0;
         while (!ran(&seen)) race_pause(&turns);
         EXPECT(!pthread_equal(seen.thread, pthread_self()));
     }
     EXPECT_EQ(seen.err, CTX_DEADLINE_EXCEEDED);
-    EXPECT(!ctx_after_stop(&reg));
+    EXPECT(!ctx_on_done_stop(&reg));
     ctx_end(ctx);
 }
 
@@ -1602,7 +1602,7 @@ TEST(a_deadline_callback_runs_on_another_thread) {
 
 typedef struct {
     ctx_t *ctx;
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     int entered, stopping, left; /* [atomic] */
     pthread_t owner;             /* on this thread the callback must not wait for what this thread will do */
 } slow_t;
@@ -1632,11 +1632,11 @@ TEST(stop_waits_for_a_callback_that_runs_on_another_thread) {
         slow_t slow;
         memset(&slow, 0, sizeof slow);
         slow.ctx = ctx_with_cancel(ctx_background());
-        EXPECT(ctx_after(&slow.reg, slow.ctx, run_slowly, &slow));
+        EXPECT(ctx_on_done(&slow.reg, slow.ctx, run_slowly, &slow));
         pthread_t thread = thread_start(cancel_slow, &slow);
         race_await(&slow.entered, 1);
         store(&slow.stopping, 1);
-        bool stopped = ctx_after_stop(&slow.reg);
+        bool stopped = ctx_on_done_stop(&slow.reg);
         EXPECT_EQ(load(&slow.left), 1);
         EXPECT(!stopped);
         memset(&slow.reg, 0xa5, sizeof slow.reg); /* ours again */
@@ -1650,7 +1650,7 @@ TEST(a_losing_cancel_need_not_wait_but_its_context_is_done) {
     slow_t slow;
     memset(&slow, 0, sizeof slow);
     slow.ctx = ctx_with_cancel(ctx_background());
-    EXPECT(ctx_after(&slow.reg, slow.ctx, run_slowly, &slow));
+    EXPECT(ctx_on_done(&slow.reg, slow.ctx, run_slowly, &slow));
     pthread_t thread = thread_start(cancel_slow, &slow);
     race_await(&slow.entered, 1);
     EXPECT(!ctx_cancel(slow.ctx)); /* returns although the callback runs until the next line */
@@ -1660,7 +1660,7 @@ TEST(a_losing_cancel_need_not_wait_but_its_context_is_done) {
     ctx_end(slow.ctx);
 }
 
-/* While a callback of a child runs elsewhere, cancelling the parent is complete for everybody else. */
+/* While a callback of a child runs elsewhere, canceling the parent is complete for everybody else. */
 TEST(a_cancel_is_complete_past_a_descendant_whose_callback_runs_elsewhere) {
     slow_t slow;
     memset(&slow, 0, sizeof slow);
@@ -1670,10 +1670,10 @@ TEST(a_cancel_is_complete_past_a_descendant_whose_callback_runs_elsewhere) {
     ctx_t *after = ctx_with_cancel(parent);
     ctx_t *below = ctx_with_cancel(slow.ctx);
     int runs = 0;
-    ctx_after_t reg_before, reg_after;
-    EXPECT(ctx_after(&slow.reg, slow.ctx, run_slowly, &slow));
-    EXPECT(ctx_after(&reg_before, before, count, &runs));
-    EXPECT(ctx_after(&reg_after, after, count, &runs));
+    ctx_on_done_t reg_before, reg_after;
+    EXPECT(ctx_on_done(&slow.reg, slow.ctx, run_slowly, &slow));
+    EXPECT(ctx_on_done(&reg_before, before, count, &runs));
+    EXPECT(ctx_on_done(&reg_after, after, count, &runs));
     pthread_t thread = thread_start(cancel_slow, &slow);
     race_await(&slow.entered, 1);
     EXPECT(ctx_cancel(parent));
@@ -1694,17 +1694,17 @@ TEST(a_cancel_is_complete_past_a_descendant_whose_callback_runs_elsewhere) {
 /* While the callback runs, on this thread's behalf or the runtime's, everybody else does what they like. */
 static void use_around(ctx_t *parent, ctx_t *ctx) {
     int runs = 0;
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     for (int i = 0; i < 20; i++) {
         ctx_t *below = ctx_with_timeout(ctx, CTX_S(5));
         EXPECT(ctx_err(below) != 0);
         ctx_end(below);
         ctx_t *sibling = ctx_with_timeout(parent, CTX_S(5) + i);
         EXPECT_EQ(ctx_err(sibling), 0);
-        EXPECT(ctx_after(&reg, sibling, count, &runs));
+        EXPECT(ctx_on_done(&reg, sibling, count, &runs));
         ctx_end(sibling);
         EXPECT_EQ(runs, 2 * i + 1);
-        EXPECT(!ctx_after(&reg, ctx, count, &runs));
+        EXPECT(!ctx_on_done(&reg, ctx, count, &runs));
         EXPECT(ctx_cause(ctx).code != 0);
         EXPECT(ctx_wait(ctx, CTX_FOREVER) != 0);
         ctx_t *merged = ctx_merge(parent, ctx);
@@ -1720,7 +1720,7 @@ TEST(a_running_callback_holds_up_nobody) {
         ctx_t *parent = ctx_with_cancel(ctx_background());
         slow.ctx = ctx_with_timeout(parent, by_deadline ? CTX_MS(30) : CTX_S(500));
         slow.owner = pthread_self();
-        if (!ctx_after(&slow.reg, slow.ctx, run_slowly, &slow)) { /* this thread slept through the deadline: again */
+        if (!ctx_on_done(&slow.reg, slow.ctx, run_slowly, &slow)) { /* this thread slept through the deadline: again */
             ctx_end(slow.ctx);
             ctx_end(parent);
             by_deadline--;
@@ -1730,7 +1730,7 @@ TEST(a_running_callback_holds_up_nobody) {
         race_await(&slow.entered, 1);
         use_around(parent, slow.ctx);
         store(&slow.stopping, 1);
-        EXPECT(!ctx_after_stop(&slow.reg));
+        EXPECT(!ctx_on_done_stop(&slow.reg));
         thread_join(thread);
         ctx_end(slow.ctx);
         ctx_end(parent);
@@ -1769,14 +1769,14 @@ TEST(stop_against_fire_a_hundred_thousand_times) {
     uint64_t seed = 2;
     int wrong = 0, stops = 0;
     for (int round = 0; round < race.rounds; round++) {
-        ctx_after_t reg; /* on this stack frame, given up as soon as stop returns */
+        ctx_on_done_t reg; /* on this stack frame, given up as soon as stop returns */
         race.ctx = ctx_with_cancel(ctx_background());
         ctx_t *below = round % 2 ? ctx_with_cancel(race.ctx) : ctx_retain(race.ctx);
         race.runs = 0;
-        wrong += !ctx_after(&reg, below, run_in_race, &race.runs);
+        wrong += !ctx_on_done(&reg, below, run_in_race, &race.runs);
         start_line(&race.barrier);
         race_dither(race_random(&seed));
-        bool stopped = ctx_after_stop(&reg);
+        bool stopped = ctx_on_done_stop(&reg);
         wrong += race.runs != (stopped ? 0 : 1);
         memset(&reg, 0xa5, sizeof reg);
         stops += stopped;
@@ -1800,16 +1800,16 @@ TEST(registering_against_cancel_runs_exactly_once) {
     uint64_t seed = 2;
     int wrong = 0;
     for (int round = 0; round < race.rounds; round++) {
-        ctx_after_t reg;
+        ctx_on_done_t reg;
         race.ctx = ctx_with_cancel(ctx_background());
         race.runs = 0;
         start_line(&race.barrier);
         race_dither(race_random(&seed));
-        bool registered = ctx_after(&reg, race.ctx, run_in_race, &race.runs);
+        bool registered = ctx_on_done(&reg, race.ctx, run_in_race, &race.runs);
         if (!registered) wrong += race.runs != 1; /* it ran here, before the return */
         start_line(&race.barrier);
         wrong += race.runs != 1;
-        wrong += ctx_after_stop(&reg);
+        wrong += ctx_on_done_stop(&reg);
         ctx_end(race.ctx);
     }
     pthread_join(thread, NULL);
@@ -1828,17 +1828,17 @@ typedef struct {
 static void *register_in_crowd(void *arg) {
     crowd_t *crowd = (crowd_t *)((race_side_t *)arg)->shared;
     enum { KEPT = 16 };
-    ctx_after_t regs[KEPT];
+    ctx_on_done_t regs[KEPT];
     int wrong = 0;
     memset(regs, 0, sizeof regs);
     for (int i = 0; i < crowd->per_side; i++) {
-        wrong += !ctx_after_stop(&regs[i % KEPT]);
-        wrong += !ctx_after(&regs[i % KEPT], crowd->shared, count, &crowd->runs);
+        wrong += !ctx_on_done_stop(&regs[i % KEPT]);
+        wrong += !ctx_on_done(&regs[i % KEPT], crowd->shared, count, &crowd->runs);
     }
-    for (int i = crowd->per_side; i < KEPT; i++) wrong += !ctx_after(&regs[i], crowd->shared, count, &crowd->runs);
+    for (int i = crowd->per_side; i < KEPT; i++) wrong += !ctx_on_done(&regs[i], crowd->shared, count, &crowd->runs);
     start_line(&crowd->barrier);
-    start_line(&crowd->barrier); /* cancelled between */
-    for (int i = 0; i < KEPT; i++) wrong += ctx_after_stop(&regs[i]);
+    start_line(&crowd->barrier); /* canceled between */
+    for (int i = 0; i < KEPT; i++) wrong += ctx_on_done_stop(&regs[i]);
     EXPECT_EQ(wrong, 0);
     return NULL;
 }
@@ -1859,9 +1859,9 @@ TEST(eight_threads_register_and_stop_on_one_context) {
     start_line_init(&crowd.barrier, 9);
     crowd.per_side = test_scale(50000);
     crowd.shared = ctx_with_cancel(ctx_background());
-    pthread_t canceller = thread_start(cancel_the_crowd, &crowd);
+    pthread_t canceler = thread_start(cancel_the_crowd, &crowd);
     race_run(8, register_in_crowd, &crowd);
-    pthread_join(canceller, NULL);
+    pthread_join(canceler, NULL);
     ctx_end(crowd.shared);
     EXPECT_EQ(settled_blocks(), 0);
 }
@@ -1910,7 +1910,7 @@ static void *cancel_a_deep_chain(void *arg) {
     return NULL;
 }
 
-TEST(a_chain_a_million_deep_is_cancelled_and_ended_on_a_small_stack) {
+TEST(a_chain_a_million_deep_is_canceled_and_ended_on_a_small_stack) {
     on_small_stack(cancel_a_deep_chain, NULL);
     EXPECT_EQ(settled_blocks(), 0);
 }
@@ -1923,13 +1923,13 @@ static void *free_a_deep_chain(void *arg) {
         ctx_t *top = ctx_with_cancel(ctx_background());
         ctx_t *bottom = ctx_retain(top);
         int runs = 0;
-        ctx_after_t reg;
+        ctx_on_done_t reg;
         for (int i = 0; i < n; i++) {
             ctx_t *next = i % 1000 == 999 ? ctx_with_value(bottom, &key, &i) : ctx_with_cancel(bottom);
             ctx_release(bottom);
             bottom = next;
         }
-        EXPECT(ctx_after(&reg, bottom, count, &runs));
+        EXPECT(ctx_on_done(&reg, bottom, count, &runs));
         if (way == 0) ctx_release(bottom); /* nobody holds any but the top; the callback holds the bottom */
         ctx_end(top);                      /* cancels a million, and way 0 frees them */
         EXPECT_EQ(runs, 1);
@@ -1959,7 +1959,7 @@ static void *cancel_a_wide_family(void *arg) {
     return NULL;
 }
 
-TEST(a_million_children_are_cancelled_and_ended_on_a_small_stack) {
+TEST(a_million_children_are_canceled_and_ended_on_a_small_stack) {
     on_small_stack(cancel_a_wide_family, NULL);
     EXPECT_EQ(settled_blocks(), 0);
 }
@@ -1968,7 +1968,7 @@ static void *cancel_deep_merges(void *arg) {
     int n = test_scale(MILLION / 4);
     ctx_t *other = ctx_with_cancel(ctx_background());
     (void)arg;
-    for (int way = 0; way < 2; way++) { /* cancelled from the top, or never cancelled and freed from the bottom */
+    for (int way = 0; way < 2; way++) { /* canceled from the top, or never canceled and freed from the bottom */
         ctx_t *top = ctx_with_cancel(ctx_background());
         ctx_t *bottom = ctx_retain(top);
         for (int i = 0; i < n; i++) {
@@ -1989,7 +1989,7 @@ static void *cancel_deep_merges(void *arg) {
     return NULL;
 }
 
-TEST(a_chain_of_merges_is_cancelled_and_freed_on_a_small_stack) {
+TEST(a_chain_of_merges_is_canceled_and_freed_on_a_small_stack) {
     on_small_stack(cancel_deep_merges, NULL);
     EXPECT_EQ(settled_blocks(), 0);
 }
@@ -2018,7 +2018,7 @@ TEST(a_merge_is_done_when_either_is_with_the_cause_of_the_first) {
     }
 }
 
-TEST(cancelling_a_merge_touches_neither_side) {
+TEST(canceling_a_merge_touches_neither_side) {
     ctx_t *a = ctx_with_cancel(ctx_background());
     ctx_t *b = ctx_with_cancel(ctx_background());
     ctx_t *merged = ctx_merge(a, b);
@@ -2156,7 +2156,7 @@ TEST(the_sides_of_a_merge_may_be_dropped_in_any_order) {
                 EXPECT(ctx_cancel_cause(way == 2 ? top_a : top_b, -EIO, words[way]));
                 EXPECT(cause_is(below, -EIO, words[way]));
                 break;
-            case 4: /* nothing is ever cancelled */
+            case 4: /* nothing is ever canceled */
                 ctx_release(b);
                 ctx_release(a);
                 break;
@@ -2265,13 +2265,13 @@ static void check_merge_race(int sides, int third) {
     EXPECT_EQ(settled_blocks(), 0);
 }
 
-TEST(both_sides_of_a_merge_cancelled_at_once_leave_nothing_below_live) { check_merge_race(2, 0); }
+TEST(both_sides_of_a_merge_canceled_at_once_leave_nothing_below_live) { check_merge_race(2, 0); }
 
-TEST(both_sides_cancelled_while_the_merge_is_ended_leave_nothing_below_live) { check_merge_race(3, 1); }
+TEST(both_sides_canceled_while_the_merge_is_ended_leave_nothing_below_live) { check_merge_race(3, 1); }
 
-TEST(a_merge_cancelled_at_once_with_both_sides_keeps_the_cause_of_the_first) { check_merge_race(3, 2); }
+TEST(a_merge_canceled_at_once_with_both_sides_keeps_the_cause_of_the_first) { check_merge_race(3, 2); }
 
-/* The same with nothing else in the way: the canceller of the merge against the canceller of b. */
+/* The same with nothing else in the way: the canceler of the merge against the canceler of b. */
 static void *cancel_merge_or_b(void *arg) {
     race_side_t *side = (race_side_t *)arg;
     merge_race_t *race = (merge_race_t *)side->shared;
@@ -2380,7 +2380,7 @@ TEST(the_first_reason_that_a_leaf_sees_stays) {
     ctx_clock_advance(CTX_S(5));
     EXPECT_EQ(ctx_leaf_err(&leaf), CTX_CANCELED);
     EXPECT_EQ(ctx_err(parent), 0);
-    ctx_leaf_init(&leaf, parent, CTX_S(5)); /* past: seen before the parent is cancelled */
+    ctx_leaf_init(&leaf, parent, CTX_S(5)); /* past: seen before the parent is canceled */
     EXPECT_EQ(ctx_leaf_err(&leaf), CTX_DEADLINE_EXCEEDED);
     ctx_cancel(parent);
     EXPECT_EQ(ctx_leaf_err(&leaf), CTX_DEADLINE_EXCEEDED);
@@ -2426,7 +2426,7 @@ static void *cancel_a_leaf(void *arg) {
     return NULL;
 }
 
-TEST(a_leaf_is_cancelled_from_any_thread_by_one_winner) {
+TEST(a_leaf_is_canceled_from_any_thread_by_one_winner) {
     leaf_race_t race;
     memset(&race, 0, sizeof race);
     start_line_init(&race.barrier, 4);
@@ -2436,9 +2436,9 @@ TEST(a_leaf_is_cancelled_from_any_thread_by_one_winner) {
 
 /* == scope ======================================================================================================= */
 
-static int leave_early(int when, int *runs, ctx_after_t *reg) {
+static int leave_early(int when, int *runs, ctx_on_done_t *reg) {
     CTX_SCOPED ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_S(50));
-    EXPECT(ctx_after(reg, ctx, count, runs));
+    EXPECT(ctx_on_done(reg, ctx, count, runs));
     if (when == 0) return 0;
     EXPECT_EQ(ctx_err(ctx), 0);
     return 1;
@@ -2446,14 +2446,14 @@ static int leave_early(int when, int *runs, ctx_after_t *reg) {
 
 TEST(a_scoped_context_ends_however_its_scope_is_left) {
     int runs = 0;
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     leave_early(0, &runs, &reg);
     EXPECT_EQ(runs, 1);
     leave_early(1, &runs, &reg);
     EXPECT_EQ(runs, 2);
     for (int i = 0; i < 10; i++) {
         CTX_SCOPED ctx_t *ctx = ctx_with_cancel(ctx_background());
-        EXPECT(ctx_after(&reg, ctx, count, &runs));
+        EXPECT(ctx_on_done(&reg, ctx, count, &runs));
         if (i == 3) continue;
         if (i == 5) break;
         EXPECT_EQ(runs, 2 + i);
@@ -2492,10 +2492,10 @@ static void *trade_children(void *arg) {
         else
             ctx_end(old);
     }
-    EXPECT_EQ(live, 0); /* none is done before the parent is cancelled */
+    EXPECT_EQ(live, 0); /* none is done before the parent is canceled */
     for (int i = 0; i < FAIR_KEPT; i++) fair->kept[side->id][i] = ctx_with_cancel(fair->parent);
     start_line(&fair->barrier);
-    start_line(&fair->barrier); /* cancelled between */
+    start_line(&fair->barrier); /* canceled between */
     int next = (side->id + 1) % fair->sides;
     for (int i = 0; i < FAIR_KEPT; i++) {
         live += ctx_err(fair->kept[next][i]) == 0;
@@ -2527,9 +2527,9 @@ TEST(many_threads_on_one_parent_lose_no_child) {
         fair.per_side = test_scale(200000) / sides;
         start_line_init(&fair.barrier, sides + 1);
         fair.parent = ctx_with_cancel(ctx_background());
-        pthread_t canceller = thread_start(cancel_the_fair, &fair);
+        pthread_t canceler = thread_start(cancel_the_fair, &fair);
         race_run(sides, trade_children, &fair);
-        pthread_join(canceller, NULL);
+        pthread_join(canceler, NULL);
         ctx_t *born = ctx_with_cancel(fair.parent);
         EXPECT_EQ(ctx_err(born), CTX_CANCELED);
         ctx_end(born);

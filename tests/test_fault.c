@@ -121,10 +121,10 @@ static void check_failed(ctx_t *ctx, int err) {
     EXPECT_EQ(ctx_wait(ctx, CTX_FOREVER), err);
     EXPECT_EQ(ctx_sleep(ctx, CTX_S(100)), err);
     int runs = 0;
-    ctx_after_t reg;
-    EXPECT(!ctx_after(&reg, ctx, count, &runs));
+    ctx_on_done_t reg;
+    EXPECT(!ctx_on_done(&reg, ctx, count, &runs));
     EXPECT_EQ(runs, 1);
-    EXPECT(!ctx_after_stop(&reg));
+    EXPECT(!ctx_on_done_stop(&reg));
     ctx_t *child = ctx_with_timeout(ctx, CTX_S(5));
     ctx_t *merged = ctx_merge(ctx_background(), ctx);
     EXPECT_EQ(ctx_err(child), err);
@@ -215,7 +215,7 @@ enum { CROWD = 500 };
 
 typedef struct {
     ctx_t *top, *nodes[CROWD], *extra[CROWD];
-    ctx_after_t regs[CROWD];
+    ctx_on_done_t regs[CROWD];
     int runs; /* [atomic] */
 } crowd_t;
 
@@ -235,14 +235,14 @@ static void crowd_make(crowd_t *crowd) {
     }
 }
 
-TEST(cancelling_stopping_and_ending_need_no_memory_and_no_thread) {
+TEST(canceling_stopping_and_ending_need_no_memory_and_no_thread) {
     static crowd_t crowd;
     crowd_make(&crowd);
     ctx_runtime_stop();
     fault_all_after(0);
     fault_threads_all_after(0);
-    for (int i = 0; i < CROWD; i++) EXPECT(ctx_after(&crowd.regs[i], crowd.nodes[i], count, &crowd.runs));
-    for (int i = 0; i < CROWD; i += 5) EXPECT(ctx_after_stop(&crowd.regs[i]));
+    for (int i = 0; i < CROWD; i++) EXPECT(ctx_on_done(&crowd.regs[i], crowd.nodes[i], count, &crowd.runs));
+    for (int i = 0; i < CROWD; i += 5) EXPECT(ctx_on_done_stop(&crowd.regs[i]));
     EXPECT(ctx_cancel_cause(crowd.top, -EIO, words[2]));
     EXPECT_EQ(load(&crowd.runs), CROWD - CROWD / 5);
     for (int i = 0; i < CROWD; i++) {
@@ -261,7 +261,7 @@ TEST(expiring_needs_no_memory_and_no_thread_on_the_fake_clock) {
     static crowd_t crowd;
     ctx_clock_fake(0);
     crowd_make(&crowd);
-    for (int i = 0; i < CROWD; i++) EXPECT(ctx_after(&crowd.regs[i], crowd.nodes[i], count, &crowd.runs));
+    for (int i = 0; i < CROWD; i++) EXPECT(ctx_on_done(&crowd.regs[i], crowd.nodes[i], count, &crowd.runs));
     fault_all_after(0);
     fault_threads_all_after(0);
     ctx_clock_advance(CTX_S(60));
@@ -279,12 +279,12 @@ TEST(expiring_needs_no_memory_and_no_thread_on_the_fake_clock) {
 TEST(a_registered_deadline_comes_while_memory_is_gone) {
     ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_MS(20));
     int runs = 0;
-    ctx_after_t reg;
-    ctx_after(&reg, ctx, count, &runs);
+    ctx_on_done_t reg;
+    ctx_on_done(&reg, ctx, count, &runs);
     fault_all_after(0);
     EXPECT_EQ(ctx_wait(ctx, CTX_FOREVER), CTX_DEADLINE_EXCEEDED);
     race_await(&runs, 1);
-    EXPECT(!ctx_after_stop(&reg));
+    EXPECT(!ctx_on_done_stop(&reg));
     ctx_end(ctx);
     fault_off();
     EXPECT_EQ(settled_blocks(), 0);
@@ -299,20 +299,20 @@ static void *cancel_soon(void *arg) {
 TEST(waiting_and_sleeping_need_no_memory_and_no_thread) {
     ctx_t *ctx = ctx_with_cancel(ctx_background());
     ctx_runtime_stop();
-    pthread_t canceller;
+    pthread_t canceler;
     ctx_time_t from = ctx_now();
     fault_all_after(0);
-    EXPECT_EQ(ctx_wait(ctx, CTX_MS(2)), CTX_BUSY);
+    EXPECT_EQ(ctx_wait(ctx, CTX_MS(2)), CTX_NOT_READY);
     EXPECT(ctx_now() >= from + CTX_MS(2));
     EXPECT_EQ(ctx_sleep(ctx, CTX_MS(2)), 0);
     EXPECT(ctx_now() >= from + CTX_MS(4));
-    canceller = thread_start(cancel_soon, ctx);
+    canceler = thread_start(cancel_soon, ctx);
     fault_threads_all_after(0);
     EXPECT_EQ(ctx_wait(ctx, CTX_FOREVER), CTX_CANCELED);
     EXPECT_EQ(ctx_sleep(ctx, CTX_S(100)), CTX_CANCELED);
     fault_off();
     fault_threads_off();
-    thread_join(canceller);
+    thread_join(canceler);
     ctx_end(ctx);
     EXPECT_EQ(settled_blocks(), 0);
 }
@@ -457,7 +457,7 @@ static void *derive_in_famine(void *arg) {
     }
     __atomic_add_fetch(&famine->failures, failures, __ATOMIC_RELAXED);
     start_line(&famine->line);
-    start_line(&famine->line); /* cancelled between */
+    start_line(&famine->line); /* canceled between */
     for (int i = 0; i < 16; i++) {
         if (!kept[i]) continue;
         wrong += ctx_err(kept[i]) == 0;

@@ -83,14 +83,14 @@ static const ctx_key_t key = CTX_KEY(int);
 /* Everything but timers, under any parent. */
 static int use_contexts(ctx_t *parent) {
     int seven = 7, runs = 0;
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     for (int i = 0; i < 100; i++) {
         ctx_t *top = ctx_with_cancel(parent);
         REQUIRE(ctx_err(top) == 0);
         ctx_t *child = ctx_with_value(top, &key, &seven);
         ctx_t *merged = ctx_merge(child, ctx_background());
         REQUIRE(ctx_value(merged, &key) != NULL);
-        REQUIRE(ctx_after(&reg, merged, count, &runs));
+        REQUIRE(ctx_on_done(&reg, merged, count, &runs));
         REQUIRE(ctx_cancel(top));
         REQUIRE(ctx_err(merged) == CTX_CANCELED);
         REQUIRE(runs == i + 1);
@@ -163,7 +163,7 @@ TEST(a_child_may_stop_and_restart_its_runtime) {
 
 typedef struct {
     ctx_t *ctx, *below;
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     int runs; /* [atomic] */
 } before_t;
 
@@ -172,7 +172,7 @@ static before_t *deadline_before(ctx_dur_t timeout) {
     memset(&before, 0, sizeof before);
     before.ctx = ctx_with_timeout(ctx_background(), timeout);
     before.below = ctx_with_cancel(before.ctx);
-    ctx_after(&before.reg, before.below, count, &before.runs);
+    ctx_on_done(&before.reg, before.below, count, &before.runs);
     return &before;
 }
 
@@ -180,7 +180,7 @@ static int wait_for_deadline(void *arg) {
     before_t *before = (before_t *)arg;
     REQUIRE(ctx_wait(before->below, CTX_FOREVER) == CTX_DEADLINE_EXCEEDED);
     REQUIRE(ctx_now() >= ctx_deadline(before->ctx));
-    bool stopped = ctx_after_stop(&before->reg); /* a waiter may be back before the callback has begun */
+    bool stopped = ctx_on_done_stop(&before->reg); /* a waiter may be back before the callback has begun */
     REQUIRE(load(&before->runs) == (stopped ? 0 : 1));
     ctx_end(before->below);
     ctx_end(before->ctx);
@@ -214,7 +214,7 @@ static int run_callback_at_deadline(void *arg) {
     before_t *before = (before_t *)arg;
     int turns = 0;
     while (load(&before->runs) == 0) race_pause(&turns);
-    REQUIRE(!ctx_after_stop(&before->reg));
+    REQUIRE(!ctx_on_done_stop(&before->reg));
     return wait_for_deadline(arg);
 }
 
@@ -296,7 +296,7 @@ TEST(the_fake_clock_goes_on_in_the_child_by_itself) {
 /* A runtime thread that is busy with one deadline has others in hand that are due as well. They are the child's too. */
 typedef struct {
     ctx_t *slow, *due[8];
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     int entered, leave; /* [atomic] */
     pthread_t forker;
 } in_hand_t;
@@ -309,7 +309,7 @@ static void hold_the_runtime(void *arg) {
 
 static int wait_for_all_due(void *arg) {
     in_hand_t *hand = (in_hand_t *)arg;
-    REQUIRE(!ctx_after_stop(&hand->reg)); /* it ran in a thread that is gone */
+    REQUIRE(!ctx_on_done_stop(&hand->reg)); /* it ran in a thread that is gone */
     for (int i = 0; i < 8; i++) REQUIRE(ctx_wait(hand->due[i], CTX_FOREVER) == CTX_DEADLINE_EXCEEDED);
     return use_timers(ctx_background());
 }
@@ -322,12 +322,12 @@ TEST(deadlines_that_were_due_at_the_fork_fire_in_the_child) {
     hand.slow = ctx_with_deadline(ctx_background(), deadline);
     for (int i = 0; i < 8; i++) hand.due[i] = ctx_with_deadline(ctx_background(), deadline + i);
     hand.forker = pthread_self();
-    ctx_after(&hand.reg, hand.slow, hold_the_runtime, &hand);
+    ctx_on_done(&hand.reg, hand.slow, hold_the_runtime, &hand);
     race_await(&hand.entered, 1);
     EXPECT_EQ(in_child(wait_for_all_due, &hand), 0);
     store(&hand.leave, 1);
     for (int i = 0; i < 8; i++) EXPECT_EQ(ctx_wait(hand.due[i], CTX_FOREVER), CTX_DEADLINE_EXCEEDED);
-    ctx_after_stop(&hand.reg);
+    ctx_on_done_stop(&hand.reg);
     for (int i = 0; i < 8; i++) ctx_end(hand.due[i]);
     ctx_end(hand.slow);
 }
@@ -400,9 +400,9 @@ TEST(a_cancel_in_the_parent_does_not_show_on_the_childs_done_fd) {
     fds.fd = ctx_done_fd(fds.ctx);
     EXPECT(fds.fd >= 0);
     CHECK(pipe(fds.to_child) == 0 && pipe(fds.to_parent) == 0);
-    pthread_t canceller = thread_start(cancel_when_told, &fds);
+    pthread_t canceler = thread_start(cancel_when_told, &fds);
     EXPECT_EQ(in_child(watch_while_the_parent_cancels, &fds), 0);
-    thread_join(canceller);
+    thread_join(canceler);
     for (int i = 0; i < 2; i++) {
         close(fds.to_child[i]);
         close(fds.to_parent[i]);
@@ -453,10 +453,10 @@ static void *hammer(void *arg) {
                        : i % 4 == 2 ? ctx_merge(busy->shared, ctx_background())
                                     : ctx_with_cancel(parent);
         ctx_t *below = ctx_with_cancel(child);
-        ctx_after_t reg;
-        ctx_after(&reg, below, count, &runs);
+        ctx_on_done_t reg;
+        ctx_on_done(&reg, below, count, &runs);
         if (i % 3 == 0) ctx_cancel(child);
-        ctx_after_stop(&reg);
+        ctx_on_done_stop(&reg);
         ctx_end(below);
         if (kept[i % 8]) ctx_end(kept[i % 8]);
         kept[i % 8] = child;
@@ -565,18 +565,18 @@ static void fork_here(void *arg) {
 
 TEST(a_callback_may_fork) {
     busy_t busy;
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     memset(&busy, 0, sizeof busy);
     busy.shared = ctx_with_cancel(ctx_background());
-    EXPECT(ctx_after(&reg, busy.shared, fork_here, &busy));
+    EXPECT(ctx_on_done(&reg, busy.shared, fork_here, &busy));
     EXPECT(ctx_cancel(busy.shared));
     EXPECT_EQ(load(&busy.over), 1);
     ctx_end(busy.shared);
 
     busy.shared = ctx_with_timeout(ctx_background(), CTX_MS(5));
-    ctx_after(&reg, busy.shared, fork_here, &busy);
+    ctx_on_done(&reg, busy.shared, fork_here, &busy);
     race_await(&busy.over, 2);
-    EXPECT(!ctx_after_stop(&reg));
+    EXPECT(!ctx_on_done_stop(&reg));
     ctx_end(busy.shared);
 }
 

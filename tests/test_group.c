@@ -201,7 +201,7 @@ static int leaves_a_child(ctx_t *ctx, void *arg) {
     return 0;
 }
 
-TEST(what_work_leaves_below_its_context_is_cancelled_when_it_returns) {
+TEST(what_work_leaves_below_its_context_is_canceled_when_it_returns) {
     ctx_t *left = NULL;
     EXPECT_EQ(ctx_go(ctx_background(), "leaves", leaves_a_child, &left), 0);
     settle();
@@ -388,11 +388,11 @@ TEST(all_who_wait_for_each_other_get_through_at_once) {
 
 TEST(a_context_that_is_done_or_missing_gets_no_work) {
     int ran = 0;
-    ctx_t *cancelled = ctx_with_cancel(ctx_background());
+    ctx_t *canceled = ctx_with_cancel(ctx_background());
     ctx_t *expired = ctx_with_timeout(ctx_background(), 0);
     ctx_t *failed = ctx_with_cancel(NULL);
-    ctx_cancel_cause(cancelled, -5, "over");
-    EXPECT_EQ(ctx_go(cancelled, "late", counts, &ran), CTX_CANCELED);
+    ctx_cancel_cause(canceled, -5, "over");
+    EXPECT_EQ(ctx_go(canceled, "late", counts, &ran), CTX_CANCELED);
     EXPECT_EQ(ctx_go(expired, "late", counts, &ran), CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(ctx_go(failed, "late", counts, &ran), CTX_INVALID);
     EXPECT_EQ(ctx_go(NULL, "nowhere", counts, &ran), CTX_INVALID);
@@ -401,7 +401,7 @@ TEST(a_context_that_is_done_or_missing_gets_no_work) {
     EXPECT_EQ(ctx_go_count(), 0);
     settle();
     EXPECT_EQ(ran, 0);
-    ctx_end(cancelled);
+    ctx_end(canceled);
     ctx_end(expired);
     ctx_end(failed);
 }
@@ -614,7 +614,7 @@ static ctx_pool_desc_t describe(int workers, size_t queue) {
     memset(&desc, 0, sizeof desc);
     desc.workers = workers;
     desc.queue = queue;
-    desc.notice = -1;
+    desc.grace = -1;
     return desc;
 }
 
@@ -1106,7 +1106,7 @@ static int fails_when_told(ctx_t *ctx, void *arg) {
     return -5;
 }
 
-/* It gives its place back only after it has cancelled: who gets there next must see that. */
+/* It gives its place back only after it has canceled: who gets there next must see that. */
 TEST(a_task_that_fails_makes_no_room_for_another) {
     for (int round = 0, n = test_scale(5000); round < n; round++) {
         scene_t s;
@@ -1508,7 +1508,7 @@ TEST(tasks_accepted_before_the_pool_ended_run_with_their_context_done) {
 typedef struct {
     ctx_pool_t *pool;
     ctx_dur_t budget;
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     apart_t apart;
 } drainer_t;
 
@@ -1744,7 +1744,7 @@ TEST(a_race_that_no_context_ends_gives_the_result_of_the_work) {
         rivals_t r;
         rivals_begin(&r);
         r.task.rc = results[i];
-        EXPECT_EQ(ctx_race(r.a, r.b, ends_a_rival, &r), results[i]);
+        EXPECT_EQ(ctx_run_either(r.a, r.b, ends_a_rival, &r), results[i]);
         EXPECT_EQ(r.task.ran, 1);
         EXPECT(pthread_equal(r.task.thread, pthread_self()));
         EXPECT_EQ(r.task.user, 1); /* the values of the first */
@@ -1763,7 +1763,7 @@ TEST(a_race_that_a_context_ends_gives_its_err_whatever_the_work_returned) {
             r.victim = second ? r.b : r.a;
             r.task.until_done = true;
             r.task.rc = result;
-            EXPECT_EQ(ctx_race(r.a, r.b, ends_a_rival, &r), CTX_CANCELED);
+            EXPECT_EQ(ctx_run_either(r.a, r.b, ends_a_rival, &r), CTX_CANCELED);
             EXPECT_EQ(r.task.ran, 1);
             EXPECT_EQ(r.task.err_after, CTX_CANCELED);
             EXPECT_EQ(r.task.cause.code, -5);
@@ -1778,7 +1778,7 @@ TEST(a_race_ends_at_the_earlier_deadline) {
     rivals_begin(&r);
     r.advance = CTX_S(30);
     r.task.until_done = true;
-    EXPECT_EQ(ctx_race(r.a, r.b, ends_a_rival, &r), CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(ctx_run_either(r.a, r.b, ends_a_rival, &r), CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(r.task.err_after, CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(ctx_err(r.a), 0);
     rivals_end(&r);
@@ -1786,7 +1786,7 @@ TEST(a_race_ends_at_the_earlier_deadline) {
 
 static int races(void *arg) {
     rivals_t *r = (rivals_t *)arg;
-    return ctx_race(r->a, r->b, does_as_told, &r->task);
+    return ctx_run_either(r->a, r->b, does_as_told, &r->task);
 }
 
 TEST(a_race_waits_for_work_that_a_context_has_ended) {
@@ -1814,7 +1814,7 @@ TEST(a_race_that_is_over_before_it_begins_runs_nothing) {
         rivals_begin(&r);
         if (which & 1) ctx_cancel(r.a);
         if (which & 2) ctx_clock_advance(CTX_S(30));
-        int rc = ctx_race(r.a, r.b, does_as_told, &r.task);
+        int rc = ctx_run_either(r.a, r.b, does_as_told, &r.task);
         EXPECT(which == 2 ? rc == CTX_DEADLINE_EXCEEDED : rc == CTX_CANCELED || (which == 3 && rc == ctx_err(r.b)));
         EXPECT_EQ(r.task.ran, 0);
         rivals_end(&r);
@@ -1824,7 +1824,7 @@ TEST(a_race_that_is_over_before_it_begins_runs_nothing) {
 TEST(work_that_cancels_its_own_context_ends_neither_of_both) {
     rivals_t r;
     rivals_begin(&r);
-    EXPECT_EQ(ctx_race(r.a, r.b, cancels_itself, NULL), -7);
+    EXPECT_EQ(ctx_run_either(r.a, r.b, cancels_itself, NULL), -7);
     EXPECT_EQ(ctx_err(r.a), 0);
     EXPECT_EQ(ctx_err(r.b), 0);
     rivals_end(&r);
@@ -1833,9 +1833,9 @@ TEST(work_that_cancels_its_own_context_ends_neither_of_both) {
 TEST(a_race_with_bad_arguments_runs_nothing) {
     rivals_t r;
     rivals_begin(&r);
-    EXPECT_EQ(ctx_race(NULL, r.b, does_as_told, &r.task), CTX_INVALID);
-    EXPECT_EQ(ctx_race(r.a, NULL, does_as_told, &r.task), CTX_INVALID);
-    EXPECT_EQ(ctx_race(r.a, r.b, NULL, &r.task), CTX_INVALID);
+    EXPECT_EQ(ctx_run_either(NULL, r.b, does_as_told, &r.task), CTX_INVALID);
+    EXPECT_EQ(ctx_run_either(r.a, NULL, does_as_told, &r.task), CTX_INVALID);
+    EXPECT_EQ(ctx_run_either(r.a, r.b, NULL, &r.task), CTX_INVALID);
     EXPECT_EQ(r.task.ran, 0);
     rivals_end(&r);
 }

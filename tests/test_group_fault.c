@@ -178,7 +178,7 @@ static int waits_then_fails(ctx_t *ctx, void *arg) {
     return -5;
 }
 
-TEST(cancelling_failing_and_waiting_need_no_memory_and_no_thread) {
+TEST(canceling_failing_and_waiting_need_no_memory_and_no_thread) {
     for (int v = 0; v < VENUES; v++) {
         int n = venues[v] ? venues[v] : 4;
         gate_t gate;
@@ -249,7 +249,7 @@ TEST(a_race_without_memory_runs_nothing) {
         ctx_t *b = ctx_with_timeout(ctx_background(), CTX_S(50));
         ctx_runtime_stop();
         fault_after(n);
-        int rc = ctx_race(a, b, counts, &ran);
+        int rc = ctx_run_either(a, b, counts, &ran);
         bool injected = fault_off();
         EXPECT_EQ(rc, injected ? CTX_NO_MEMORY : 0);
         EXPECT_EQ(ran, injected ? 0 : 1);

@@ -32,7 +32,7 @@ static int64_t drink(ctx_limiter_t *limiter) {
 /* How long the next token would take, taking none. */
 static ctx_dur_t until_next(ctx_limiter_t *limiter) {
     ctx_dur_t wait = ctx_limiter_reserve(limiter, 1);
-    ctx_limiter_cancel(limiter, 1);
+    ctx_limiter_refund(limiter, 1);
     return wait;
 }
 
@@ -122,7 +122,7 @@ TEST(no_tokens_can_be_taken_of_a_full_bucket) {
     EXPECT(ctx_limiter_allow(&limiter, 0));
     EXPECT_EQ(ctx_limiter_reserve(&limiter, 0), 0);
     EXPECT_EQ(ctx_limiter_wait(&limiter, ctx_background(), 0), 0);
-    ctx_limiter_cancel(&limiter, 0);
+    ctx_limiter_refund(&limiter, 0);
     EXPECT_EQ(drink(&limiter), 5);
     ctx_clock_real();
 }
@@ -207,10 +207,10 @@ TEST(what_is_reserved_is_taken) {
 TEST(what_is_given_back_can_be_taken_again) {
     ctx_clock_fake(CTX_S(1000));
     ctx_limiter_t limiter = empty_limiter(10, 5);
-    ctx_limiter_cancel(&limiter, 2);
+    ctx_limiter_refund(&limiter, 2);
     EXPECT_EQ(drink(&limiter), 2);
     EXPECT_EQ(ctx_limiter_reserve(&limiter, 4), CTX_MS(400));
-    ctx_limiter_cancel(&limiter, 4);
+    ctx_limiter_refund(&limiter, 4);
     EXPECT_EQ(until_next(&limiter), CTX_MS(100));
     ctx_clock_real();
 }
@@ -220,9 +220,9 @@ TEST(giving_back_fills_no_bucket_over_its_burst) {
     ctx_limiter_t limiter = limiter_of(10, 5);
     EXPECT(ctx_limiter_allow(&limiter, 3));
     ctx_clock_advance(CTX_S(1));
-    ctx_limiter_cancel(&limiter, 3); /* it was full again already */
+    ctx_limiter_refund(&limiter, 3); /* it was full again already */
     EXPECT_EQ(drink(&limiter), 5);
-    ctx_limiter_cancel(&limiter, 5);
+    ctx_limiter_refund(&limiter, 5);
     ctx_clock_advance(CTX_S(1));
     EXPECT_EQ(drink(&limiter), 5);
     ctx_clock_real();
@@ -231,8 +231,8 @@ TEST(giving_back_fills_no_bucket_over_its_burst) {
 TEST(giving_back_more_than_was_taken_opens_no_flood) {
     ctx_clock_fake(CTX_S(1000));
     ctx_limiter_t limiter = limiter_of(10, 5);
-    ctx_limiter_cancel(&limiter, 1000000);
-    ctx_limiter_cancel(&limiter, INT64_MAX);
+    ctx_limiter_refund(&limiter, 1000000);
+    ctx_limiter_refund(&limiter, INT64_MAX);
     EXPECT_EQ(drink(&limiter), 5);
     EXPECT_EQ(until_next(&limiter), CTX_MS(100));
     ctx_clock_real();
@@ -298,7 +298,7 @@ TEST(who_waits_is_served_in_order) {
     ctx_clock_real();
 }
 
-TEST(a_cancelled_wait_gives_its_tokens_back) {
+TEST(a_canceled_wait_gives_its_tokens_back) {
     ctx_clock_fake(CTX_S(1000));
     ctx_limiter_t limiter = empty_limiter(10, 5);
     ctx_t *ctx = ctx_with_cancel(ctx_background());
@@ -316,7 +316,7 @@ TEST(a_cancelled_wait_gives_its_tokens_back) {
 }
 
 /* What is left when some of several waiters give up is what the others wait for, or less: nothing is won by it. */
-TEST(cancelled_waits_give_back_no_more_than_they_took) {
+TEST(canceled_waits_give_back_no_more_than_they_took) {
     static const int64_t wants[3] = {1, 3, 1};
     ctx_clock_fake(CTX_S(1000));
     ctx_limiter_t limiter = empty_limiter(10, 5);
@@ -340,13 +340,13 @@ TEST(cancelled_waits_give_back_no_more_than_they_took) {
     ctx_clock_real();
 }
 
-TEST(a_cancelled_wait_gives_back_no_more_than_it_took_when_others_gave_back_too) {
+TEST(a_canceled_wait_gives_back_no_more_than_it_took_when_others_gave_back_too) {
     ctx_clock_fake(CTX_S(1000));
     ctx_limiter_t limiter = empty_limiter(10, 5);
     ctx_t *ctx = ctx_with_cancel(ctx_background());
     waiter_t w;
     pthread_t thread = wait_apart(&w, &limiter, ctx, 1);
-    ctx_limiter_cancel(&limiter, 1); /* one of the five */
+    ctx_limiter_refund(&limiter, 1); /* one of the five */
     ctx_cancel(ctx);
     thread_join(thread);
     EXPECT_EQ(drink(&limiter), 1);
@@ -554,7 +554,7 @@ static void *takes_what_it_can(void *arg) {
         int64_t n = 1 + race_below(&seed, 3);
         if (!ctx_limiter_allow(&crowd->limiter, n)) continue;
         if (race_below(&seed, 8) == 0)
-            ctx_limiter_cancel(&crowd->limiter, n);
+            ctx_limiter_refund(&crowd->limiter, n);
         else
             got += n;
     }

@@ -50,12 +50,12 @@ TEST(ending_twice_trips_the_assertion) {
 static void nothing(void *arg) { (void)arg; }
 static void err_of_null(void) { ctx_err(NULL); }
 static void after_null(void) {
-    ctx_after_t reg;
-    ctx_after(&reg, NULL, nothing, NULL);
+    ctx_on_done_t reg;
+    ctx_on_done(&reg, NULL, nothing, NULL);
 }
 static void after_without_a_callback(void) {
-    ctx_after_t reg;
-    ctx_after(&reg, ctx_background(), NULL, NULL);
+    ctx_on_done_t reg;
+    ctx_on_done(&reg, ctx_background(), NULL, NULL);
 }
 static void advance_the_real_clock(void) { ctx_clock_advance(1); }
 

@@ -101,8 +101,10 @@ enum { A_FEW = 10 };
 
 /* From the real time on, or back to it. Deadlines are of no use meanwhile. */
 static void work_clock_set(bool on) {
-    if (on) ctx_clock_fake(test_now_ns());
-    else ctx_clock_real();
+    if (on)
+        ctx_clock_fake(test_now_ns());
+    else
+        ctx_clock_real();
 }
 
 /* One turn of a loop whose work takes `step`. */

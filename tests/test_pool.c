@@ -67,11 +67,11 @@ static int drops_count(drops_t *drops) {
     return n;
 }
 
-static uint64_t total(const ctx_drain_t *report) {
-    return report->completed + report->failed + report->cancelled + report->dropped + report->stuck;
+static uint64_t total(const ctx_drain_report_t *report) {
+    return report->completed + report->failed + report->canceled + report->dropped + report->stuck;
 }
 
-static bool says_running(const ctx_drain_t *report, const char *op) {
+static bool says_running(const ctx_drain_report_t *report, const char *op) {
     for (uint64_t i = 0; i < report->stuck && i < CTX_DRAIN_OPS; i++)
         if (report->running[i] && strcmp(report->running[i], op) == 0) return true;
     return false;
@@ -155,7 +155,7 @@ static pthread_t submit_apart(submitter_t *s, ctx_pool_t *pool, ctx_t *parent, b
 typedef struct {
     ctx_pool_t *pool;
     ctx_dur_t budget;
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     int tid, done, rc;
 } drainer_t;
 
@@ -401,9 +401,9 @@ TEST(a_task_timeout_cancels_the_task) {
     desc.task_timeout = CTX_MS(5);
     ctx_pool_t *pool = pool_below(ctx_background(), &desc);
     for (int i = 0; i < 4; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "waits", waits_for_cancel, NULL), 0);
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
-    EXPECT_EQ(report.cancelled, 4);
+    EXPECT_EQ(report.canceled, 4);
     EXPECT_EQ(total(&report), 4);
     ctx_pool_free(pool);
 }
@@ -473,7 +473,7 @@ TEST(a_context_that_a_task_retained_stays_its_own) {
 }
 
 typedef struct {
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     ctx_t *child;
     int fired;
 } leftover_t;
@@ -482,7 +482,7 @@ static void fires(void *arg) { add((int *)arg, 1); }
 
 static int leaves_things_behind(ctx_t *ctx, void *arg) {
     leftover_t *left = (leftover_t *)arg;
-    ctx_after(&left->reg, ctx, fires, &left->fired);
+    ctx_on_done(&left->reg, ctx, fires, &left->fired);
     left->child = ctx_with_cancel(ctx);
     return 0;
 }
@@ -505,7 +505,7 @@ TEST(callbacks_and_children_that_a_task_left_behind_are_not_lost) {
         const request_t *request = (const request_t *)ctx_value(left[i].child, &request_key);
         EXPECT(request && request->user == 9);
         ctx_end(left[i].child);
-        bool taken_back = ctx_after_stop(&left[i].reg);
+        bool taken_back = ctx_on_done_stop(&left[i].reg);
         EXPECT_EQ(load(&left[i].fired), taken_back ? 0 : 1);
     }
 }
@@ -558,7 +558,7 @@ TEST(reject_answers_queue_full_at_once) {
         EXPECT(ctx_now() - from < CTX_S(20));
         EXPECT_EQ(load(&ran), 0);
         gate_open(&gate);
-        ctx_drain_t report;
+        ctx_drain_report_t report;
         EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
         EXPECT_EQ(ran, sizes[s]);
         EXPECT_EQ(report.completed, sizes[s] + 1);
@@ -623,7 +623,7 @@ TEST(a_blocked_submit_ends_with_its_parent) {
         EXPECT(ctx_now() - from >= CTX_MS(5));
         ctx_end(parent);
         gate_open(&gate);
-        ctx_drain_t report;
+        ctx_drain_report_t report;
         EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
         EXPECT_EQ(ran, 1);
         EXPECT_EQ(never, 0);
@@ -642,7 +642,7 @@ TEST(a_blocked_submit_ends_with_the_pool) {
             ctx_t *lifetime = ctx_with_cancel(ctx_background());
             ctx_pool_desc_t desc = describe(1, 1);
             desc.when_full = wait ? CTX_REJECT : CTX_BLOCK;
-            desc.notice = CTX_MS(1);
+            desc.grace = CTX_MS(1);
             ctx_pool_t *pool = pool_below(lifetime, &desc);
             occupy(pool, &gate, 1);
             int ran = 0, never = 0;
@@ -723,7 +723,7 @@ TEST(caller_runs_runs_in_the_submitting_thread) {
     ctx_end(parent);
     EXPECT_EQ(load(&ran), 0);
     gate_open(&gate);
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
     EXPECT_EQ(report.completed, 4);
     EXPECT_EQ(report.failed, 1);
@@ -754,7 +754,7 @@ TEST(drop_oldest_makes_room_with_the_oldest) {
         EXPECT(strcmp(drops.at[i].op, "piece") == 0);
     }
     gate_open(&gate);
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
     for (int i = 0; i < 8; i++) EXPECT_EQ(ran[i], i < 5 ? 0 : 1);
     EXPECT_EQ(report.completed, 4);
@@ -784,7 +784,7 @@ TEST(a_batch_that_does_not_fit_is_taken_in_part) {
     EXPECT_EQ(taken, 0);
     EXPECT_EQ(ctx_pool_submit_batch(pool, ctx_background(), "batch", counts, args + 4, 6, NULL), CTX_QUEUE_FULL);
     gate_open(&gate);
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
     for (int i = 0; i < 10; i++) EXPECT_EQ(ran[i], i < 4 ? 1 : 0); /* the first four, in order */
     EXPECT_EQ(total(&report), 5);
@@ -904,7 +904,7 @@ TEST(a_limit_shared_by_two_pools_is_never_exceeded) {
     bottleneck_t b;
     memset(&b, 0, sizeof b);
     ctx_pool_desc_t desc = describe(4, 64);
-    desc.limit = &limit;
+    desc.permits = &limit;
     ctx_pool_t *one = pool_below(ctx_background(), &desc), *two = pool_below(ctx_background(), &desc);
     int n = test_scale(10000);
     for (int i = 0; i < n; i++) {
@@ -929,7 +929,7 @@ TEST(all_of_the_limit_is_used) {
     gate_t gate;
     gate_init(&gate);
     ctx_pool_desc_t desc = describe(4, 64);
-    desc.limit = &limit;
+    desc.permits = &limit;
     ctx_pool_t *one = pool_below(ctx_background(), &desc), *two = pool_below(ctx_background(), &desc);
     for (int i = 0; i < 2; i++) {
         EXPECT_EQ(ctx_pool_submit(one, ctx_background(), "one", passes_gate, &gate), 0);
@@ -967,7 +967,7 @@ TEST(a_surge_in_one_pool_does_not_starve_the_other) {
     ctx_sem_t limit;
     ctx_sem_init(&limit, 1);
     ctx_pool_desc_t desc = describe(4, 256);
-    desc.limit = &limit;
+    desc.permits = &limit;
     ctx_pool_t *surging = pool_below(ctx_background(), &desc), *calm = pool_below(ctx_background(), &desc);
     int ran = 0;
     surge_t surge;
@@ -995,13 +995,13 @@ TEST(tasks_that_wait_for_the_limit_are_dropped_when_the_budget_ends) {
     drops_t drops;
     drops_init(&drops);
     ctx_pool_desc_t desc = describe(3, 16);
-    desc.limit = &limit;
+    desc.permits = &limit;
     desc.on_drop = note_drop;
     desc.user = &drops;
     ctx_pool_t *pool = pool_below(ctx_background(), &desc);
     int ran = 0;
     for (int i = 0; i < 8; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "held up", counts, &ran), 0);
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     EXPECT_EQ(ctx_pool_drain(pool, CTX_MS(20), &report), CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(report.dropped, 8);
     EXPECT_EQ(total(&report), 8);
@@ -1038,7 +1038,7 @@ TEST(a_drain_within_its_budget_returns_0_and_leaves_the_pool_closed) {
     EXPECT_EQ(d.report.failed, 3);
     EXPECT_EQ(total(&d.report), 15);
     EXPECT(d.report.wait_time > 0);
-    EXPECT_EQ(d.report.notice_time, 0);
+    EXPECT_EQ(d.report.grace_time, 0);
     EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "late", counts, &ran), CTX_CLOSED);
     EXPECT_EQ(ctx_pool_submit_wait(pool, ctx_background(), "late", counts, &ran), CTX_CLOSED);
     ctx_pool_free(pool);
@@ -1050,7 +1050,7 @@ TEST(an_empty_pool_drains_at_once) {
     const ctx_dur_t budgets[] = {0, -1, INT64_MIN, CTX_MS(1), CTX_FOREVER};
     for (size_t i = 0; i < sizeof budgets / sizeof budgets[0]; i++) {
         ctx_pool_t *pool = pool_of(2, 4);
-        ctx_drain_t report;
+        ctx_drain_report_t report;
         memset(&report, 0xff, sizeof report);
         EXPECT_EQ(ctx_pool_drain(pool, budgets[i], &report), 0);
         EXPECT_EQ(total(&report), 0);
@@ -1060,13 +1060,13 @@ TEST(an_empty_pool_drains_at_once) {
     }
 }
 
-TEST(over_budget_the_queue_is_dropped_and_running_tasks_are_cancelled) {
+TEST(over_budget_the_queue_is_dropped_and_running_tasks_are_canceled) {
     drops_t drops;
     drops_init(&drops);
     ctx_pool_desc_t desc = describe(2, 16);
     desc.on_drop = note_drop;
     desc.user = &drops;
-    desc.notice = CTX_S(60);
+    desc.grace = CTX_S(60);
     ctx_pool_t *pool = pool_below(ctx_background(), &desc);
     int started = 0, ran = 0;
     for (int i = 0; i < 2; i++)
@@ -1074,16 +1074,16 @@ TEST(over_budget_the_queue_is_dropped_and_running_tasks_are_cancelled) {
     UNTIL(load(&started) == 2);
     for (int i = 0; i < 5; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "queued", counts, &ran), 0);
     ctx_time_t from = ctx_now();
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     EXPECT_EQ(ctx_pool_drain(pool, CTX_MS(20), &report), CTX_DEADLINE_EXCEEDED);
     EXPECT(ctx_now() - from >= CTX_MS(20));
     EXPECT(ctx_now() - from < CTX_S(30)); /* not the whole of the notice: they stopped */
-    EXPECT_EQ(report.cancelled, 2);
+    EXPECT_EQ(report.canceled, 2);
     EXPECT_EQ(report.dropped, 5);
     EXPECT_EQ(report.stuck, 0);
     EXPECT_EQ(total(&report), 7);
     EXPECT(report.wait_time >= CTX_MS(20));
-    EXPECT(report.notice_time >= 0);
+    EXPECT(report.grace_time >= 0);
     EXPECT_EQ(ran, 0);
     EXPECT_EQ(drops_count(&drops), 5);
     for (int i = 0; i < 5; i++) {
@@ -1095,35 +1095,35 @@ TEST(over_budget_the_queue_is_dropped_and_running_tasks_are_cancelled) {
     EXPECT_EQ(drops_count(&drops), 5);
 }
 
-static int fails_once_cancelled(ctx_t *ctx, void *arg) {
+static int fails_once_canceled(ctx_t *ctx, void *arg) {
     if (arg) add((int *)arg, 1);
     ctx_wait(ctx, CTX_FOREVER);
     return -5;
 }
 
-static int succeeds_once_cancelled(ctx_t *ctx, void *arg) {
+static int succeeds_once_canceled(ctx_t *ctx, void *arg) {
     if (arg) add((int *)arg, 1);
     ctx_wait(ctx, CTX_FOREVER);
     return 0;
 }
 
-TEST(the_report_tells_completed_failed_and_cancelled_apart) {
+TEST(the_report_tells_completed_failed_and_canceled_apart) {
     ctx_pool_desc_t desc = describe(5, 16);
-    desc.notice = CTX_S(60);
+    desc.grace = CTX_S(60);
     ctx_pool_t *pool = pool_below(ctx_background(), &desc);
     int started = 0, ran = 0;
     ctx_pool_submit(pool, ctx_background(), "ok", counts, &ran);
     ctx_pool_submit(pool, ctx_background(), "bad", fails, NULL);
     ctx_pool_submit(pool, ctx_background(), "bad", fails, NULL);
-    ctx_pool_submit(pool, ctx_background(), "cancelled", waits_for_cancel, &started);
-    ctx_pool_submit(pool, ctx_background(), "cancelled", fails_once_cancelled, &started);
-    ctx_pool_submit(pool, ctx_background(), "done after all", succeeds_once_cancelled, &started);
+    ctx_pool_submit(pool, ctx_background(), "canceled", waits_for_cancel, &started);
+    ctx_pool_submit(pool, ctx_background(), "canceled", fails_once_canceled, &started);
+    ctx_pool_submit(pool, ctx_background(), "done after all", succeeds_once_canceled, &started);
     UNTIL(load(&started) == 3 && load(&ran) == 1);
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     EXPECT_EQ(ctx_pool_drain(pool, CTX_MS(30), &report), CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(total(&report), 6);
     EXPECT_EQ(report.completed, 2);
-    EXPECT_EQ(report.cancelled, 2);
+    EXPECT_EQ(report.canceled, 2);
     EXPECT_EQ(report.failed, 2);
     ctx_pool_free(pool);
 }
@@ -1134,7 +1134,7 @@ TEST(a_stuck_task_is_named_and_not_waited_for) {
     drops_t drops;
     drops_init(&drops);
     ctx_pool_desc_t desc = describe(2, 16);
-    desc.notice = CTX_MS(10);
+    desc.grace = CTX_MS(10);
     desc.on_drop = note_drop;
     desc.user = &drops;
     ctx_pool_t *pool = pool_below(ctx_background(), &desc);
@@ -1145,18 +1145,18 @@ TEST(a_stuck_task_is_named_and_not_waited_for) {
     UNTIL(load(&started) == 1);
     for (int i = 0; i < 3; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "queued", counts, &ran), 0);
     ctx_time_t from = ctx_now();
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     EXPECT_EQ(ctx_pool_drain(pool, CTX_MS(10), &report), CTX_DEADLINE_EXCEEDED);
     ctx_dur_t took = ctx_now() - from;
-    EXPECT(took >= CTX_MS(20)); /* it had all of its budget and notice, ... */
+    EXPECT(took >= CTX_MS(20)); /* it had all of its budget and grace period, ... */
     EXPECT(took < CTX_S(20));   /* ... and no more */
     EXPECT_EQ(report.stuck, 1);
-    EXPECT_EQ(report.cancelled, 1);
+    EXPECT_EQ(report.canceled, 1);
     EXPECT_EQ(report.dropped, 3);
     EXPECT_EQ(total(&report), 5);
     EXPECT(says_running(&report, "resize image"));
     EXPECT(!says_running(&report, "polite"));
-    EXPECT(report.notice_time >= CTX_MS(10));
+    EXPECT(report.grace_time >= CTX_MS(10));
     gate_open(&gate);
     EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report),
               CTX_DEADLINE_EXCEEDED); /* it did not finish inside a budget */
@@ -1174,13 +1174,13 @@ TEST(the_first_sixteen_of_many_stuck_tasks_are_named) {
     gate_t gate;
     gate_init(&gate);
     ctx_pool_desc_t desc = describe(STUCK, 4);
-    desc.notice = -1;
+    desc.grace = -1;
     ctx_pool_t *pool = pool_below(ctx_background(), &desc);
     for (int i = 0; i < STUCK; i++) {
         EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "stuck here", passes_gate, &gate), 0);
         gate_await(&gate, i + 1);
     }
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     EXPECT_EQ(ctx_pool_drain(pool, 0, &report), CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(report.stuck, STUCK);
     EXPECT_EQ(total(&report), STUCK);
@@ -1194,7 +1194,7 @@ TEST(the_report_may_be_null) {
     gate_t gate;
     gate_init(&gate);
     ctx_pool_desc_t desc = describe(1, 4);
-    desc.notice = -1;
+    desc.grace = -1;
     ctx_pool_t *pool = pool_below(ctx_background(), &desc);
     occupy(pool, &gate, 1);
     EXPECT_EQ(ctx_pool_drain(pool, CTX_MS(1), NULL), CTX_DEADLINE_EXCEEDED);
@@ -1208,7 +1208,7 @@ TEST(a_drain_may_be_repeated) {
     ctx_pool_t *pool = pool_of(2, 64);
     int ran = 0;
     for (int i = 0; i < 30; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     for (int i = 0; i < 3; i++) {
         memset(&report, 0xff, sizeof report);
         EXPECT_EQ(ctx_pool_drain(pool, i == 1 ? 0 : CTX_FOREVER, &report), 0);
@@ -1224,7 +1224,7 @@ TEST(a_second_drain_with_less_budget_cuts_the_first_short) {
     ctx_pool_desc_t desc = describe(1, 16);
     desc.on_drop = note_drop;
     desc.user = &drops;
-    desc.notice = CTX_S(60);
+    desc.grace = CTX_S(60);
     ctx_pool_t *pool = pool_below(ctx_background(), &desc);
     int started = 0;
     EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "waits", waits_for_cancel, &started), 0);
@@ -1233,13 +1233,13 @@ TEST(a_second_drain_with_less_budget_cuts_the_first_short) {
     drainer_t d;
     pthread_t thread = drain_apart(&d, pool, CTX_S(3600));
     until_asleep(&d.tid);
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     EXPECT_EQ(ctx_pool_drain(pool, CTX_MS(5), &report), CTX_DEADLINE_EXCEEDED);
     thread_join(thread); /* nothing is left to wait an hour for */
     EXPECT_EQ(d.rc, CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(total(&report), 2);
     EXPECT_EQ(total(&d.report), 2);
-    EXPECT_EQ(report.cancelled, 1);
+    EXPECT_EQ(report.canceled, 1);
     EXPECT_EQ(drops_count(&drops), 1);
     ctx_pool_free(pool);
 }
@@ -1272,7 +1272,7 @@ TEST(several_threads_may_drain_at_once) {
 TEST(a_drain_keeps_its_budget_by_the_fake_clock) {
     ctx_clock_fake(CTX_S(1));
     ctx_pool_desc_t desc = describe(1, 4);
-    desc.notice = CTX_S(60);
+    desc.grace = CTX_S(60);
     ctx_pool_t *pool = pool_below(ctx_background(), &desc);
     int started = 0;
     EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "waits", waits_for_cancel, &started), 0);
@@ -1284,12 +1284,12 @@ TEST(a_drain_keeps_its_budget_by_the_fake_clock) {
     until_asleep(&d.tid);
     EXPECT_EQ(load(&d.done), 0);
     ctx_clock_advance(1);
-    thread_join(thread); /* cancelled, it stops: none of the notice passes */
+    thread_join(thread); /* canceled, it stops: none of the notice passes */
     EXPECT_EQ(d.rc, CTX_DEADLINE_EXCEEDED);
-    EXPECT_EQ(d.report.cancelled, 1);
+    EXPECT_EQ(d.report.canceled, 1);
     EXPECT_EQ(total(&d.report), 1);
     EXPECT_EQ(d.report.wait_time, CTX_S(3600));
-    EXPECT_EQ(d.report.notice_time, 0);
+    EXPECT_EQ(d.report.grace_time, 0);
     ctx_pool_free(pool);
     ctx_clock_real();
 }
@@ -1299,7 +1299,7 @@ TEST(a_drain_keeps_its_notice_by_the_fake_clock) {
     gate_t gate;
     gate_init(&gate);
     ctx_pool_desc_t desc = describe(1, 4);
-    desc.notice = CTX_S(60);
+    desc.grace = CTX_S(60);
     ctx_pool_t *pool = pool_below(ctx_background(), &desc);
     occupy(pool, &gate, 1);
     drainer_t d;
@@ -1315,7 +1315,7 @@ TEST(a_drain_keeps_its_notice_by_the_fake_clock) {
     thread_join(thread);
     EXPECT_EQ(d.rc, CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(d.report.stuck, 1);
-    EXPECT(d.report.notice_time >= CTX_S(60));
+    EXPECT(d.report.grace_time >= CTX_S(60));
     gate_open(&gate);
     ctx_pool_free(pool);
     gate_destroy(&gate);
@@ -1324,7 +1324,7 @@ TEST(a_drain_keeps_its_notice_by_the_fake_clock) {
 
 typedef struct {
     ctx_pool_t *pool;
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     int rc, done, err_before, err_after;
     ctx_dur_t took;
     gate_t *gate;
@@ -1359,7 +1359,7 @@ TEST(a_task_may_drain_its_own_pool) {
         EXPECT_EQ(inner.err_after, 0);
         EXPECT(inner.took < CTX_S(20));
         EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "late", counts, &ran), CTX_CLOSED);
-        ctx_drain_t report;
+        ctx_drain_report_t report;
         EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
         EXPECT_EQ(report.completed, 6);
         EXPECT_EQ(report.stuck, 0);
@@ -1383,9 +1383,9 @@ TEST(freeing_an_undrained_pool_drops_its_queue_and_leaves_stuck_tasks_alone) {
     ctx_pool_desc_t desc = describe(2, 16);
     desc.on_drop = note_drop;
     desc.user = &drops;
-    desc.limit = limit;
+    desc.permits = limit;
     desc.task_timeout = CTX_S(3600);
-    desc.notice = CTX_S(3600); /* free gives none */
+    desc.grace = CTX_S(3600); /* free gives none */
     ctx_pool_t *pool = pool_below(lifetime, &desc);
     seen_t seen[2];
     memset(seen, 0, sizeof seen);
@@ -1427,11 +1427,11 @@ TEST(freeing_a_drained_pool_with_a_stuck_task_returns_at_once_too) {
     CHECK(limit != NULL);
     ctx_sem_init(limit, 1);
     ctx_pool_desc_t desc = describe(1, 16);
-    desc.limit = limit;
-    desc.notice = CTX_MS(1);
+    desc.permits = limit;
+    desc.grace = CTX_MS(1);
     ctx_pool_t *pool = pool_below(ctx_background(), &desc);
     occupy(pool, &gate, 1);
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     EXPECT_EQ(ctx_pool_drain(pool, CTX_MS(1), &report), CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(report.stuck, 1);
     ctx_pool_free(pool);
@@ -1482,7 +1482,7 @@ TEST(a_task_may_free_its_own_pool) {
         ctx_pool_desc_t desc = describe(limited ? 1 : 2, 16);
         desc.on_drop = note_drop;
         desc.user = &drops;
-        desc.limit = limited ? &limit : NULL;
+        desc.permits = limited ? &limit : NULL;
         ctx_pool_t *pool = pool_below(ctx_background(), &desc);
         inner_t inner;
         memset(&inner, 0, sizeof inner);
@@ -1535,9 +1535,9 @@ TEST(the_end_of_the_lifetime_cancels_drops_and_refuses) {
         EXPECT_EQ(drops.at[i].reason, CTX_CANCELED);
         EXPECT(strcmp(drops.at[i].op, "queued") == 0);
     }
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     ctx_pool_drain(pool, CTX_FOREVER, &report);
-    EXPECT_EQ(report.cancelled, 2);
+    EXPECT_EQ(report.canceled, 2);
     EXPECT_EQ(report.dropped, 5);
     EXPECT_EQ(total(&report), 7);
     EXPECT_EQ(ran, 0);
@@ -1577,7 +1577,7 @@ TEST(a_lifetime_that_expires_ends_the_pool) {
     EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "waits", waits_for_cancel, NULL), 0);
     ctx_wait(lifetime, CTX_FOREVER);
     EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "late", fails, NULL), CTX_DEADLINE_EXCEEDED);
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     ctx_pool_drain(pool, CTX_FOREVER, &report);
     EXPECT_EQ(total(&report), 1);
     EXPECT_EQ(report.completed, 0);
@@ -1663,7 +1663,7 @@ TEST(tasks_gather_while_a_worker_naps_and_a_drain_does_not_wait_for_it) {
     for (int i = 0; i < 3; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
     until_asleep(&tid);
     EXPECT_EQ(load(&ran), 0);
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     EXPECT_EQ(ctx_pool_drain(pool, CTX_S(100), &report), 0);
     EXPECT_EQ(load(&ran), 3);
     EXPECT_EQ(report.completed, 43);
@@ -1741,7 +1741,7 @@ TEST(bad_arguments_are_invalid) {
     EXPECT_EQ(ctx_pool_submit_batch(pool, ctx_background(), "op", NULL, args, 1, NULL), CTX_INVALID);
     EXPECT_EQ(ctx_pool_submit_batch(pool, ctx_background(), "op", counts, NULL, 1, NULL), CTX_INVALID);
     EXPECT_EQ(ctx_pool_drain(NULL, 0, NULL), CTX_INVALID);
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
     EXPECT_EQ(total(&report), 0);
     EXPECT_EQ(ran, 0);
@@ -1789,7 +1789,7 @@ TEST(without_memory_each_accepted_task_still_runs_or_is_dropped) {
                 fault_after(n);
             for (int i = 0; i < 10; i++)
                 if (ctx_pool_submit(pool, ctx_background(), "count", counts, &ran) == 0) accepted++;
-            ctx_drain_t report;
+            ctx_drain_report_t report;
             EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
             fault_off();
             EXPECT_EQ(total(&report), accepted);
@@ -1811,7 +1811,7 @@ TEST(without_threads_each_accepted_task_still_runs_or_is_dropped) {
             desc.task_timeout = CTX_S(3600);
             desc.on_drop = note_drop;
             desc.user = &drops;
-            desc.notice = CTX_MS(10);
+            desc.grace = CTX_MS(10);
             ctx_pool_t *pool = pool_below(ctx_background(), &desc);
             int ran = 0, accepted = 0;
             if (all)
@@ -1823,7 +1823,7 @@ TEST(without_threads_each_accepted_task_still_runs_or_is_dropped) {
                 EXPECT(rc <= 0);
                 if (rc == 0) accepted++;
             }
-            ctx_drain_t report;
+            ctx_drain_report_t report;
             ctx_pool_drain(pool, CTX_S(2), &report);
             fault_threads_off();
             EXPECT_EQ(report.stuck, 0);
@@ -1953,10 +1953,10 @@ static void one_pool_of_the_million(int number, slot_t *slots, int n, ctx_sem_t 
     ctx_pool_desc_t desc = describe(1 + number % 4, 16u << number % 5);
     desc.when_full = policies[number % 4];
     desc.on_drop = drops_one_of_a_million;
-    desc.limit = number % 3 == 0 ? limit : NULL;
+    desc.permits = number % 3 == 0 ? limit : NULL;
     desc.task_timeout = number % 2 ? CTX_S(1) : 0;
     desc.coalesce = number % 5 == 0 ? CTX_US(100) : 0;
-    desc.notice = CTX_MS(number % 7);
+    desc.grace = CTX_MS(number % 7);
     m.pool = pool_below(m.lifetime, &desc);
     pthread_t submitters[SUBMITTERS], enders[ENDERS];
     for (int i = 0; i < SUBMITTERS; i++) submitters[i] = thread_start(submits_half_of_them, &m);
@@ -1964,7 +1964,7 @@ static void one_pool_of_the_million(int number, slot_t *slots, int n, ctx_sem_t 
     for (int i = 0; i < SUBMITTERS; i++) thread_join(submitters[i]);
     for (int i = 0; i < ENDERS; i++) thread_join(enders[i]);
     if (m.kind < 3) {
-        ctx_drain_t report;
+        ctx_drain_report_t report;
         ctx_pool_drain(m.pool, CTX_FOREVER, &report);
         EXPECT_EQ(total(&report), m.accepted);
         EXPECT_EQ(report.stuck, 0);

@@ -400,7 +400,7 @@ typedef struct {
     int calls[8]; /* [atomic] */
 } eight_t;
 
-static void *retries_until_cancelled(void *arg) {
+static void *retries_until_canceled(void *arg) {
     race_side_t *side = (race_side_t *)arg;
     eight_t *eight = (eight_t *)side->shared;
     ctx_retry_desc_t desc = describe(-1, CTX_US(20));
@@ -421,9 +421,9 @@ TEST(eight_retries_below_one_context_end_with_it) {
     eight_t eight;
     memset(&eight, 0, sizeof eight);
     eight.ctx = ctx_with_cancel(ctx_background());
-    pthread_t canceller = thread_start(cancels_when_all_are_at_it, &eight);
-    race_run(8, retries_until_cancelled, &eight);
-    thread_join(canceller);
+    pthread_t canceler = thread_start(cancels_when_all_are_at_it, &eight);
+    race_run(8, retries_until_canceled, &eight);
+    thread_join(canceler);
     ctx_end(eight.ctx);
 }
 

@@ -396,7 +396,7 @@ TEST(a_race_has_the_decision_of_the_first_context) {
         for (int of_b = NONE; of_b <= NO; of_b++) {
             look_t look = look_for((kind_t)of_a);
             ctx_t *a = context_of((kind_t)of_a), *b = context_of((kind_t)of_b);
-            EXPECT_EQ(ctx_race(a, b, looks, &look), 0);
+            EXPECT_EQ(ctx_run_either(a, b, looks, &look), 0);
             EXPECT_EQ(load(&look.seen), of_a + 1);
             ctx_end(a);
             ctx_end(b);
@@ -421,7 +421,7 @@ TEST(a_flush_has_the_decision_of_the_batchers_lifetime) {
         ctx_batch_t *batch = ctx_batch_new(lifetime, &desc);
         CHECK(batch != NULL);
         EXPECT_EQ(ctx_batch_add(batch, &seven), 0);
-        EXPECT_EQ(ctx_batch_close(batch, CTX_FOREVER), 0);
+        EXPECT_EQ(batch_close(batch, CTX_FOREVER), 0);
         EXPECT_EQ(load(&look.seen), kind + 1);
         ctx_end(lifetime);
     }

@@ -143,18 +143,18 @@ TEST(no_permits_is_a_request_like_any_other) {
 TEST(a_done_context_takes_nothing_from_an_empty_semaphore) {
     ctx_sem_t sem;
     ctx_sem_init(&sem, 2);
-    ctx_t *cancelled = ctx_with_cancel(ctx_background());
+    ctx_t *canceled = ctx_with_cancel(ctx_background());
     ctx_t *expired = ctx_with_timeout(ctx_background(), 0);
     ctx_t *failed = ctx_with_cancel(NULL);
-    ctx_cancel(cancelled);
+    ctx_cancel(canceled);
     EXPECT(ctx_sem_try_acquire(&sem, 1));
-    EXPECT_EQ(ctx_sem_acquire(&sem, cancelled, 2), CTX_CANCELED);
+    EXPECT_EQ(ctx_sem_acquire(&sem, canceled, 2), CTX_CANCELED);
     EXPECT_EQ(ctx_sem_acquire(&sem, expired, 2), CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(ctx_sem_acquire(&sem, failed, 2), CTX_INVALID);
     EXPECT(ctx_sem_try_acquire(&sem, 1)); /* and stands in nobody's way */
     ctx_sem_release(&sem, 2);
     EXPECT(all_free(&sem, 2));
-    ctx_end(cancelled);
+    ctx_end(canceled);
     ctx_end(expired);
     ctx_end(failed);
     ctx_sem_destroy(&sem);
@@ -387,9 +387,9 @@ TEST(a_small_acquire_does_not_overtake_a_big_one) {
     ctx_sem_destroy(&sem);
 }
 
-/* -- cancelling ------------------------------------------------------------------------------------------------- */
+/* -- canceling ------------------------------------------------------------------------------------------------- */
 
-TEST(cancelled_waiter_loses_no_permit) {
+TEST(canceled_waiter_loses_no_permit) {
     ctx_sem_t sem;
     ctx_sem_init(&sem, 3);
     EXPECT(ctx_sem_try_acquire(&sem, 3));
@@ -414,7 +414,7 @@ typedef struct {
     start_line_t line;
     ctx_sem_t sem;
     ctx_t *ctx;
-    int rounds, granted, cancelled;
+    int rounds, granted, canceled;
 } grant_race_t;
 
 static void *takes_each_round(void *arg) {
@@ -428,7 +428,7 @@ static void *takes_each_round(void *arg) {
             ctx_sem_release(&race->sem, 2);
         } else {
             EXPECT_EQ(rc, CTX_CANCELED);
-            race->cancelled++;
+            race->canceled++;
         }
         start_line(&race->line);
         start_line(&race->line);
@@ -449,14 +449,14 @@ static void *cancels_each_round(void *arg) {
 }
 
 /* The grant and the cancel come at the same moment: whoever wins, both permits are there afterwards. */
-TEST(cancelled_waiter_loses_no_permit_that_is_granted_at_that_moment) {
+TEST(canceled_waiter_loses_no_permit_that_is_granted_at_that_moment) {
     grant_race_t race;
     ctx_sem_init(&race.sem, 2);
     start_line_init(&race.line, 3);
     race.rounds = test_scale(20000);
-    race.granted = race.cancelled = 0;
+    race.granted = race.canceled = 0;
     pthread_t taker = thread_start(takes_each_round, &race);
-    pthread_t canceller = thread_start(cancels_each_round, &race);
+    pthread_t canceler = thread_start(cancels_each_round, &race);
     for (int i = 0; i < race.rounds; i++) {
         race.ctx = ctx_with_cancel(ctx_background());
         EXPECT(ctx_sem_try_acquire(&race.sem, 2));
@@ -469,12 +469,12 @@ TEST(cancelled_waiter_loses_no_permit_that_is_granted_at_that_moment) {
         start_line(&race.line);
     }
     thread_join(taker);
-    thread_join(canceller);
-    EXPECT_EQ(race.granted + race.cancelled, race.rounds);
+    thread_join(canceler);
+    EXPECT_EQ(race.granted + race.canceled, race.rounds);
     ctx_sem_destroy(&race.sem);
 }
 
-/* The head is granted, and cancelled before it can run: whichever it makes of that, the one behind it gets its turn. */
+/* The head is granted, and canceled before it can run: whichever it makes of that, the one behind it gets its turn. */
 TEST(a_grant_that_a_cancel_overtakes_reaches_the_next) {
     for (int round = 0; round < 30; round++) {
         ctx_sem_t sem;
@@ -498,7 +498,7 @@ TEST(a_grant_that_a_cancel_overtakes_reaches_the_next) {
     }
 }
 
-TEST(a_cancelled_head_lets_the_next_ones_in) {
+TEST(a_canceled_head_lets_the_next_ones_in) {
     ctx_sem_t sem;
     ctx_sem_init(&sem, 4);
     EXPECT(ctx_sem_try_acquire(&sem, 2));
@@ -529,7 +529,7 @@ TEST(a_cancelled_head_lets_the_next_ones_in) {
     ctx_sem_destroy(&sem);
 }
 
-TEST(those_who_stay_keep_their_order_when_others_are_cancelled) {
+TEST(those_who_stay_keep_their_order_when_others_are_canceled) {
     enum { N = 10 };
     ctx_sem_t sem;
     ctx_sem_init(&sem, 1);
@@ -605,7 +605,7 @@ TEST(a_deadline_ends_the_wait_under_the_fake_clock) {
     ctx_clock_real();
 }
 
-TEST(waiting_and_cancelling_allocate_nothing) {
+TEST(waiting_and_canceling_allocate_nothing) {
     ctx_sem_t sem;
     ctx_sem_init(&sem, 1);
     EXPECT(ctx_sem_try_acquire(&sem, 1));
@@ -633,10 +633,10 @@ enum { CROWD = 8, CROWD_PERMITS = 8, CROWD_ROUNDS = 5000 };
 
 typedef struct {
     ctx_sem_t *sem;
-    ctx_t **slots; /* [atomic] what each has open to be cancelled: one reference for whoever takes it out */
+    ctx_t **slots; /* [atomic] what each has open to be canceled: one reference for whoever takes it out */
     int *taken;    /* [atomic] permits held by all */
     int me, rounds;
-    int granted, cancelled, refused;
+    int granted, canceled, refused;
 } crowd_t;
 
 static ctx_t *swap_slot(ctx_t **slot, ctx_t *ctx) { return __atomic_exchange_n(slot, ctx, __ATOMIC_ACQ_REL); }
@@ -669,7 +669,7 @@ static void *acquires_at_random(void *arg) {
             c->granted++;
         } else {
             EXPECT(rc == CTX_CANCELED || rc == CTX_DEADLINE_EXCEEDED);
-            c->cancelled++;
+            c->canceled++;
         }
         ctx_release(swap_slot(&c->slots[c->me], NULL));
         ctx_end(ctx);
@@ -714,17 +714,17 @@ TEST(eight_threads_with_random_cancels_leave_every_permit_free) {
         threads[i] = thread_start(acquires_at_random, &crowd[i]);
     }
     pthread_t hunting = thread_start(cancels_at_random, &hunter);
-    int granted = 0, cancelled = 0;
+    int granted = 0, canceled = 0;
     for (int i = 0; i < CROWD; i++) {
         thread_join(threads[i]);
         granted += crowd[i].granted;
-        cancelled += crowd[i].cancelled;
+        canceled += crowd[i].canceled;
     }
     store(&hunter.stop, 1);
     thread_join(hunting);
-    EXPECT_EQ(granted + cancelled, CROWD * test_scale(CROWD_ROUNDS));
+    EXPECT_EQ(granted + canceled, CROWD * test_scale(CROWD_ROUNDS));
     EXPECT(granted > 0);
-    if (!TEST_QUICK) EXPECT(cancelled > 0);
+    if (!TEST_QUICK) EXPECT(canceled > 0);
     EXPECT_EQ(taken, 0);
     EXPECT(all_free(&sem, CROWD_PERMITS));
     ctx_sem_destroy(&sem);

@@ -39,19 +39,19 @@ TEST(force_comes_last_and_after_the_notice) {
     a.run_gate = &gate;
     a.force_opens = &gate;
     ctx_service_desc_t desc = describe(&a);
-    desc.notice = CTX_MS(300);
+    desc.grace = CTX_MS(300);
     ctx_service_t *service = started(ctx_background(), &desc);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(stop_driven(service, CTX_S(10), &report), 0); /* what was forced in time has stopped in time */
     expect_orderly(&a);
     EXPECT(before(&a, REFUSES, &a, DRAINS));
-    EXPECT(before(&a, DRAINED, &a, CANCELLED));
-    EXPECT(before(&a, CANCELLED, &a, FORCES));
+    EXPECT(before(&a, DRAINED, &a, CANCELED));
+    EXPECT(before(&a, CANCELED, &a, FORCES));
     EXPECT(before(&a, FORCES, &a, RETURNED));
-    EXPECT_EQ(a.at[CANCELLED], 0);
+    EXPECT_EQ(a.at[CANCELED], 0);
     EXPECT_EQ(a.at[FORCES], CTX_MS(300));
-    EXPECT(report.held && report.late == 0);
-    EXPECT_EQ(report.parts[0].forced, CTX_MS(300));
+    EXPECT(report.within_budget && report.late == 0);
+    EXPECT_EQ(report.parts[0].forced_at, CTX_MS(300));
     ctx_service_free(service);
     gate_destroy(&gate);
     nothing_is_left();
@@ -66,11 +66,11 @@ TEST(run_that_stops_after_its_notice_and_inside_the_budget_is_not_late) {
         ctx_service_desc_t desc = describe(&a);
         if (!forces) desc.force = NULL;
         ctx_service_t *service = started(ctx_background(), &desc);
-        ctx_shutdown_t report;
+        ctx_shutdown_report_t report;
         EXPECT_EQ(stop_driven(service, CTX_S(10), &report), 0);
         EXPECT_EQ(report.took, CTX_S(1));
-        EXPECT(report.held && report.late == 0);
-        EXPECT_EQ(report.parts[0].finished, CTX_S(1));
+        EXPECT(report.within_budget && report.late == 0);
+        EXPECT_EQ(report.parts[0].finished_at, CTX_S(1));
         EXPECT_EQ(times(&a, FORCES), forces);
         drive(&a.n[RETURNED]);
         ctx_service_free(service);
@@ -81,7 +81,7 @@ TEST(run_that_stops_after_its_notice_and_inside_the_budget_is_not_late) {
 TEST(run_that_stops_when_it_is_told_needs_no_notice) {
     actor_t a = actor("a");
     ctx_service_desc_t desc = describe(&a);
-    desc.notice = -1;
+    desc.grace = -1;
     desc.force = NULL;
     ctx_service_t *service = started(ctx_background(), &desc);
     EXPECT_EQ(ctx_service_stop(service, LONG_WAIT, NULL), 0);
@@ -99,10 +99,10 @@ TEST(a_negative_notice_is_none) {
     a.run_gate = &gate;
     a.force_opens = &gate;
     ctx_service_desc_t desc = describe(&a);
-    desc.notice = -1;
+    desc.grace = -1;
     ctx_service_t *service = started(ctx_background(), &desc);
     EXPECT_EQ(stop_driven(service, CTX_S(10), NULL), 0);
-    EXPECT(before(&a, CANCELLED, &a, FORCES));
+    EXPECT(before(&a, CANCELED, &a, FORCES));
     EXPECT_EQ(a.at[FORCES], 0);
     ctx_service_free(service);
     gate_destroy(&gate);
@@ -111,7 +111,7 @@ TEST(a_negative_notice_is_none) {
 
 TEST(the_drain_gets_the_earlier_of_its_budget_and_what_the_stop_has_less_the_notice) {
     const struct {
-        ctx_dur_t drain_budget, notice, budget, expected;
+        ctx_dur_t drain_budget, grace, budget, expected;
     } all[] = {
         {CTX_S(3), 0, CTX_S(10), CTX_S(3)},        {0, 0, CTX_S(10), CTX_MS(9900)},
         {CTX_S(20), 0, CTX_S(10), CTX_MS(9900)},   {0, CTX_S(2), CTX_S(10), CTX_S(8)},
@@ -123,7 +123,7 @@ TEST(the_drain_gets_the_earlier_of_its_budget_and_what_the_stop_has_less_the_not
         actor_t a = actor("a");
         ctx_service_desc_t desc = describe(&a);
         desc.drain_budget = all[i].drain_budget;
-        desc.notice = all[i].notice;
+        desc.grace = all[i].grace;
         ctx_service_t *service = started(ctx_background(), &desc);
         ctx_service_stop(service, all[i].budget, NULL);
         EXPECT_EQ(a.drain_err, 0);
@@ -156,12 +156,12 @@ TEST(the_work_goes_on_while_it_drains) {
     stop_apart(&s, service, CTX_S(10));
     pass(CTX_MS(4900));
     EXPECT_EQ(times(&a, DRAINS), 1);
-    EXPECT_EQ(times(&a, CANCELLED), 0);
+    EXPECT_EQ(times(&a, CANCELED), 0);
     EXPECT_EQ(load(&s.done), 0);
     drive(&s.done);
     thread_join(s.thread);
     EXPECT_EQ(s.rc, 0);
-    EXPECT_EQ(a.at[CANCELLED], CTX_S(5)); /* as soon as it was drained */
+    EXPECT_EQ(a.at[CANCELED], CTX_S(5)); /* as soon as it was drained */
     expect_stopped(&a);
     ctx_service_free(service);
     nothing_is_left();
@@ -174,10 +174,10 @@ TEST(a_drain_that_heeds_its_context_is_ended_by_its_budget) {
     ctx_service_desc_t desc = describe(&a);
     desc.drain_budget = CTX_S(2);
     ctx_service_t *service = started(ctx_background(), &desc);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(stop_driven(service, CTX_S(10), &report), 0);
     EXPECT_EQ(a.at[DRAINED], CTX_S(2));
-    EXPECT_EQ(a.at[CANCELLED], CTX_S(2));
+    EXPECT_EQ(a.at[CANCELED], CTX_S(2));
     EXPECT_EQ(report.took, CTX_S(2));
     EXPECT_EQ(times(&a, FORCES), 0);
     ctx_service_free(service);
@@ -191,17 +191,17 @@ TEST(a_drain_that_ignores_its_context_is_forced_and_named_late) {
     actor_t a = actor("a");
     a.drain_gate = &gate;
     ctx_service_desc_t desc = describe(&a);
-    desc.notice = CTX_MS(200);
+    desc.grace = CTX_MS(200);
     ctx_service_t *service = started(ctx_background(), &desc);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(stop_driven(service, CTX_S(1), &report), CTX_DEADLINE_EXCEEDED);
-    EXPECT_EQ(a.at[CANCELLED], CTX_MS(800));
+    EXPECT_EQ(a.at[CANCELED], CTX_MS(800));
     EXPECT_EQ(a.at[FORCES], CTX_S(1));
     EXPECT_EQ(times(&a, RETURNED), 1);
     EXPECT_EQ(times(&a, DRAINED), 0);
     EXPECT(report.took >= CTX_S(1) && report.took <= CTX_MS(1200));
-    EXPECT(!report.held && report.late == 1 && report.parts[0].late);
-    EXPECT(report.parts[0].drained < 0 && report.parts[0].finished < 0);
+    EXPECT(!report.within_budget && report.late == 1 && report.parts[0].late);
+    EXPECT(report.parts[0].drained_at < 0 && report.parts[0].finished_at < 0);
     ctx_service_free(service);
     gate_open(&gate);
     UNTIL(times(&a, DRAINED) == 1);
@@ -219,11 +219,11 @@ TEST(a_drain_that_force_ends_within_the_budget_is_not_late) {
     ctx_service_desc_t desc = describe(&a);
     desc.drain_budget = CTX_S(2);
     ctx_service_t *service = started(ctx_background(), &desc);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(stop_driven(service, CTX_S(10), &report), 0);
     EXPECT_EQ(a.at[FORCES], CTX_MS(2100));
     EXPECT_EQ(times(&a, DRAINED), 1);
-    EXPECT(report.held && report.late == 0);
+    EXPECT(report.within_budget && report.late == 0);
     ctx_service_free(service);
     gate_destroy(&gate);
     nothing_is_left();
@@ -251,16 +251,16 @@ TEST(run_that_ignores_its_cancellation_is_forced_then_named_late) {
     a.run_gate = &gate;
     ctx_service_desc_t desc = describe(&a);
     ctx_service_t *service = started(ctx_background(), &desc);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(stop_driven(service, CTX_S(1), &report), CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(a.at[FORCES], CTX_MS(100));
     EXPECT_EQ(times(&a, FORCES), 1);
     EXPECT(report.took <= CTX_MS(1100));
     EXPECT_EQ(report.rc, CTX_DEADLINE_EXCEEDED);
-    EXPECT(!report.held && report.late == 1);
+    EXPECT(!report.within_budget && report.late == 1);
     EXPECT(report.parts[0].late && strcmp(report.parts[0].name, "stubborn") == 0);
-    EXPECT_EQ(report.parts[0].forced, CTX_MS(100));
-    EXPECT(report.parts[0].finished < 0);
+    EXPECT_EQ(report.parts[0].forced_at, CTX_MS(100));
+    EXPECT(report.parts[0].finished_at < 0);
     gate_open(&gate);
     wait_returned(&a);
     ctx_service_free(service);
@@ -272,7 +272,7 @@ TEST(run_that_ignores_its_cancellation_is_forced_then_named_late) {
 static void expect_bounded(actor_t *a, gate_t *gate) {
     ctx_service_desc_t desc = describe(a);
     ctx_service_t *service = started(ctx_background(), &desc);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     ctx_time_t from = ctx_now();
     EXPECT_EQ(ctx_service_stop(service, CTX_MS(200), &report), CTX_DEADLINE_EXCEEDED);
     EXPECT(ctx_now() - from < CTX_S(20));
@@ -326,10 +326,10 @@ TEST(a_stop_with_no_budget_cancels_at_once) {
         ctx_service_desc_t desc = describe(&a);
         ctx_service_t *service = started(ctx_background(), &desc);
         ctx_time_t from = ctx_now();
-        ctx_shutdown_t report;
+        ctx_shutdown_report_t report;
         int rc = stop_driven(service, 0, &report);
-        EXPECT_EQ(times(&a, CANCELLED), 1);
-        EXPECT_EQ(a.at[CANCELLED], from - T0);
+        EXPECT_EQ(times(&a, CANCELED), 1);
+        EXPECT_EQ(a.at[CANCELED], from - T0);
         EXPECT(report.took <= CTX_MS(100));
         EXPECT(ctx_now() - from <= CTX_MS(200));
         EXPECT_EQ(rc, report.rc);
@@ -347,7 +347,7 @@ TEST(a_negative_budget_is_none) {
     actor_t a = actor("a");
     ctx_service_desc_t desc = describe(&a);
     ctx_service_t *service = started(ctx_background(), &desc);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     ctx_service_stop(service, INT64_MIN, &report);
     EXPECT_EQ(times(&a, RETURNED), 1);
     EXPECT_EQ(report.late, 0);
@@ -384,7 +384,7 @@ TEST(what_a_stuck_run_touches_lives_until_it_ends) {
     memset(&desc, 0, sizeof desc);
     desc.run = uses_its_context_after_the_end;
     desc.user = &stuck;
-    desc.notice = CTX_MS(1);
+    desc.grace = CTX_MS(1);
     ctx_service_t *service = started(parent, &desc);
     gate_await(&stuck.gate, 1);
     ctx_time_t from = ctx_now();
@@ -472,7 +472,7 @@ TEST(it_starts_once) {
     actor_t a = actor("a");
     ctx_service_desc_t desc = describe(&a);
     ctx_service_t *service = started(ctx_background(), &desc);
-    EXPECT_EQ(ctx_service_start(service), CTX_BUSY);
+    EXPECT_EQ(ctx_service_start(service), CTX_ALREADY);
     EXPECT_EQ(ctx_service_stop(service, LONG_WAIT, NULL), 0);
     EXPECT_EQ(ctx_service_start(service), CTX_CLOSED);
     expect_stopped(&a);
@@ -509,10 +509,10 @@ TEST(one_that_was_never_started_is_stopped_at_once) {
     actor_t a = actor("a");
     ctx_service_desc_t desc = describe(&a);
     ctx_service_t *service = service_of(ctx_background(), &desc);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(ctx_service_stop(service, CTX_S(10), &report), 0);
     EXPECT_EQ(report.rc, 0);
-    EXPECT(report.held && report.took == 0 && report.late == 0);
+    EXPECT(report.within_budget && report.took == 0 && report.late == 0);
     EXPECT_EQ(ctx_service_start(service), CTX_CLOSED);
     ctx_service_free(service);
     expect_untouched(&a);
@@ -524,11 +524,11 @@ TEST(a_service_without_callbacks_starts_and_stops) {
     memset(&desc, 0, sizeof desc);
     ctx_service_t *service = service_of(ctx_background(), &desc);
     EXPECT_EQ(ctx_service_start(service), 0);
-    EXPECT_EQ(ctx_service_start(service), CTX_BUSY);
-    ctx_shutdown_t report;
+    EXPECT_EQ(ctx_service_start(service), CTX_ALREADY);
+    ctx_shutdown_report_t report;
     EXPECT_EQ(ctx_service_stop(service, LONG_WAIT, &report), 0);
     EXPECT(report.parts[0].name && strcmp(report.parts[0].name, "service") == 0);
-    EXPECT(report.parts[0].drained < 0 && report.parts[0].forced < 0);
+    EXPECT(report.parts[0].drained_at < 0 && report.parts[0].forced_at < 0);
     ctx_service_free(service);
     nothing_is_left();
 }
@@ -540,7 +540,7 @@ TEST(a_second_stop_gets_the_result_of_the_first) {
     a.drain_rc = -EIO;
     ctx_service_desc_t desc = describe(&a);
     ctx_service_t *service = started(ctx_background(), &desc);
-    ctx_shutdown_t first, second;
+    ctx_shutdown_report_t first, second;
     EXPECT_EQ(stop_driven(service, CTX_S(10), &first), -EIO);
     EXPECT_EQ(ctx_service_stop(service, 0, &second), -EIO); /* its own budget does not matter any more */
     expect_stopped(&a);
@@ -549,7 +549,7 @@ TEST(a_second_stop_gets_the_result_of_the_first) {
     EXPECT_EQ(second.rc, first.rc);
     EXPECT_EQ(second.budget, first.budget);
     EXPECT_EQ(second.n, first.n);
-    EXPECT_EQ(second.parts[0].finished, first.parts[0].finished);
+    EXPECT_EQ(second.parts[0].finished_at, first.parts[0].finished_at);
     ctx_service_free(service);
     nothing_is_left();
 }
@@ -605,7 +605,7 @@ TEST(a_stop_while_it_is_starting_stops_it) {
     stopper_t s;
     pthread_t thread = thread_start(starts, &starter);
     gate_await(&gate, 1);
-    EXPECT_EQ(ctx_service_start(service), CTX_BUSY); /* it is being started */
+    EXPECT_EQ(ctx_service_start(service), CTX_ALREADY); /* it is being started */
     stop_apart(&s, service, LONG_WAIT);
     until_asleep(&s.tid);
     EXPECT_EQ(load(&s.done), 0);
@@ -633,7 +633,7 @@ TEST(a_start_that_is_stuck_does_not_hold_the_stop) {
     starter_t starter = {service, 0, 0, 0};
     pthread_t thread = thread_start(starts, &starter);
     gate_await(&gate, 1);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(stop_driven(service, CTX_S(1), &report), CTX_DEADLINE_EXCEEDED);
     EXPECT(report.took <= CTX_MS(1100));
     EXPECT(report.late == 1 && report.parts[0].late);
@@ -665,7 +665,7 @@ TEST(a_stop_cancels_the_context_of_start) {
     starter_t starter = {service, 0, 0, 0};
     pthread_t thread = thread_start(starts, &starter);
     UNTIL(load(&inside) == 1);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     stop_driven(service, CTX_S(1), &report);
     thread_join(thread);
     EXPECT(starter.rc == CTX_CANCELED || starter.rc == CTX_CLOSED);
@@ -744,11 +744,11 @@ TEST(the_result_is_the_first_error_of_run_or_drain) {
         ctx_service_desc_t desc = describe(&a);
         ctx_service_t *service = started(ctx_background(), &desc);
         wait_returned(&a);
-        ctx_shutdown_t report;
+        ctx_shutdown_report_t report;
         int expected = which & 1 ? -EIO : which & 2 ? -ENOSPC : 0;
         EXPECT_EQ(ctx_service_stop(service, LONG_WAIT, &report), expected);
         EXPECT_EQ(report.rc, expected);
-        EXPECT(report.held);
+        EXPECT(report.within_budget);
         EXPECT_EQ(report.parts[0].rc, a.run_rc ? a.run_rc : a.drain_rc);
         ctx_service_free(service);
     }
@@ -777,7 +777,7 @@ TEST(free_without_a_stop_stops) {
     ctx_service_free(started(ctx_background(), &desc));
     expect_orderly(&a);
     EXPECT_EQ(times(&a, RETURNED), 1);
-    EXPECT_EQ(times(&a, CANCELLED), 1);
+    EXPECT_EQ(times(&a, CANCELED), 1);
     EXPECT_EQ(times(&a, FORCES), 0); /* it did not go on after the notice */
     nothing_is_left();
 }
@@ -803,13 +803,13 @@ TEST(an_error_of_run_cancels_the_services_below_the_same_parent) {
     ctx_t *parent = ctx_with_cancel(ctx_background()), *elsewhere = ctx_with_cancel(ctx_background());
     ctx_service_desc_t desc[] = {describe(&fails), describe(&sibling), describe(&stranger)};
     ctx_service_t *a = started(parent, &desc[0]), *b = started(parent, &desc[1]), *c = started(elsewhere, &desc[2]);
-    EXPECT_EQ(times(&sibling, CANCELLED), 0);
+    EXPECT_EQ(times(&sibling, CANCELED), 0);
     gate_open(&gate);
     wait_returned(&sibling);
     EXPECT_EQ(sibling.cause.code, -EIO);
     EXPECT(sibling.cause.what != NULL);
     EXPECT_EQ(ctx_err(parent), 0);
-    EXPECT_EQ(times(&stranger, CANCELLED), 0);
+    EXPECT_EQ(times(&stranger, CANCELED), 0);
     EXPECT_EQ(ctx_service_stop(a, LONG_WAIT, NULL), -EIO);
     EXPECT_EQ(ctx_service_stop(b, LONG_WAIT, NULL), 0);
     EXPECT_EQ(ctx_service_stop(c, LONG_WAIT, NULL), 0);
@@ -835,7 +835,7 @@ TEST(an_error_of_run_at_once_cancels_the_siblings_too) {
         CHECK_EQ(ctx_service_start(a), 0);
         int64_t end = test_now_ns() + CTX_S(10);
         while (!times(&sibling, RETURNED) && test_now_ns() < end) sched_yield();
-        EXPECT_EQ(times(&sibling, CANCELLED), 1);
+        EXPECT_EQ(times(&sibling, CANCELED), 1);
         ctx_service_free(a);
         ctx_service_free(b);
         CHECK_EQ(times(&sibling, RETURNED), 1);
@@ -872,9 +872,9 @@ TEST(run_that_returns_0_leaves_its_siblings_alone) {
     ctx_service_t *a = started(parent, &desc[0]), *b = started(parent, &desc[1]);
     wait_returned(&ends);
     pass(CTX_S(1));
-    EXPECT_EQ(times(&sibling, CANCELLED), 0);
+    EXPECT_EQ(times(&sibling, CANCELED), 0);
     EXPECT_EQ(ctx_service_stop(b, CTX_S(1), NULL), 0);
-    EXPECT_EQ(times(&sibling, CANCELLED), 0);
+    EXPECT_EQ(times(&sibling, CANCELED), 0);
     EXPECT_EQ(ctx_service_stop(a, CTX_S(1), NULL), 0);
     expect_stopped(&sibling);
     ctx_service_free(a);
@@ -893,7 +893,7 @@ TEST(a_stop_leaves_the_siblings_alone) {
     EXPECT_EQ(ctx_service_stop(a, LONG_WAIT, NULL), 0);
     ctx_service_free(a);
     until_quiet();
-    EXPECT_EQ(times(&sibling, CANCELLED), 0);
+    EXPECT_EQ(times(&sibling, CANCELED), 0);
     EXPECT_EQ(ctx_service_stop(b, LONG_WAIT, NULL), 0);
     ctx_service_free(b);
     ctx_end(parent);
@@ -907,7 +907,7 @@ TEST(when_the_parent_is_done_so_is_the_context_of_run) {
     ctx_service_desc_t desc = describe(&a);
     ctx_service_t *service = started(parent, &desc);
     ctx_cancel_cause(parent, -EPERM, "over");
-    EXPECT_EQ(times(&a, CANCELLED), 1);
+    EXPECT_EQ(times(&a, CANCELED), 1);
     wait_returned(&a);
     EXPECT_EQ(a.cause.code, -EPERM);
     EXPECT(a.cause.what && strcmp(a.cause.what, "over") == 0);
@@ -983,26 +983,26 @@ TEST(the_report_says_when_what_happened) {
     a.drain_takes = CTX_MS(300);
     a.run_lingers = CTX_MS(200);
     ctx_service_desc_t desc = describe(&a);
-    desc.notice = CTX_MS(500);
+    desc.grace = CTX_MS(500);
     ctx_service_t *service = started(ctx_background(), &desc);
     pass(CTX_S(5)); /* times count from the stop */
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(stop_driven(service, CTX_S(10), &report), 0);
     const ctx_shutdown_part_t *part = &report.parts[0];
     EXPECT(report.cause != NULL);
     EXPECT_EQ(report.rc, 0);
     EXPECT_EQ(report.budget, CTX_S(10));
     EXPECT_EQ(report.took, CTX_MS(500));
-    EXPECT(report.held && !report.forced);
+    EXPECT(report.within_budget && !report.forced);
     EXPECT_EQ(report.lame_duck, 0);
     EXPECT(report.total == 1 && report.n == 1 && report.late == 0 && report.dropped == 0);
     EXPECT(strcmp(part->name, "clock") == 0);
-    EXPECT_EQ(part->began, 0);
-    EXPECT_EQ(part->noticed, 0);
-    EXPECT_EQ(part->drained, CTX_MS(300));
-    EXPECT_EQ(part->cancelled, CTX_MS(300));
-    EXPECT(part->forced < 0);
-    EXPECT_EQ(part->finished, CTX_MS(500));
+    EXPECT_EQ(part->began_at, 0);
+    EXPECT_EQ(part->noticed_at, 0);
+    EXPECT_EQ(part->drained_at, CTX_MS(300));
+    EXPECT_EQ(part->canceled_at, CTX_MS(300));
+    EXPECT(part->forced_at < 0);
+    EXPECT_EQ(part->finished_at, CTX_MS(500));
     EXPECT(part->rc == 0 && part->dropped == 0 && part->stuck == 0 && !part->late);
     ctx_service_free(service);
     nothing_is_left();
@@ -1013,13 +1013,13 @@ TEST(a_clock_that_shows_0_is_a_clock) {
     actor_t a = actor("a");
     ctx_service_desc_t desc = describe(&a);
     ctx_service_t *service = started(ctx_background(), &desc);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(stop_driven(service, CTX_S(10), &report), 0);
-    EXPECT_EQ(report.parts[0].began, 0);
-    EXPECT_EQ(report.parts[0].noticed, 0);
-    EXPECT_EQ(report.parts[0].drained, 0);
-    EXPECT_EQ(report.parts[0].cancelled, 0);
-    EXPECT_EQ(report.parts[0].finished, 0);
+    EXPECT_EQ(report.parts[0].began_at, 0);
+    EXPECT_EQ(report.parts[0].noticed_at, 0);
+    EXPECT_EQ(report.parts[0].drained_at, 0);
+    EXPECT_EQ(report.parts[0].canceled_at, 0);
+    EXPECT_EQ(report.parts[0].finished_at, 0);
     ctx_service_free(service);
     nothing_is_left();
 }
@@ -1033,14 +1033,14 @@ TEST(what_did_not_happen_is_negative_in_the_report) {
     desc.refuse = NULL;
     desc.drain = NULL;
     desc.force = NULL;
-    desc.notice = CTX_S(1);
+    desc.grace = CTX_S(1);
     ctx_service_t *service = started(ctx_background(), &desc);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(stop_driven(service, CTX_S(10), &report), -EIO);
-    EXPECT(report.parts[0].drained < 0 && report.parts[0].forced < 0);
-    EXPECT_EQ(report.parts[0].cancelled, 0);
-    EXPECT_EQ(report.parts[0].noticed, CTX_MS(100)); /* nothing of it reacted before */
-    EXPECT_EQ(report.parts[0].finished, CTX_MS(100));
+    EXPECT(report.parts[0].drained_at < 0 && report.parts[0].forced_at < 0);
+    EXPECT_EQ(report.parts[0].canceled_at, 0);
+    EXPECT_EQ(report.parts[0].noticed_at, CTX_MS(100)); /* nothing of it reacted before */
+    EXPECT_EQ(report.parts[0].finished_at, CTX_MS(100));
     EXPECT_EQ(report.parts[0].rc, -EIO);
     ctx_service_free(service);
     nothing_is_left();
@@ -1051,11 +1051,11 @@ TEST(a_report_with_a_late_part_says_so_after_the_budget) {
     actor_t a = actor("a");
     a.run_lingers = CTX_MS(1050); /* ends after the budget, but before the stop must return */
     ctx_service_desc_t desc = describe(&a);
-    desc.notice = CTX_MS(200);
+    desc.grace = CTX_MS(200);
     ctx_service_t *service = started(ctx_background(), &desc);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(stop_driven(service, CTX_S(1), &report), CTX_DEADLINE_EXCEEDED);
-    EXPECT(!report.held);
+    EXPECT(!report.within_budget);
     EXPECT(report.took <= CTX_MS(1200));
     drive(&a.n[RETURNED]);
     ctx_service_free(service);
@@ -1082,7 +1082,7 @@ static ctx_pool_t *blocked_pool(gate_t *gate) {
     ctx_pool_desc_t desc;
     memset(&desc, 0, sizeof desc);
     desc.workers = 1;
-    desc.notice = -1;
+    desc.grace = -1;
     ctx_pool_t *pool = ctx_pool_new(ctx_background(), &desc);
     if (!pool) abort();
     EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "stuck", stands_at_the_gate, gate), 0);
@@ -1108,7 +1108,7 @@ TEST(what_a_drained_pool_drops_and_leaves_running_is_in_the_report) {
     desc.drain = drains_a_pool;
     desc.user = &cargo;
     ctx_service_t *service = started(ctx_background(), &desc);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(ctx_service_stop(service, LONG_WAIT, &report), 0);
     EXPECT_EQ(report.dropped, 3);
     EXPECT_EQ(report.parts[0].dropped, 3);
@@ -1130,7 +1130,7 @@ static int never_flushes(ctx_t *ctx, const void *items, size_t n, void *user) {
 
 static int closes_a_batcher(ctx_t *ctx, void *user) {
     (void)ctx;
-    ctx_batch_close(((cargo_t *)user)->batch, LONG_WAIT);
+    batch_close(((cargo_t *)user)->batch, LONG_WAIT);
     return 0;
 }
 
@@ -1149,7 +1149,7 @@ TEST(what_a_closed_batcher_drops_is_in_the_report) {
     desc.drain = closes_a_batcher;
     desc.user = &cargo;
     ctx_service_t *service = started(ctx_background(), &desc);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(ctx_service_stop(service, LONG_WAIT, &report), 0);
     EXPECT_EQ(report.dropped, 5);
     EXPECT_EQ(report.parts[0].dropped, 5);
@@ -1183,7 +1183,7 @@ TEST(each_callback_may_say_what_it_dropped) {
     desc.drain = drops_in_drain;
     ctx_service_t *service = started(ctx_background(), &desc);
     ctx_shutdown_dropped(5000); /* here it does nothing */
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(ctx_service_stop(service, LONG_WAIT, &report), 0);
     EXPECT_EQ(report.parts[0].dropped, 321);
     EXPECT_EQ(report.dropped, 321);
@@ -1216,7 +1216,7 @@ TEST(what_is_dropped_elsewhere_does_not_count) {
     desc.drain = stops_another;
     desc.user = inner;
     ctx_service_t *outer = started(ctx_background(), &desc);
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(ctx_service_stop(outer, LONG_WAIT, &report), 0);
     EXPECT_EQ(report.dropped, 3);
     int done = 0;

@@ -76,7 +76,7 @@ TEST(a_stop_needs_neither_memory_nor_threads) {
         service[i] = started(ctx_background(), &desc);
     }
     all_supplies_end();
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(ctx_service_stop(service[0], LONG_WAIT, &report), 0);
     EXPECT_EQ(report.late, 0);
     EXPECT_EQ(ctx_service_stop(service[1], CTX_FOREVER, NULL), 0);
@@ -98,7 +98,7 @@ TEST(force_needs_neither_memory_nor_threads) {
     actor_t a = actor("a");
     a.run_gate = a.force_opens = &gate;
     ctx_service_desc_t desc = describe(&a);
-    desc.notice = CTX_MS(1);
+    desc.grace = CTX_MS(1);
     ctx_service_t *service = started(ctx_background(), &desc);
     all_supplies_end();
     EXPECT_EQ(ctx_service_stop(service, CTX_S(5), NULL), 0);
@@ -118,7 +118,7 @@ TEST(a_stuck_run_does_not_hold_a_stop_without_supplies) {
     actor_t a = actor("a");
     a.run_gate = &gate;
     ctx_service_desc_t desc = describe(&a);
-    desc.notice = CTX_MS(20);
+    desc.grace = CTX_MS(20);
     ctx_service_t *service = started(ctx_background(), &desc);
     all_supplies_end();
     ctx_time_t from = ctx_now();
@@ -140,7 +140,7 @@ typedef struct {
     ctx_t *parent;
     gate_t gate;
     actor_t all[N];
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     int rc, done;
     pthread_t thread;
 } runner_t;
@@ -159,7 +159,7 @@ static ctx_app_t *app_of(ctx_t *parent, actor_t *all) {
     if (!app) EXPECT_EQ(errno, ENOMEM);
     for (int i = 0; app && i < N; i++) {
         ctx_service_desc_t desc = describe(&all[i]);
-        desc.after = i ? after_a : NULL;
+        desc.needs = i ? after_a : NULL;
         int rc = ctx_app_add(app, &desc);
         EXPECT(rc == 0 || rc == CTX_NO_MEMORY);
         if (rc) EXPECT_EQ(ctx_app_add(app, &desc), 0); /* only one fails */
@@ -242,7 +242,7 @@ TEST(the_shutdown_of_an_app_needs_neither_memory_nor_threads) {
     UNTIL(load(&runner.done));
     supplies_are_back();
     EXPECT_EQ(runner.rc, 0);
-    EXPECT(runner.report.held && runner.report.late == 0);
+    EXPECT(runner.report.within_budget && runner.report.late == 0);
     for (int i = 0; i < N; i++) expect_stopped(&runner.all[i]);
     for (int i = 1; i < N; i++) EXPECT(before(&runner.all[i], RETURNED, &runner.all[0], REFUSES));
     end_runner(&runner);
@@ -296,7 +296,7 @@ TEST(cleanups_run_without_memory_and_threads) {
         EXPECT_EQ(add_count(&cleanup, &runs[i], i % 3 == 0), 0);
     }
     all_supplies_end();
-    ctx_shutdown_t report;
+    ctx_shutdown_report_t report;
     EXPECT_EQ(ctx_cleanup_run(&cleanup, LONG_WAIT, &report), 0);
     supplies_are_back();
     EXPECT_EQ(report.late, 0);

@@ -106,7 +106,7 @@ TEST(the_first_of_two_signals_is_the_cause) {
     }
 }
 
-TEST(children_are_cancelled_with_the_cause) {
+TEST(children_are_canceled_with_the_cause) {
     const int sig = SIGTERM;
     ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
     ctx_t *child = ctx_with_timeout(ctx, CTX_S(3600));
@@ -204,8 +204,8 @@ TEST(callbacks_run_on_a_thread_and_not_in_the_handler) {
     pthread_mutex_init(&guarded.mutex, NULL);
     guarded.runs = 0;
     ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
-    ctx_after_t reg;
-    EXPECT(ctx_after(&reg, ctx, takes_the_mutex, &guarded));
+    ctx_on_done_t reg;
+    EXPECT(ctx_on_done(&reg, ctx, takes_the_mutex, &guarded));
     pthread_mutex_lock(&guarded.mutex);
     raise(sig);
     EXPECT_EQ(load(&guarded.runs), 0);
@@ -213,7 +213,7 @@ TEST(callbacks_run_on_a_thread_and_not_in_the_handler) {
     UNTIL(load(&guarded.runs) == 1);
     EXPECT(!pthread_equal(guarded.thread, pthread_self()));
     EXPECT_EQ(ctx_err(ctx), CTX_CANCELED);
-    EXPECT(!ctx_after_stop(&reg));
+    EXPECT(!ctx_on_done_stop(&reg));
     ctx_end(ctx);
     pthread_mutex_destroy(&guarded.mutex);
 }
@@ -224,13 +224,13 @@ TEST(a_callback_may_end_the_context) {
     pthread_mutex_init(&guarded.mutex, NULL);
     guarded.runs = 0;
     ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
-    ctx_after_t ends, notes;
-    EXPECT(ctx_after(&ends, ctx, (void (*)(void *))ctx_end, ctx_retain(ctx)));
-    EXPECT(ctx_after(&notes, ctx, takes_the_mutex, &guarded));
+    ctx_on_done_t ends, notes;
+    EXPECT(ctx_on_done(&ends, ctx, (void (*)(void *))ctx_end, ctx_retain(ctx)));
+    EXPECT(ctx_on_done(&notes, ctx, takes_the_mutex, &guarded));
     send_self(sig);
     UNTIL(load(&guarded.runs) == 1);
-    ctx_after_stop(&ends);
-    ctx_after_stop(&notes);
+    ctx_on_done_stop(&ends);
+    ctx_on_done_stop(&notes);
     EXPECT_EQ(ctx_cause(ctx).code, SIGTERM);
     ctx_end(ctx);
     EXPECT(is_default(sig));
@@ -325,7 +325,7 @@ TEST(a_context_made_after_the_first_signal_gets_the_next) {
 
 /* -- several contexts ------------------------------------------------------------------------------------------- */
 
-TEST(every_context_that_asked_for_the_signal_is_cancelled) {
+TEST(every_context_that_asked_for_the_signal_is_canceled) {
     const int term[] = {SIGTERM}, both[] = {SIGUSR1, SIGTERM}, usr[] = {SIGUSR1};
     ctx_t *a = ctx_notify_signals(ctx_background(), term, 1);
     ctx_t *b = ctx_notify_signals(ctx_background(), both, 2);
@@ -336,7 +336,7 @@ TEST(every_context_that_asked_for_the_signal_is_cancelled) {
     EXPECT_EQ(ctx_wait(b, LONG_WAIT), CTX_CANCELED);
     EXPECT_EQ(ctx_wait(below, LONG_WAIT), CTX_CANCELED);
     EXPECT_EQ(ctx_cause(b).code, SIGTERM);
-    EXPECT_EQ(ctx_wait(c, CTX_MS(20)), CTX_BUSY);
+    EXPECT_EQ(ctx_wait(c, CTX_MS(20)), CTX_NOT_READY);
     send_self(SIGUSR1);
     EXPECT_EQ(ctx_wait(c, LONG_WAIT), CTX_CANCELED);
     EXPECT_EQ(ctx_cause(c).code, SIGUSR1);
@@ -378,7 +378,7 @@ TEST(a_set_that_names_a_signal_twice_is_fine) {
 
 /* -- what stood before ------------------------------------------------------------------------------------------ */
 
-/* Ended before any signal (0), after one (1), or with its parent cancelled (2). */
+/* Ended before any signal (0), after one (1), or with its parent canceled (2). */
 static void notify_and_end(int sig, int how) {
     ctx_t *parent = ctx_with_cancel(ctx_background());
     ctx_t *ctx = ctx_notify_signals(parent, &sig, 1);
@@ -433,13 +433,13 @@ TEST(signals_that_were_not_asked_for_are_left_alone) {
     ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
     raise(SIGUSR2);
     EXPECT_EQ(load(&own_handler_runs), 1);
-    EXPECT_EQ(ctx_wait(ctx, CTX_MS(20)), CTX_BUSY);
+    EXPECT_EQ(ctx_wait(ctx, CTX_MS(20)), CTX_NOT_READY);
     ctx_end(ctx);
     EXPECT(action_of(SIGUSR2).sa_handler == own_handler);
     signal(SIGUSR2, SIG_DFL);
 }
 
-TEST(a_cancelled_parent_cancels_with_its_own_cause) {
+TEST(a_canceled_parent_cancels_with_its_own_cause) {
     const int sig = SIGUSR1;
     ctx_t *parent = ctx_with_cancel(ctx_background());
     ctx_t *ctx = ctx_notify_signals(parent, &sig, 1);
@@ -532,7 +532,7 @@ TEST(a_signal_to_a_forked_child_does_not_cancel_the_parents_context) {
     }
     int status = 0;
     EXPECT_EQ(waitpid(pid, &status, 0), pid);
-    EXPECT_EQ(ctx_wait(ctx, CTX_MS(50)), CTX_BUSY);
+    EXPECT_EQ(ctx_wait(ctx, CTX_MS(50)), CTX_NOT_READY);
     send_self(sig);
     EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
     ctx_end(ctx);
@@ -653,12 +653,12 @@ TEST(the_runtime_stops_while_a_callback_uses_the_library) {
     ender.done = 0;
     gate_open(&ender.gate);
     ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_MS(1));
-    ctx_after_t reg;
-    ctx_after(&reg, ctx, asks_for_a_signal, &ender);
+    ctx_on_done_t reg;
+    ctx_on_done(&reg, ctx, asks_for_a_signal, &ender);
     gate_await(&ender.gate, 1);
     ctx_runtime_stop();
     UNTIL(load(&ender.done));
-    ctx_after_stop(&reg);
+    ctx_on_done_stop(&reg);
     ctx_end(ctx);
     EXPECT(is_default(SIGUSR2));
     gate_destroy(&ender.gate);

@@ -202,7 +202,7 @@ static void scene_close(scene_t *s) {
     ctx_end(s->ctx);
 }
 
-static const ctx_on_cancel_t policies[] = {CTX_CANCEL_DROP, CTX_CANCEL_DRAIN, CTX_CANCEL_EMIT};
+static const ctx_on_cancel_t policies[] = {CTX_CANCEL_DROP, CTX_CANCEL_DEAD_LETTER, CTX_CANCEL_FINISH};
 
 /* -- a stage that comes to its end ------------------------------------------------------------------------------ */
 
@@ -503,11 +503,11 @@ static void run_in_order(size_t room_in, size_t room_out, int workers, ctx_on_ca
 
 TEST(ordered_results_leave_in_the_order_of_their_items) {
     run_in_order(1024, 1024, 8, CTX_CANCEL_DROP);
-    run_in_order(64, 4, 8, CTX_CANCEL_DRAIN);
-    run_in_order(1, 1, 8, CTX_CANCEL_EMIT);
+    run_in_order(64, 4, 8, CTX_CANCEL_DEAD_LETTER);
+    run_in_order(1, 1, 8, CTX_CANCEL_FINISH);
     run_in_order(0, 0, 8, CTX_CANCEL_DROP);
-    run_in_order(16, 0, 3, CTX_CANCEL_EMIT);
-    run_in_order(0, 16, 1, CTX_CANCEL_DRAIN);
+    run_in_order(16, 0, 3, CTX_CANCEL_FINISH);
+    run_in_order(0, 16, 1, CTX_CANCEL_DEAD_LETTER);
 }
 
 TEST(in_an_ordered_stage_nobody_overtakes_a_slow_item) {
@@ -550,7 +550,7 @@ TEST(without_order_a_slow_item_holds_nobody_up) {
     scene_close(&s);
 }
 
-/* -- cancelled -------------------------------------------------------------------------------------------------- */
+/* -- canceled -------------------------------------------------------------------------------------------------- */
 
 /* One worker, which has item 0 in hand and cannot send it on, since nobody receives. */
 static void with_one_in_hand(scene_t *s, ctx_on_cancel_t policy, bool ordered) {
@@ -581,7 +581,7 @@ TEST(a_drop_leaves_in_what_was_not_received) {
 TEST(a_drain_hands_everything_to_the_dead_letters) {
     scene_t s;
     for (int ordered = 0; ordered < 2; ordered++) {
-        with_one_in_hand(&s, CTX_CANCEL_DRAIN, ordered);
+        with_one_in_hand(&s, CTX_CANCEL_DEAD_LETTER, ordered);
         ctx_cancel_cause(s.ctx, -7, "enough");
         EXPECT_EQ(scene_rc(&s), CTX_CANCELED);
         scene_accounts(&s);
@@ -625,7 +625,7 @@ TEST(a_drain_ends_although_somebody_goes_on_sending) {
     scene_open(&s, 0, 1, counts_item);
     stream.chan = s.in;
     s.desc.out = NULL;
-    s.desc.on_cancel = CTX_CANCEL_DRAIN;
+    s.desc.on_cancel = CTX_CANCEL_DEAD_LETTER;
     s.desc.dead_letter = counts_letter;
     s.desc.user = &stream;
     pthread_t sender = thread_start(sends_until_closed, &stream);
@@ -646,7 +646,7 @@ TEST(a_drain_ends_although_somebody_goes_on_sending) {
 TEST(an_emit_without_a_budget_is_a_drain) {
     scene_t s;
     for (int ordered = 0; ordered < 2; ordered++) {
-        with_one_in_hand(&s, CTX_CANCEL_EMIT, ordered);
+        with_one_in_hand(&s, CTX_CANCEL_FINISH, ordered);
         ctx_cancel(s.ctx);
         EXPECT_EQ(scene_rc(&s), CTX_CANCELED);
         scene_accounts(&s);
@@ -655,7 +655,7 @@ TEST(an_emit_without_a_budget_is_a_drain) {
     }
 }
 
-TEST(a_stage_that_waits_for_items_ends_when_cancelled) {
+TEST(a_stage_that_waits_for_items_ends_when_canceled) {
     scene_t s;
     for (int k = 0; k < 12; k++) {
         scene_open(&s, 0, 1, doubles);
@@ -822,11 +822,11 @@ TEST(a_stage_without_dead_letters_ends_all_the_same) {
 
 /* -- emitting --------------------------------------------------------------------------------------------------- */
 
-/* Item 0 is held at the gate while the context is cancelled. */
-static void cancelled_while_emitting(scene_t *s, ctx_dur_t budget, int workers, bool ordered) {
+/* Item 0 is held at the gate while the context is canceled. */
+static void canceled_while_emitting(scene_t *s, ctx_dur_t budget, int workers, bool ordered) {
     scene_open(s, 10, 20, first_stops_at_gate);
-    s->desc.on_cancel = CTX_CANCEL_EMIT;
-    s->desc.emit_budget = budget;
+    s->desc.on_cancel = CTX_CANCEL_FINISH;
+    s->desc.finish_budget = budget;
     s->desc.workers = workers;
     s->desc.ordered = ordered;
     scene_start(s);
@@ -840,7 +840,7 @@ static void cancelled_while_emitting(scene_t *s, ctx_dur_t budget, int workers, 
 TEST(an_emit_goes_on_until_in_is_closed_and_empty) {
     scene_t s;
     for (int k = 0; k < 4; k++) {
-        cancelled_while_emitting(&s, CTX_S(1000), 1 + k, k % 2);
+        canceled_while_emitting(&s, CTX_S(1000), 1 + k, k % 2);
         UNTIL(ctx_chan_len(s.out) == 10);
         EXPECT_EQ(load(&s.done), 0);
         int late = s.n++; /* one that comes only now goes through as well */
@@ -860,8 +860,8 @@ TEST(an_emit_has_its_budget_also_if_the_context_is_done_already) {
     scene_t s;
     for (int k = 0; k < 4; k++) {
         scene_open(&s, 10, 10, doubles);
-        s.desc.on_cancel = CTX_CANCEL_EMIT;
-        s.desc.emit_budget = CTX_S(1000);
+        s.desc.on_cancel = CTX_CANCEL_FINISH;
+        s.desc.finish_budget = CTX_S(1000);
         s.desc.workers = 1 + k;
         ctx_cancel(s.ctx);
         run_to_the_end(&s);
@@ -874,7 +874,7 @@ TEST(an_emit_goes_on_until_its_budget_is_over) {
     scene_t s;
     for (int k = 0; k < 4; k++) {
         ctx_clock_fake(0);
-        cancelled_while_emitting(&s, CTX_S(10), 1 + k, k % 2);
+        canceled_while_emitting(&s, CTX_S(10), 1 + k, k % 2);
         UNTIL(ctx_chan_len(s.out) == 10);
         ctx_clock_advance(CTX_S(10) - 1);
         until_asleep(&s.tid);
@@ -899,8 +899,8 @@ TEST(an_emit_counts_its_budget_from_the_end_of_the_context) {
     scene_open(&s, 10, 10, doubles);
     ctx_end(s.ctx);
     s.ctx = ctx_with_timeout(ctx_background(), CTX_S(60));
-    s.desc.on_cancel = CTX_CANCEL_EMIT;
-    s.desc.emit_budget = CTX_S(10);
+    s.desc.on_cancel = CTX_CANCEL_FINISH;
+    s.desc.finish_budget = CTX_S(10);
     scene_start(&s);
     until_asleep(&s.tid);
     ctx_clock_advance(CTX_S(60));
@@ -921,8 +921,8 @@ TEST(what_the_budget_of_an_emit_did_not_suffice_for_becomes_dead_letters) {
     for (int k = 0; k < 4; k++) {
         ctx_clock_fake(0);
         scene_open(&s, 20, 5, doubles); /* nobody receives: five go out, and each worker has one in hand */
-        s.desc.on_cancel = CTX_CANCEL_EMIT;
-        s.desc.emit_budget = CTX_S(10);
+        s.desc.on_cancel = CTX_CANCEL_FINISH;
+        s.desc.finish_budget = CTX_S(10);
         s.desc.workers = 1 + k;
         s.desc.ordered = k % 2;
         scene_start(&s);
@@ -945,8 +945,8 @@ TEST(the_end_of_the_budget_reaches_fn) {
     scene_t s;
     ctx_clock_fake(0);
     scene_open(&s, 10, 10, waits_for_its_end);
-    s.desc.on_cancel = CTX_CANCEL_EMIT;
-    s.desc.emit_budget = CTX_S(10);
+    s.desc.on_cancel = CTX_CANCEL_FINISH;
+    s.desc.finish_budget = CTX_S(10);
     s.desc.workers = 2;
     scene_start(&s);
     UNTIL(load(&s.inside) == 2);
@@ -967,8 +967,8 @@ TEST(an_emit_on_the_real_clock_ends_after_its_budget_and_never_early) {
     scene_t s;
     for (int k = 0; k < 3; k++) {
         scene_open(&s, 10, 10, doubles);
-        s.desc.on_cancel = CTX_CANCEL_EMIT;
-        s.desc.emit_budget = CTX_MS(10) * (k + 1);
+        s.desc.on_cancel = CTX_CANCEL_FINISH;
+        s.desc.finish_budget = CTX_MS(10) * (k + 1);
         scene_start(&s);
         UNTIL(ctx_chan_len(s.out) == 10);
         ctx_time_t from = ctx_now();
@@ -990,7 +990,7 @@ TEST(a_negative_result_stops_the_stage_with_that_error) {
         s.fail_at = 7;
         s.desc.on_cancel = policies[k % 3];
         s.desc.ordered = k >= 3;
-        s.desc.emit_budget = CTX_S(1000); /* an error is no time to emit */
+        s.desc.finish_budget = CTX_S(1000); /* an error is no time to emit */
         scene_start(&s);
         EXPECT_EQ(scene_rc(&s), FAILURE);
         scene_accounts(&s);
@@ -1011,7 +1011,7 @@ TEST(an_error_ends_what_the_other_workers_do) {
         s.fail_at = 2;
         s.desc.on_cancel = policies[k % 3];
         s.desc.ordered = k >= 3;
-        s.desc.emit_budget = CTX_S(1000);
+        s.desc.finish_budget = CTX_S(1000);
         s.desc.workers = 4;
         scene_start(&s);
         EXPECT_EQ(scene_rc(&s), FAILURE);
@@ -1029,7 +1029,7 @@ TEST(an_error_ends_workers_that_wait_for_items) {
         s.fail_at = 0;
         s.desc.on_cancel = policies[k % 3];
         s.desc.ordered = k >= 3;
-        s.desc.emit_budget = CTX_S(1000);
+        s.desc.finish_budget = CTX_S(1000);
         s.desc.workers = 4;
         scene_start(&s);
         EXPECT_EQ(scene_rc(&s), FAILURE);
@@ -1081,7 +1081,7 @@ static void end_at_random(uint64_t *seed) {
     s.desc.on_cancel = policies[race_below(seed, 3)];
     s.desc.ordered = race_below(seed, 2);
     s.desc.workers = 1 + race_below(seed, 8);
-    s.desc.emit_budget = CTX_US(race_below(seed, 300));
+    s.desc.finish_budget = CTX_US(race_below(seed, 300));
     int how = race_below(seed, 4), takes = race_below(seed, ITEMS / 2), item, before = -1;
     if (how == 0) s.fail_at = race_below(seed, ITEMS);
     if (how == 1) ctx_chan_close(s.in);
@@ -1283,7 +1283,7 @@ static void flood_draw(flood_t *flood) {
         stage->desc.workers = 1 + race_below(seed, 4);
         stage->desc.ordered = flood->ordered || race_below(seed, 4) == 0;
         stage->desc.on_cancel = policies[race_below(seed, 3)];
-        stage->desc.emit_budget = CTX_US(race_below(seed, 2000));
+        stage->desc.finish_budget = CTX_US(race_below(seed, 2000));
     }
 }
 

@@ -68,7 +68,7 @@ static pthread_t act_parked(actor_t *a, ctx_chan_t *chan, ctx_chan_t *beside, ct
     return thread;
 }
 
-/* One of two that wait is cancelled, the other served; then one more is ended by the close. */
+/* One of two that wait is canceled, the other served; then one more is ended by the close. */
 static void wait_in_each_way(ctx_chan_t *chan, ctx_chan_t *beside, int op) {
     ctx_t *ctx = ctx_with_cancel(ctx_background());
     actor_t leaves, stays, last;
@@ -91,7 +91,7 @@ static void wait_in_each_way(ctx_chan_t *chan, ctx_chan_t *beside, int op) {
     ctx_end(ctx);
 }
 
-TEST(sending_receiving_selecting_and_cancelling_allocate_nothing) {
+TEST(sending_receiving_selecting_and_canceling_allocate_nothing) {
     for (int k = 0; k < 4; k++) {
         ctx_chan_t *chan = ctx_chan_new(sizeof(int), 0), *beside = ctx_chan_new(sizeof(int), 1);
         wait_in_each_way(chan, k / 2 ? beside : NULL, k % 2 ? CTX_SEND : CTX_RECV);
@@ -186,7 +186,7 @@ static void scene_close(scene_t *s) {
     ctx_chan_free(s->out);
 }
 
-static const ctx_on_cancel_t policies[] = {CTX_CANCEL_DROP, CTX_CANCEL_DRAIN, CTX_CANCEL_EMIT};
+static const ctx_on_cancel_t policies[] = {CTX_CANCEL_DROP, CTX_CANCEL_DEAD_LETTER, CTX_CANCEL_FINISH};
 
 /* Runs it to its end while something cannot be had: either it does without, or says so and loses nothing. */
 static bool runs_short(scene_t *s, bool (*off)(void)) {
@@ -244,7 +244,7 @@ static void *runs(void *arg) {
     return NULL;
 }
 
-TEST(cancelling_a_stage_needs_no_memory_and_no_thread) {
+TEST(canceling_a_stage_needs_no_memory_and_no_thread) {
     for (int k = 0; k < 6; k++) {
         run_t run;
         scene_open(&run.scene, policies[k % 3], 4, k >= 3);

@@ -24,16 +24,17 @@ static void on_assert(void) {
 TEST(errors_have_the_numbers_of_errno) {
     CHECK_EQ(CTX_CANCELED, -ECANCELED);
     CHECK_EQ(CTX_DEADLINE_EXCEEDED, -ETIMEDOUT);
-    CHECK_EQ(CTX_QUEUE_FULL, -EAGAIN);
+    CHECK_EQ(CTX_QUEUE_FULL, -ENOBUFS);
     CHECK_EQ(CTX_CLOSED, -EPIPE);
     CHECK_EQ(CTX_NO_MEMORY, -ENOMEM);
     CHECK_EQ(CTX_INVALID, -EINVAL);
-    CHECK_EQ(CTX_BUSY, -EBUSY);
+    CHECK_EQ(CTX_NOT_READY, -EAGAIN);
+    CHECK_EQ(CTX_ALREADY, -EALREADY);
 }
 
 TEST(strerror_names_each_of_our_errors_differently) {
     static const int codes[] = {0,          CTX_CANCELED,  CTX_DEADLINE_EXCEEDED, CTX_QUEUE_FULL,
-                                CTX_CLOSED, CTX_NO_MEMORY, CTX_INVALID,           CTX_BUSY};
+                                CTX_CLOSED, CTX_NO_MEMORY, CTX_INVALID,           CTX_NOT_READY};
     enum { N = sizeof codes / sizeof codes[0] };
     for (int i = 0; i < N; i++) {
         const char *text = ctx_strerror(codes[i]);
@@ -189,8 +190,8 @@ TEST(a_callback_reads_its_own_deadline_and_runs_in_the_advancing_thread) {
     for (int i = 1; i <= 100; i++) {
         ctx_time_t deadline = ctx_now() + CTX_MS(i) + i;
         ctx_t *ctx = ctx_with_deadline(ctx_background(), deadline);
-        ctx_after_t reg;
-        EXPECT(ctx_after(&reg, ctx, note_time, NULL));
+        ctx_on_done_t reg;
+        EXPECT(ctx_on_done(&reg, ctx, note_time, NULL));
         ctx_clock_advance(CTX_S(10));
         EXPECT_EQ(read_at, deadline);
         EXPECT(pthread_equal(read_by, pthread_self()));
@@ -259,7 +260,7 @@ static void check_sleepers(void *(*fn)(void *), int expected) {
 
 TEST(sleepers_wake_when_the_fake_clock_gets_there) { check_sleepers(sleep_on_fake_clock, 0); }
 
-TEST(a_bounded_wait_gives_up_when_the_fake_clock_gets_there) { check_sleepers(wait_on_fake_clock, CTX_BUSY); }
+TEST(a_bounded_wait_gives_up_when_the_fake_clock_gets_there) { check_sleepers(wait_on_fake_clock, CTX_NOT_READY); }
 
 TEST(a_waiter_is_unparked_by_the_advance_that_expires_its_context) {
     for (int round = 0, rounds = test_scale(500); round < rounds; round++) {

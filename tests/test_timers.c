@@ -21,7 +21,7 @@ typedef struct {
     ctx_t *ctx;
     ctx_time_t deadline;
     ctx_time_t ran_at;
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     int runs;               /* [atomic] */
     int *order_next, order; /* the place in which it ran */
 } one_timer_t;
@@ -74,7 +74,7 @@ TEST(ten_thousand_random_deadlines_are_never_early_and_all_come) {
         int reach = i % 4 == 0 ? 300000 : i % 4 == 1 ? 5000000 : 1000000000;
         timers[i].deadline = ctx_now() + 1 + race_below(&seed, reach);
         timers[i].ctx = ctx_with_deadline(ctx_background(), timers[i].deadline);
-        ctx_after(&timers[i].reg, timers[i].ctx, note, &timers[i]);
+        ctx_on_done(&timers[i].reg, timers[i].ctx, note, &timers[i]);
     }
     watch_t watch = {timers, n, 0, 0};
     pthread_t watcher = thread_start(watch_errs, &watch);
@@ -85,7 +85,7 @@ TEST(ten_thousand_random_deadlines_are_never_early_and_all_come) {
     store(&watch.over, 1);
     thread_join(watcher);
     for (int i = 0; i < n; i++) {
-        bool stopped = ctx_after_stop(&timers[i].reg); /* its waiter may be back before the callback has begun */
+        bool stopped = ctx_on_done_stop(&timers[i].reg); /* its waiter may be back before the callback has begun */
         wrong += timers[i].runs != (stopped ? 0 : 1);
         early += !stopped && timers[i].ran_at < timers[i].deadline;
         ctx_end(timers[i].ctx);
@@ -167,18 +167,18 @@ static void *meet_deadlines(void *arg) {
     desc.deadline_cause = words[1];
     for (int i = 0, n = test_scale(15000); i < n; i++) {
         int runs = 0;
-        ctx_after_t reg;
+        ctx_on_done_t reg;
         desc.deadline = ctx_now() + 20000 + race_below(&seed, 60000);
         ctx_t *ctx = ctx_derive(ctx_background(), &desc);
         ctx_t *below = ctx_with_cancel(ctx);
-        ctx_after(&reg, below, count, &runs);
+        ctx_on_done(&reg, below, count, &runs);
         ctx_time_t until = desc.deadline - 10000 + race_below(&seed, 40000);
         while (ctx_now() < until) continue;
         switch (race_below(&seed, 4)) {
             case 0: {
                 bool won = ctx_cancel_cause(ctx, -EIO, words[2]);
                 wrong += ctx_cause(ctx).what != (won ? words[2] : words[1]);
-                wrong += won && ctx_err(below) == 0; /* a child that the runtime is cancelling must be done as well */
+                wrong += won && ctx_err(below) == 0; /* a child that the runtime is canceling must be done as well */
                 wrong += !won && ctx_now() < desc.deadline;
                 ctx_end(ctx);
                 break;
@@ -187,7 +187,7 @@ static void *meet_deadlines(void *arg) {
             case 2: ctx_release(ctx); break;
             default: wrong += ctx_wait(ctx, CTX_FOREVER) != CTX_DEADLINE_EXCEEDED; ctx_end(ctx);
         }
-        bool stopped = ctx_after_stop(&reg);
+        bool stopped = ctx_on_done_stop(&reg);
         wrong += load(&runs) != (stopped ? 0 : 1);
         memset(&reg, 0xa5, sizeof reg);
         ctx_end(below);
@@ -205,7 +205,7 @@ TEST(a_deadline_against_cancel_end_release_and_stop) {
 /* A callback on the runtime thread that uses timers itself. */
 typedef struct {
     ctx_t *ctx;
-    ctx_after_t reg;
+    ctx_on_done_t reg;
     ctx_time_t deadline;
     int left;
     int early;
@@ -222,7 +222,7 @@ static void pass_on(void *arg) {
     }
     relay->deadline = ctx_now() + CTX_US(50);
     relay->ctx = ctx_with_deadline(ctx_background(), relay->deadline);
-    ctx_after(&relay->reg, relay->ctx, pass_on, relay);
+    ctx_on_done(&relay->reg, relay->ctx, pass_on, relay);
 }
 
 TEST(a_deadline_callback_may_end_its_context_and_start_the_next_timer) {
@@ -231,7 +231,7 @@ TEST(a_deadline_callback_may_end_its_context_and_start_the_next_timer) {
     relay.left = test_scale(500);
     relay.deadline = ctx_now() + CTX_MS(1);
     relay.ctx = ctx_with_deadline(ctx_background(), relay.deadline);
-    ctx_after(&relay.reg, relay.ctx, pass_on, &relay);
+    ctx_on_done(&relay.reg, relay.ctx, pass_on, &relay);
     race_await(&relay.over, 1);
     EXPECT_EQ(relay.early, 0);
     EXPECT_EQ(settled_blocks(), 0);
@@ -292,7 +292,7 @@ TEST(a_deadline_fires_at_its_nanosecond_at_any_distance) {
             ctx_dur_t distance = (INT64_C(1) << (i / 3)) + i % 3 - 1; /* about each power of two */
             timers[i].deadline = starts[s] + distance;
             timers[i].ctx = ctx_with_deadline(ctx_background(), timers[i].deadline);
-            ctx_after(&timers[i].reg, timers[i].ctx, note, &timers[i]);
+            ctx_on_done(&timers[i].reg, timers[i].ctx, note, &timers[i]);
         }
         int early = 0, late = 0;
         for (int i = 0; i < N; i++) {
@@ -324,7 +324,7 @@ TEST(deadlines_of_years_come_in_one_advance) {
         timers[i].deadline = CTX_S(1) + years[i] * YEAR;
         timers[i].ctx = ctx_with_timeout(ctx_background(), years[i] * YEAR);
         EXPECT_EQ(ctx_deadline(timers[i].ctx), timers[i].deadline);
-        ctx_after(&timers[i].reg, timers[i].ctx, note, &timers[i]);
+        ctx_on_done(&timers[i].reg, timers[i].ctx, note, &timers[i]);
     }
     ctx_clock_advance(100 * YEAR);
     for (int i = 0; i < 5; i++) {
@@ -349,7 +349,7 @@ TEST(ten_thousand_random_timers_fire_in_the_order_of_their_deadlines) {
             timers[i].order_next = &next;
             timers[i].deadline = ctx_now() + 1 + (ctx_dur_t)(race_random(&seed) >> (64 - spread));
             timers[i].ctx = ctx_with_deadline(ctx_background(), timers[i].deadline);
-            wrong += !ctx_after(&timers[i].reg, timers[i].ctx, note, &timers[i]);
+            wrong += !ctx_on_done(&timers[i].reg, timers[i].ctx, note, &timers[i]);
         }
         ctx_clock_advance((INT64_C(1) << spread) + 1);
         for (int i = 0; i < n; i++) {
@@ -410,7 +410,7 @@ TEST(one_long_advance_is_as_many_short_ones) {
             timer->order_next = &next;
             timer->deadline = 1001 + race_below(&seed, 1000000000);
             timer->ctx = ctx_with_deadline(ctx_background(), timer->deadline);
-            ctx_after(&timer->reg, timer->ctx, note, timer);
+            ctx_on_done(&timer->reg, timer->ctx, note, timer);
         }
         if (way == 0)
             ctx_clock_advance(CTX_S(1) + 1000);
@@ -431,7 +431,7 @@ TEST(one_long_advance_is_as_many_short_ones) {
 
 typedef struct {
     ctx_t *ctx[200];
-    ctx_after_t regs[200];
+    ctx_on_done_t regs[200];
     ctx_time_t deadlines[200], ran_at[200];
     int made, ran;
     uint64_t seed;
@@ -452,7 +452,7 @@ static void growth_add(growth_t *growth, ctx_dur_t timeout) {
     growth_nodes[at].at = at;
     growth->deadlines[at] = ctx_now() + timeout;
     growth->ctx[at] = ctx_with_timeout(ctx_background(), timeout);
-    ctx_after(&growth->regs[at], growth->ctx[at], grow_timers, &growth_nodes[at]);
+    ctx_on_done(&growth->regs[at], growth->ctx[at], grow_timers, &growth_nodes[at]);
 }
 
 static void grow_timers(void *arg) {
@@ -497,7 +497,7 @@ static void fire_and_start_more(void *arg) {
 
 TEST(the_fake_clock_fires_all_that_is_due_in_the_advancing_thread) {
     enum { N = 50 };
-    static ctx_after_t regs[N];
+    static ctx_on_done_t regs[N];
     ctx_t *timers[N];
     ctx_t *started = ctx_with_timeout(ctx_background(), CTX_S(500)); /* now the runtime runs */
     for (int round = 0; round < 20; round++) {
@@ -507,11 +507,11 @@ TEST(the_fake_clock_fires_all_that_is_due_in_the_advancing_thread) {
         ctx_clock_fake(CTX_S(10));
         for (int i = 0; i < N; i++) {
             timers[i] = ctx_with_timeout(ctx_background(), CTX_S(5));
-            EXPECT(ctx_after(&regs[i], timers[i], fire_and_start_more, &firing));
+            EXPECT(ctx_on_done(&regs[i], timers[i], fire_and_start_more, &firing));
         }
         ctx_clock_advance(CTX_S(5));
         EXPECT_EQ(load(&firing.runs), N);
-        for (int i = 0; i < N; i++) EXPECT(!ctx_after_stop(&regs[i]));
+        for (int i = 0; i < N; i++) EXPECT(!ctx_on_done_stop(&regs[i]));
         EXPECT_EQ(load(&firing.elsewhere), 0);
         for (int i = 0; i < N; i++) ctx_end(timers[i]);
         ctx_clock_real();
@@ -530,9 +530,9 @@ TEST(a_callback_may_end_timers_that_are_due_with_it) {
         ctx_t *second = ctx_with_timeout(ctx_background(), CTX_MS(5) + (same ? 0 : 1));
         ctx_retain(first);
         ctx_retain(second);
-        ctx_after_t a, b;
-        EXPECT(ctx_after(&a, first, end_arg, second));
-        EXPECT(ctx_after(&b, second, end_arg, first));
+        ctx_on_done_t a, b;
+        EXPECT(ctx_on_done(&a, first, end_arg, second));
+        EXPECT(ctx_on_done(&b, second, end_arg, first));
         ctx_clock_advance(CTX_MS(10));
         EXPECT(ctx_err(first) == CTX_DEADLINE_EXCEEDED || ctx_err(second) == CTX_DEADLINE_EXCEEDED);
         if (!same) EXPECT_EQ(ctx_err(second), CTX_CANCELED);
@@ -548,9 +548,9 @@ TEST(a_timer_that_was_ended_never_fires) {
     int runs = 0;
     for (int i = 0; i < 1000; i++) {
         ctx_t *ctx = ctx_with_timeout(ctx_background(), 1 + i * 77);
-        ctx_after_t reg;
-        EXPECT(ctx_after(&reg, ctx, count, &runs));
-        EXPECT(ctx_after_stop(&reg));
+        ctx_on_done_t reg;
+        EXPECT(ctx_on_done(&reg, ctx, count, &runs));
+        EXPECT(ctx_on_done_stop(&reg));
         ctx_retain(ctx);
         if (i % 2) ctx_cancel(ctx);
         ctx_end(ctx);
@@ -706,11 +706,11 @@ static void note_place(void *arg) {
 TEST(deadlines_that_are_late_together_fire_in_their_order) {
     late_t late;
     late_one_t ones[LATE];
-    ctx_after_t regs[LATE], hold;
+    ctx_on_done_t regs[LATE], hold;
     ctx_t *ctxs[LATE], *first;
     memset(&late, 0, sizeof late);
     late.owner = pthread_self();
-    while (!ctx_after(&hold, first = ctx_with_timeout(ctx_background(), CTX_MS(1)), hold_until_told, &late))
+    while (!ctx_on_done(&hold, first = ctx_with_timeout(ctx_background(), CTX_MS(1)), hold_until_told, &late))
         ctx_end(first);
     while (!__atomic_load_n(&late.held, __ATOMIC_ACQUIRE)) test_sleep_ms(1);
     ctx_time_t base = ctx_now() + CTX_MS(30);
@@ -718,7 +718,7 @@ TEST(deadlines_that_are_late_together_fire_in_their_order) {
         ones[i].late = &late;
         ones[i].place = i * 17 % LATE; /* in no order of making */
         ctxs[i] = ctx_with_deadline(ctx_background(), base + CTX_US(100) * ones[i].place);
-        ctx_after(&regs[i], ctxs[i], note_place, &ones[i]);
+        ctx_on_done(&regs[i], ctxs[i], note_place, &ones[i]);
     }
     while (ctx_now() < base + CTX_US(100) * LATE) test_sleep_ms(1);
     __atomic_store_n(&late.go, 1, __ATOMIC_RELEASE);
@@ -726,9 +726,9 @@ TEST(deadlines_that_are_late_together_fire_in_their_order) {
     int wrong = 0;
     for (int i = 0; i < LATE; i++) wrong += late.fired[i] != i;
     EXPECT_EQ(wrong, 0);
-    for (int i = 0; i < LATE; i++) ctx_after_stop(&regs[i]);
+    for (int i = 0; i < LATE; i++) ctx_on_done_stop(&regs[i]);
     for (int i = 0; i < LATE; i++) ctx_end(ctxs[i]);
-    ctx_after_stop(&hold);
+    ctx_on_done_stop(&hold);
     ctx_end(first);
 }
 

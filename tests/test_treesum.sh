@@ -88,7 +88,7 @@ run -q tree >sums; check quiet_succeeds 0 ''
 that quiet_is_silent test ! -s err
 run -j 1 tree >sums; sort sums >have; that one_job_is_enough cmp -s want have
 run -j 64 tree >sums; sort sums >have; that many_jobs_agree cmp -s want have
-mkdir void; run void >sums; check an_empty_tree_is_fine 0 '^treesum: 0 files, 0 bytes, 0 cancelled, 0 failed'
+mkdir void; run void >sums; check an_empty_tree_is_fine 0 '^treesum: 0 files, 0 bytes, 0 canceled, 0 failed'
 that an_empty_tree_prints_nothing test ! -s sums
 
 mkdir odd
@@ -193,7 +193,7 @@ that its_own_outputs_do_not_spoil_the_sums sh -c 'cd own && sha256sum -c --quiet
 start=$(now_ms); run -t 300ms big >sums; took=$(($(now_ms) - start - 300))
 check the_total_deadline_gives_124 124 'the total deadline passed'
 in_time the_total_deadline_stops_promptly "$took"
-that the_summary_says_all grep -q '^treesum: 0 files, 0 bytes, [23] cancelled, 0 failed, time to notice [0-9.]* ms' err
+that the_summary_says_all grep -q '^treesum: 0 files, 0 bytes, [23] canceled, 0 failed, time to notice [0-9.]* ms' err
 run -t 0ms tree >sums; check a_deadline_of_zero_has_passed 124 ''
 run -T 0ms tree/zero >sums; check a_file_deadline_of_zero_has_passed 124 'tree/zero: cut'
 run -t 1h tree >sums; check a_far_deadline_changes_nothing 0 ''
@@ -203,7 +203,7 @@ start=$(now_ms); run -T 200ms big >sums; took=$(($(now_ms) - start))
 check the_file_deadline_gives_124 124 'big/a: cut'
 that the_file_deadline_names_each grep -q 'big/c: cut' err
 that others_go_on_after_the_file_deadline grep -q '  big/small$' sums
-that cut_files_are_counted_failed grep -q '^treesum: 1 files, .* 0 cancelled, 3 failed' err
+that cut_files_are_counted_failed grep -q '^treesum: 1 files, .* 0 canceled, 3 failed' err
 rm big/small
 
 stop_after "$early" INT big >sums; check sigint_gives_130 130 'stopped: SIGINT'; in_time sigint_stops_promptly "$took"

@@ -270,7 +270,7 @@ TEST(values_are_readable_whatever_became_of_their_context) {
     EXPECT_EQ(settled_blocks(), 0);
 }
 
-TEST(a_context_may_be_given_values_after_it_was_cancelled) {
+TEST(a_context_may_be_given_values_after_it_was_canceled) {
     ctx_t *done = ctx_with_cancel(ctx_background());
     ctx_cancel(done);
     ctx_t *valued = with_int(done, 7);

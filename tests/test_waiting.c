@@ -15,27 +15,27 @@
 /* -- wait and sleep --------------------------------------------------------------------------------------------- */
 
 TEST(wait_on_a_done_context_returns_its_err_at_once) {
-    ctx_t *cancelled = ctx_with_cancel(ctx_background());
+    ctx_t *canceled = ctx_with_cancel(ctx_background());
     ctx_t *expired = ctx_with_timeout(ctx_background(), 0);
-    ctx_cancel(cancelled);
+    ctx_cancel(canceled);
     const ctx_dur_t max[] = {CTX_FOREVER, CTX_S(3600), 1, 0, -1, INT64_MIN};
     for (size_t i = 0; i < sizeof max / sizeof max[0]; i++) {
-        EXPECT_EQ(ctx_wait(cancelled, max[i]), CTX_CANCELED);
+        EXPECT_EQ(ctx_wait(canceled, max[i]), CTX_CANCELED);
         EXPECT_EQ(ctx_wait(expired, max[i]), CTX_DEADLINE_EXCEEDED);
     }
-    ctx_end(cancelled);
+    ctx_end(canceled);
     ctx_end(expired);
 }
 
 TEST(wait_says_busy_when_its_time_passed_first) {
     ctx_t *ctx = ctx_with_cancel(ctx_background());
-    EXPECT_EQ(ctx_wait(ctx, 0), CTX_BUSY);
-    EXPECT_EQ(ctx_wait(ctx, -1), CTX_BUSY);
-    EXPECT_EQ(ctx_wait(ctx, INT64_MIN), CTX_BUSY);
-    EXPECT_EQ(ctx_wait(ctx_background(), 0), CTX_BUSY);
+    EXPECT_EQ(ctx_wait(ctx, 0), CTX_NOT_READY);
+    EXPECT_EQ(ctx_wait(ctx, -1), CTX_NOT_READY);
+    EXPECT_EQ(ctx_wait(ctx, INT64_MIN), CTX_NOT_READY);
+    EXPECT_EQ(ctx_wait(ctx_background(), 0), CTX_NOT_READY);
     for (int i = 0; i < 20; i++) {
         ctx_time_t from = ctx_now();
-        EXPECT_EQ(ctx_wait(ctx, CTX_US(500)), CTX_BUSY);
+        EXPECT_EQ(ctx_wait(ctx, CTX_US(500)), CTX_NOT_READY);
         EXPECT(ctx_now() - from >= CTX_US(500));
     }
     EXPECT_EQ(ctx_err(ctx), 0);
@@ -44,7 +44,7 @@ TEST(wait_says_busy_when_its_time_passed_first) {
 
 TEST(wait_says_busy_in_the_background_too) {
     ctx_time_t from = ctx_now();
-    EXPECT_EQ(ctx_wait(ctx_background(), CTX_MS(3)), CTX_BUSY);
+    EXPECT_EQ(ctx_wait(ctx_background(), CTX_MS(3)), CTX_NOT_READY);
     EXPECT(ctx_now() - from >= CTX_MS(3));
 }
 
@@ -89,7 +89,7 @@ TEST(sleep_is_cut_short_by_a_done_context) {
 TEST(a_sleep_ends_by_itself_before_a_later_deadline) {
     ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_S(3600));
     EXPECT_EQ(ctx_sleep(ctx, CTX_MS(2)), 0);
-    EXPECT_EQ(ctx_wait(ctx, CTX_MS(2)), CTX_BUSY);
+    EXPECT_EQ(ctx_wait(ctx, CTX_MS(2)), CTX_NOT_READY);
     EXPECT_EQ(ctx_err(ctx), 0);
     ctx_end(ctx);
 }
@@ -195,8 +195,8 @@ static void *waits_each_round(void *arg) {
     for (int i = 0; i < race->rounds; i++) {
         start_line(&race->line);
         int rc = ctx_wait(race->ctx, CTX_US(i % 120));
-        EXPECT(rc == CTX_BUSY || rc == CTX_CANCELED);
-        if (rc == CTX_BUSY)
+        EXPECT(rc == CTX_NOT_READY || rc == CTX_CANCELED);
+        if (rc == CTX_NOT_READY)
             race->waits_over++;
         else
             race->cancels++;
@@ -248,7 +248,7 @@ TEST(waiters_that_gave_up_leave_the_others_waiting) {
     for (int i = 0; i < MANY; i++) threads[i] = park(&p[i], ctx, false, i % 2 ? CTX_US(200) * i : CTX_FOREVER);
     for (int i = 1; i < MANY; i += 2) {
         thread_join(threads[i]);
-        EXPECT_EQ(p[i].rc, CTX_BUSY);
+        EXPECT_EQ(p[i].rc, CTX_NOT_READY);
         EXPECT(p[i].until - p[i].from >= CTX_US(200) * i);
     }
     for (int i = 0; i < MANY; i += 2) EXPECT_EQ(load(&p[i].done), 0);
@@ -292,7 +292,7 @@ TEST(the_fake_clock_ends_waits_at_their_max_and_at_deadlines) {
     until_asleep(&cut.tid);
     ctx_clock_advance(CTX_S(3600));
     thread_join(t1);
-    EXPECT_EQ(brief.rc, CTX_BUSY);
+    EXPECT_EQ(brief.rc, CTX_NOT_READY);
     EXPECT_EQ(load(&lasting.done), 0);
     EXPECT_EQ(load(&cut.done), 0);
     ctx_clock_advance(CTX_S(3600));
@@ -353,7 +353,7 @@ TEST(signals_do_not_end_a_wait) {
     for (int i = 0; i < 20 || load(&interruptions) < 20; i++) {
         ctx_time_t from = ctx_now();
         EXPECT_EQ(ctx_sleep(ctx_background(), CTX_MS(2)), 0);
-        EXPECT_EQ(ctx_wait(ctx_background(), CTX_MS(2)), CTX_BUSY);
+        EXPECT_EQ(ctx_wait(ctx_background(), CTX_MS(2)), CTX_NOT_READY);
         EXPECT(ctx_now() - from >= CTX_MS(4));
         ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_MS(2));
         EXPECT_EQ(ctx_wait(ctx, CTX_FOREVER), CTX_DEADLINE_EXCEEDED);
@@ -835,7 +835,7 @@ TEST(the_clock_may_be_advanced_by_a_thread_that_holds_the_mutex) {
     ctx_clock_real();
 }
 
-TEST(waiters_on_one_condition_are_cancelled_one_by_one) {
+TEST(waiters_on_one_condition_are_canceled_one_by_one) {
     enum { WAITERS = 8 };
     box_t box;
     box_init(&box);
@@ -944,7 +944,7 @@ typedef struct {
     start_line_t line;
     ctx_t *ctx;
     box_t *box;
-    int rounds, ready_first, cancelled_first;
+    int rounds, ready_first, canceled_first;
 } signal_race_t;
 
 static void *waits_for_either(void *arg) {
@@ -956,7 +956,7 @@ static void *waits_for_either(void *arg) {
         if (rc == 0)
             race->ready_first++;
         else
-            race->cancelled_first++;
+            race->canceled_first++;
         start_line(&race->line);
     }
     return NULL;
@@ -981,7 +981,7 @@ TEST(a_cond_wait_ends_when_signal_and_cancel_come_together) {
     box_t box;
     start_line_init(&race.line, 3);
     race.rounds = test_scale(5000);
-    race.ready_first = race.cancelled_first = 0;
+    race.ready_first = race.canceled_first = 0;
     race.box = &box;
     pthread_t waiter = thread_start(waits_for_either, &race);
     pthread_t maker = thread_start(makes_ready, &race);
@@ -997,7 +997,7 @@ TEST(a_cond_wait_ends_when_signal_and_cancel_come_together) {
     }
     thread_join(waiter);
     thread_join(maker);
-    EXPECT_EQ(race.ready_first + race.cancelled_first, race.rounds);
+    EXPECT_EQ(race.ready_first + race.canceled_first, race.rounds);
 }
 
 TEST(the_runtime_stops_clean) { ctx_runtime_stop(); }

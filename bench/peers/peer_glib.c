@@ -1,5 +1,5 @@
 /* GLib: GCancellable, whose child is one connected to its parent by a handler; GThreadPool, whose tasks have no
-   context; and GAsyncQueue, which has no bound and cannot be cancelled. */
+   context; and GAsyncQueue, which has no bound and cannot be canceled. */
 #include "../bench.h"
 #include <gio/gio.h>
 #include <semaphore.h>
@@ -53,7 +53,7 @@ static uint64_t cancel_many(size_t n, size_t times) {
         uint64_t began = bench_now();
         g_cancellable_cancel(parent);
         spent += bench_now() - began;
-        bench_check(g_cancellable_is_cancelled(child[0]) && g_cancellable_is_cancelled(child[n - 1]), "not cancelled");
+        bench_check(g_cancellable_is_canceled(child[0]) && g_cancellable_is_canceled(child[n - 1]), "not canceled");
         g_object_unref(parent);
         for (size_t i = 0; i < n; i++) g_object_unref(child[i]);
     }
@@ -83,7 +83,7 @@ static uint64_t err_loop(size_t n) {
     GCancellable *mine = server;
     uint64_t began = bench_now();
     for (size_t i = 0; i < n; i++) {
-        if (g_cancellable_is_cancelled(mine)) break;
+        if (g_cancellable_is_canceled(mine)) break;
         BENCH_BARRIER();
     }
     return bench_now() - began;

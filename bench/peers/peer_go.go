@@ -198,7 +198,7 @@ func cancelMany(n, times int) time.Duration {
 		began := time.Now()
 		cancel()
 		spent += time.Since(began)
-		check(child[0].Err() != nil && child[n-1].Err() != nil, "a child was not cancelled")
+		check(child[0].Err() != nil && child[n-1].Err() != nil, "a child was not canceled")
 		for i := range cancels {
 			cancels[i]()
 		}
@@ -702,7 +702,7 @@ func groups() {
 const channelCapacity = 1024
 
 // pass sends n items through a channel, from so many senders to so many receivers. cancellable: each send and receive
-// is a select with Done, which is what a send or receive that can be cancelled is in Go.
+// is a select with Done, which is what a send or receive that can be canceled is in Go.
 func pass(n, pairs int, cancellable bool) time.Duration {
 	items := make(chan uint64, channelCapacity)
 	start := make(chan struct{})

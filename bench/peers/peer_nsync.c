@@ -39,7 +39,7 @@ static uint64_t cancel_many(size_t n, size_t times) {
         uint64_t began = bench_now();
         nsync_note_notify(parent);
         spent += bench_now() - began;
-        bench_check(nsync_note_is_notified(child[0]) && nsync_note_is_notified(child[n - 1]), "not cancelled");
+        bench_check(nsync_note_is_notified(child[0]) && nsync_note_is_notified(child[n - 1]), "not canceled");
         for (size_t i = 0; i < n; i++) nsync_note_free(child[i]);
         nsync_note_free(parent);
     }

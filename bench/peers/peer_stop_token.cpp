@@ -53,7 +53,7 @@ uint64_t cancel_many(size_t n, size_t times) {
         uint64_t began = bench_now();
         parent.request_stop();
         spent += bench_now() - began;
-        bench_check(child[0]->source.stop_requested() && child[n - 1]->source.stop_requested(), "not cancelled");
+        bench_check(child[0]->source.stop_requested() && child[n - 1]->source.stop_requested(), "not canceled");
     }
     return spent;
 }

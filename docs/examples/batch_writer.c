@@ -64,7 +64,8 @@ int main(void) {
     for (int i = 0; i < PRODUCERS && rc == 0; i++) rc = ctx_group_go(group, produce, batch);
     int failed = ctx_group_wait(group);
 
-    int late = ctx_batch_close(batch, CTX_S(5)); /* after the last add; afterwards table is ours */
+    int late = ctx_batch_drain(batch, CTX_S(5), NULL); /* after the last add; afterwards table is ours */
+    ctx_batch_free(batch);
     ctx_runtime_stop();
     printf("%d rows in %d writes, %d of them refused; %d rows lost\n", table.stored, table.writes, table.refused,
            table.dropped);

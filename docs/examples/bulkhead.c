@@ -27,10 +27,10 @@ int main(void) {
 
     ctx_t *life = ctx_with_cancel(ctx_background());
     ctx_pool_t *web = ctx_pool_new(
-        life, &(ctx_pool_desc_t){.name = "web", .workers = 8, .limit = &connections, .when_full = CTX_REJECT});
+        life, &(ctx_pool_desc_t){.name = "web", .workers = 8, .permits = &connections, .when_full = CTX_REJECT});
     ctx_pool_t *nightly = ctx_pool_new(
-        life,
-        &(ctx_pool_desc_t){.name = "nightly", .workers = 8, .queue = 4, .limit = &connections, .when_full = CTX_BLOCK});
+        life, &(ctx_pool_desc_t){
+                  .name = "nightly", .workers = 8, .queue = 4, .permits = &connections, .when_full = CTX_BLOCK});
     if (!web || !nightly) return perror("pool"), 1;
 
     for (int i = 0; i < TASKS; i++) {

@@ -48,11 +48,11 @@ int main(void) {
     if (!audits) return perror("pool"), 1;
     for (int id = 0; id < REQUESTS; id++) handle(audits, id);
 
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     int rc = ctx_pool_drain(audits, CTX_S(10), &report);
-    printf("%s: %" PRIu64 " completed, %" PRIu64 " failed, %" PRIu64 " cancelled, %" PRIu64 " dropped, %" PRIu64
+    printf("%s: %" PRIu64 " completed, %" PRIu64 " failed, %" PRIu64 " canceled, %" PRIu64 " dropped, %" PRIu64
            " stuck\n",
-           rc == 0 ? "drained" : ctx_strerror(rc), report.completed, report.failed, report.cancelled, report.dropped,
+           rc == 0 ? "drained" : ctx_strerror(rc), report.completed, report.failed, report.canceled, report.dropped,
            report.stuck);
     ctx_pool_free(audits);
     ctx_runtime_stop();

@@ -159,7 +159,7 @@ typedef struct {
 static int check(ingest_t *in, int result) {
     if (result == SQLITE_OK || result == SQLITE_DONE) return 0;
     snprintf(in->why, sizeof in->why, "%s", sqlite3_errmsg(in->db));
-    return (result & 0xff) == SQLITE_BUSY ? CTX_BUSY : (result & 0xff) == SQLITE_FULL ? -ENOSPC : -EIO;
+    return (result & 0xff) == SQLITE_BUSY ? CTX_NOT_READY : (result & 0xff) == SQLITE_FULL ? -ENOSPC : -EIO;
 }
 
 static int execute(ingest_t *in, const char *sql) { return check(in, sqlite3_exec(in->db, sql, NULL, NULL, NULL)); }
@@ -185,7 +185,7 @@ static int store(ctx_t *ctx, void *arg) {
     return rc;
 }
 
-static bool may_pass(int rc, void *arg) { return (void)arg, rc == CTX_BUSY || rc == -ENOSPC; }
+static bool may_pass(int rc, void *arg) { return (void)arg, rc == CTX_NOT_READY || rc == -ENOSPC; }
 
 /* Waiting for the output comes before the commit, so that nothing waits between that and its acknowledgement. An output
    that nobody reads, or can read any more, is met here, with nothing stored. */
@@ -275,7 +275,8 @@ static int writer_drain(ctx_t *ctx, void *user) {
     ingest_t *in = user;
     int rc = ctx_sem_acquire(&in->adding, ctx, 1);
     if (rc != 0) return rc;
-    rc = ctx_batch_close(in->batch, ctx_remaining(ctx));
+    rc = ctx_batch_drain(in->batch, ctx_remaining(ctx), NULL);
+    ctx_batch_free(in->batch);
     in->batch = NULL;
     return rc;
 }
@@ -287,11 +288,11 @@ static void writer_force(void *user) { ctx_cancel(((ingest_t *)user)->life); } /
 static int run(ingest_t *in, ctx_dur_t budget, bool verbose) {
     static const char *const needs_stage[] = {"stage", NULL}, *const needs_writer[] = {"writer", NULL};
     static const int signals[] = {SIGTERM, SIGINT, SIGHUP, 0};
-    static ctx_shutdown_t report;
+    static ctx_shutdown_report_t report;
     ctx_service_desc_t services[] = {
-        {.name = "reader", .run = reader_run, .refuse = reader_refuse, .after = needs_stage},
-        {.name = "stage", .run = stage_work, .refuse = stage_refuse, .drain = stage_work, .after = needs_writer},
-        {.name = "writer", .start = writer_start, .drain = writer_drain, .force = writer_force, .notice = CTX_MS(300)}};
+        {.name = "reader", .run = reader_run, .refuse = reader_refuse, .needs = needs_stage},
+        {.name = "stage", .run = stage_work, .refuse = stage_refuse, .drain = stage_work, .needs = needs_writer},
+        {.name = "writer", .start = writer_start, .drain = writer_drain, .force = writer_force, .grace = CTX_MS(300)}};
     in->intake = ctx_with_cancel(ctx_background());
     in->life = ctx_with_cancel(ctx_background());
     in->lines = ctx_chan_new(sizeof(line_t), 256);
@@ -309,7 +310,7 @@ static int run(ingest_t *in, ctx_dur_t budget, bool verbose) {
     if (rc != 0) fprintf(stderr, "ingest: stopped by %s: %s\n", report.cause, ctx_strerror(rc));
 
     /* If a thread is stuck with all this, it keeps it. But do not end between a commit and its acknowledgement. */
-    if (report.late == 0) ctx_batch_close(in->batch, 0); /* there is one only if the writer could not close it */
+    if (report.late == 0) ctx_batch_free(in->batch); /* there is one only if the writer could not close it */
     ctx_t *moment = ctx_with_timeout(ctx_background(), CTX_S(2));
     if (ctx_sem_acquire(&in->gate, moment, 1) != 0 || report.late > 0) _exit(1);
     ctx_end(moment);

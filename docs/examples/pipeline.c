@@ -68,7 +68,7 @@ static int middle(ctx_t *ctx, void *arg) {
                                                   .ordered = true,
                                                   .fn = square,
                                                   .on_cancel = pipeline->on_cancel,
-                                                  .emit_budget = CTX_S(1),
+                                                  .finish_budget = CTX_S(1),
                                                   .dead_letter = dead_number,
                                                   .user = pipeline});
 }
@@ -78,7 +78,7 @@ static int sink(ctx_t *ctx, void *arg) {
     return ctx_stage_run(ctx, &(ctx_stage_desc_t){.in = pipeline->squares,
                                                   .fn = arrive,
                                                   .on_cancel = pipeline->on_cancel,
-                                                  .emit_budget = CTX_S(1),
+                                                  .finish_budget = CTX_S(1),
                                                   .dead_letter = dead_square,
                                                   .user = pipeline});
 }
@@ -112,8 +112,8 @@ static bool run(const char *title, ctx_on_cancel_t on_cancel, int stop_after) {
 int main(void) {
     bool ok = run("to the end:", CTX_CANCEL_DROP, 0);
     ok &= run("drop:", CTX_CANCEL_DROP, STOP_AFTER);
-    ok &= run("drain:", CTX_CANCEL_DRAIN, STOP_AFTER);
-    ok &= run("emit:", CTX_CANCEL_EMIT, STOP_AFTER);
+    ok &= run("drain:", CTX_CANCEL_DEAD_LETTER, STOP_AFTER);
+    ok &= run("emit:", CTX_CANCEL_FINISH, STOP_AFTER);
     ctx_runtime_stop();
     return ok ? 0 : 1;
 }

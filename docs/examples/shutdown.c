@@ -96,7 +96,7 @@ static int handlers_drain(ctx_t *ctx, void *user) {
 
 static int report_run(ctx_t *ctx, void *user) {
     ctx_wait(ctx, CTX_FOREVER); /* a page at a time, in truth */
-    say(user, "report: cancelled, saves the page it is at");
+    say(user, "report: canceled, saves the page it is at");
     return 0;
 }
 
@@ -118,26 +118,26 @@ static int database_drain(ctx_t *ctx, void *user) {
 
 int main(void) {
     static server_t server;
-    static ctx_shutdown_t report;
+    static ctx_shutdown_report_t report;
     static const char *const database[] = {"database", NULL}, *const front[] = {"handlers", "health", NULL};
     const ctx_service_desc_t services[] = {
-        {.name = "listener", .run = listener_run, .refuse = listener_refuse, .after = front, .user = &server},
+        {.name = "listener", .run = listener_run, .refuse = listener_refuse, .needs = front, .user = &server},
         {.name = "handlers",
          .start = handlers_start,
          .drain = handlers_drain,
          .drain_budget = SECONDS(12),
-         .notice = NOTICE,
-         .after = database,
+         .grace = NOTICE,
+         .needs = database,
          .user = &server},
         {.name = "report",
          .run = report_run,
          .drain = report_drain,
          .drain_budget = SECONDS(3),
-         .notice = NOTICE,
-         .after = database,
+         .grace = NOTICE,
+         .needs = database,
          .user = &server},
         {.name = "health", .run = health_run, .user = &server},
-        {.name = "database", .drain = database_drain, .drain_budget = SECONDS(3), .notice = NOTICE, .user = &server}};
+        {.name = "database", .drain = database_drain, .drain_budget = SECONDS(3), .grace = NOTICE, .user = &server}};
 
     server.start = ctx_now();
     server.listening = ctx_with_cancel(ctx_background());

@@ -109,7 +109,7 @@ typedef struct hasher {
 
 typedef struct {
     uint64_t files, bytes; /* hashed and printed */
-    uint64_t cancelled;    /* accepted, but a stop came first */
+    uint64_t canceled;     /* accepted, but a stop came first */
     uint64_t failed;       /* files and directories that could not be read, files that were cut */
     uint64_t cut;          /* by the per-file deadline; also counted as failed */
     uint64_t unfinished;   /* accepted, and not yet one of the above */
@@ -123,7 +123,7 @@ typedef struct {
     options_t options;
     ctx_t *signals; /* what a signal cancels */
     ctx_t *ctx;     /* its child: done when everything must stop */
-    ctx_after_t on_stop;
+    ctx_on_done_t on_stop;
     ctx_time_t started, stopped_at;
     bool walk_cut; /* [main thread] the walk ended before it had seen everything */
 
@@ -172,7 +172,7 @@ typedef struct {
 } file_t;
 
 /* How a file ended. Whoever decides on FAILED has said why; finish() only counts. */
-typedef enum { HASHED, SKIPPED, CANCELLED, CUT, FAILED } verdict_t; /* the first two are fine */
+typedef enum { HASHED, SKIPPED, CANCELED, CUT, FAILED } verdict_t; /* the first two are fine */
 
 /* == text ========================================================= */
 
@@ -478,7 +478,7 @@ static void finish(run_t *run, file_t *file, verdict_t verdict) {
     switch (verdict) {
         case HASHED: tally->files++, tally->bytes += file->bytes; break;
         case SKIPPED: break;
-        case CANCELLED: tally->cancelled++; break;
+        case CANCELED: tally->canceled++; break;
         case CUT: tally->cut++, tally->failed++; break;
         case FAILED: tally->failed++; break;
     }
@@ -490,7 +490,7 @@ static void finish(run_t *run, file_t *file, verdict_t verdict) {
 
 /* A pool did not take a file, or not run it: because of a stop, as a rule. */
 static void finish_refused(run_t *run, file_t *file, int reason) {
-    finish(run, file, stopped(run) ? CANCELLED : fail(run, file->path, strerror(-reason)));
+    finish(run, file, stopped(run) ? CANCELED : fail(run, file->path, strerror(-reason)));
 }
 
 static void drop_file(const char *op, void *arg, int reason, void *user) {
@@ -543,7 +543,7 @@ static void hasher_give_back(run_t *run, hasher_t *hasher) {
 
 /* The file's context is done. If the whole run is, nothing more need be said; else it was the file's own deadline. */
 static verdict_t give_up(run_t *run, const char *path) {
-    if (stopped(run)) return CANCELLED;
+    if (stopped(run)) return CANCELED;
     text_t text = {0};
     text_puts(&text, "treesum: ");
     text_put_visible(&text, path);
@@ -653,7 +653,7 @@ static int print_line(run_t *run) {
 /* Write the pair of lines for one file, or neither. The audit line goes first because it is the one that can be taken
    back. Waiting for room in the output comes before, so that a stop usually falls there, when nothing is written. */
 static verdict_t report_file(run_t *run, const request_t *request, const file_t *file) {
-    if (run->tally.output_failed) return CANCELLED; /* written by this worker alone: no lock to read it here */
+    if (run->tally.output_failed) return CANCELED; /* written by this worker alone: no lock to read it here */
     text_clear(&run->line);
     text_clear(&run->record);
     text_put_sum_line(&run->line, file->hash, request->path);
@@ -661,14 +661,14 @@ static verdict_t report_file(run_t *run, const request_t *request, const file_t 
     if (run->line.failed || run->record.failed) return fail(run, request->path, strerror(ENOMEM));
 
     int rc = sink_wait(run, &run->out);
-    if (rc == CTX_CANCELED) return CANCELLED;
+    if (rc == CTX_CANCELED) return CANCELED;
     rc = sink_write(run, &run->audit, &run->record);
-    if (rc == CTX_CANCELED) return CANCELLED;
+    if (rc == CTX_CANCELED) return CANCELED;
     if (rc != 0) return output_fails(run, run->options.audit, rc);
     rc = print_line(run);
     if (rc == 0) return HASHED;
     sink_take_back(&run->audit, run->record.len);
-    return rc == CTX_CANCELED ? CANCELLED : output_fails(run, "standard output", rc);
+    return rc == CTX_CANCELED ? CANCELED : output_fails(run, "standard output", rc);
 }
 
 /* Detached: it has the values of the request, but neither its cancellation nor its deadline. */
@@ -1012,7 +1012,7 @@ static int draw_task(ctx_t *ctx, void *arg) {
 /* A run without its bar is still a run, so nothing here is an error. */
 static void progress_start(run_t *run) {
     if (run->options.quiet || !isatty(run->err.fd)) return;
-    run->progress = ctx_pool_new(run->ctx, &(ctx_pool_desc_t){.name = "progress", .workers = 2, .notice = NOTICE});
+    run->progress = ctx_pool_new(run->ctx, &(ctx_pool_desc_t){.name = "progress", .workers = 2, .grace = NOTICE});
     if (run->progress == NULL) return;
     (void)ctx_pool_submit(run->progress, run->ctx, "survey", survey_task, run);
     (void)ctx_pool_submit(run->progress, run->ctx, "draw", draw_task, run);
@@ -1086,7 +1086,7 @@ static bool start_context(run_t *run) {
     run->ctx = ctx_derive(
         run->signals,
         &(ctx_desc_t){.name = "treesum", .deadline_cause = "the total deadline passed", .timeout = run->options.total});
-    (void)ctx_after(&run->on_stop, run->ctx, note_stop, run);
+    (void)ctx_on_done(&run->on_stop, run->ctx, note_stop, run);
     int err = ctx_err(run->ctx);
     return ctx_sem_init(&run->console, 1) == 0 && (err == 0 || err == CTX_DEADLINE_EXCEEDED || err == CTX_CANCELED);
 }
@@ -1100,7 +1100,7 @@ static bool start_pools(run_t *run) {
                                                              .task_timeout = per_file,
                                                              .on_drop = drop_file,
                                                              .user = run,
-                                                             .notice = NOTICE});
+                                                             .grace = NOTICE});
     /* Below the background, not below the run: what was accepted is written also after a stop. */
     run->reporting = ctx_pool_new(
         ctx_background(),
@@ -1139,7 +1139,7 @@ static void run_wait(run_t *run) {
    stop. The number of workers that did not come back in time. */
 static uint64_t run_drain(run_t *run) {
     ctx_dur_t patience = stopped(run) ? 0 : CTX_FOREVER;
-    ctx_drain_t hashing, reporting, progress = {0};
+    ctx_drain_report_t hashing, reporting, progress = {0};
     if (run->progress != NULL) (void)ctx_pool_drain(run->progress, 0, &progress);
     (void)ctx_pool_drain(run->hashing, patience, &hashing);
     (void)ctx_pool_drain(run->reporting, stopped(run) ? REPORTING_BUDGET : patience, &reporting);
@@ -1148,7 +1148,7 @@ static uint64_t run_drain(run_t *run) {
 
 /* A stop that came after the last file has stopped nothing. */
 static bool was_cut_short(const run_t *run, const tally_t *tally) {
-    return stopped(run) && (run->walk_cut || tally->cancelled > 0 || tally->output_failed);
+    return stopped(run) && (run->walk_cut || tally->canceled > 0 || tally->output_failed);
 }
 
 static int exit_status(const run_t *run, const tally_t *tally) {
@@ -1171,8 +1171,8 @@ static void summarise(run_t *run, const tally_t *tally, uint64_t stuck, ctx_time
         say_text(run, &text);
     }
     if (run->options.quiet) return;
-    text_putf(&text, "treesum: %llu files, %llu bytes, %llu cancelled, %llu failed, time to notice ",
-              (unsigned long long)tally->files, (unsigned long long)tally->bytes, (unsigned long long)tally->cancelled,
+    text_putf(&text, "treesum: %llu files, %llu bytes, %llu canceled, %llu failed, time to notice ",
+              (unsigned long long)tally->files, (unsigned long long)tally->bytes, (unsigned long long)tally->canceled,
               (unsigned long long)tally->failed);
     if (cut_short)
         text_putf(&text, "%.3f ms", (double)(ended - run->stopped_at) / 1e6);
@@ -1200,7 +1200,7 @@ static void run_free(run_t *run) {
     ctx_pool_free(run->progress);
     ctx_pool_free(run->hashing);
     ctx_pool_free(run->reporting);
-    (void)ctx_after_stop(&run->on_stop);
+    (void)ctx_on_done_stop(&run->on_stop);
     ctx_end(run->ctx);
     ctx_end(run->signals);
     while (run->hashers != NULL) {
@@ -1221,9 +1221,9 @@ static int run_finish(run_t *run) {
     pthread_mutex_lock(&run->lock);
     tally_t tally = run->tally;
     pthread_mutex_unlock(&run->lock);
-    tally.cancelled += tally.unfinished; /* what stuck workers hold */
+    tally.canceled += tally.unfinished; /* what stuck workers hold */
     /* When this says true the callback will never run: the stop came this instant. */
-    if (ctx_after_stop(&run->on_stop)) run->stopped_at = ended;
+    if (ctx_on_done_stop(&run->on_stop)) run->stopped_at = ended;
     if (stuck == 0) close_outputs(run, &tally);
     summarise(run, &tally, stuck, ended);
     int status = exit_status(run, &tally);

@@ -70,7 +70,7 @@ int main(void) {
         printf("picture %d: %s, %d pixels\n", i, ctx_strerror(pictures[i].rc), pictures[i].pixels);
     }
     ctx_end(request);
-    ctx_drain_t report;
+    ctx_drain_report_t report;
     if (rc == 0) rc = ctx_pool_drain(pool, CTX_S(1), &report);
     ctx_pool_free(pool);
     ctx_runtime_stop();
