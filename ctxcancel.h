@@ -101,6 +101,23 @@ extern "C" {
 #define CTX__SITE __FILE__ ":" CTX__STRING(__LINE__)
 #endif
 
+/* The part of the vocabulary for memory that threads share which inline functions need; the implementation has the
+   rest, and says what it is for. CAS is true if `*word` was `*seen` and is `value` now; else `*seen` becomes what it
+   was. */
+#ifdef CTXCANCEL_TEST_SCHED
+#ifdef __cplusplus
+extern "C"
+#endif
+void ctx__sched_step(const char *op, const volatile void *word, const char *file, int line);
+#define CTX__STEP(op, word) ctx__sched_step(op, (const volatile void *)(word), __FILE__, __LINE__),
+#else
+#define CTX__STEP(op, word)
+#endif
+#define CTX__LOAD(word, order) (CTX__STEP("load", word) __atomic_load_n(word, __ATOMIC_##order))
+#define CTX__CAS(word, seen, value, won, lost)                                                                        \
+    (CTX__STEP("cas", word)                                                                                           \
+         __atomic_compare_exchange_n(word, seen, value, false, __ATOMIC_##won, __ATOMIC_##lost))
+
 #define CTX_CANCELED (-ECANCELED)          /* somebody canceled */
 #define CTX_DEADLINE_EXCEEDED (-ETIMEDOUT) /* the deadline passed */
 #define CTX_QUEUE_FULL (-ENOBUFS)          /* no room now: drop, push back or try later */
@@ -242,7 +259,7 @@ struct ctx__head {
    One load. What the canceler wrote before canceling is visible once this is not 0. Async-signal-safe. */
 static inline int ctx_err(const ctx_t *ctx) {
     CTXCANCEL_ASSERT(ctx != NULL);
-    return __atomic_load_n(&((const struct ctx__head *)(const void *)ctx)->err, __ATOMIC_ACQUIRE);
+    return CTX__LOAD(&((const struct ctx__head *)(const void *)ctx)->err, ACQUIRE);
 }
 
 /* Why it is done: code and text of the first canceler, never torn. */
@@ -312,7 +329,7 @@ static inline void ctx_leaf_init(ctx_leaf_t *leaf, const ctx_t *parent, ctx_time
 /* 0, or why the leaf is done: the first reason seen stays. */
 CTXCANCEL_API int ctx__leaf_settle(ctx_leaf_t *leaf, int err);
 static inline int ctx_leaf_err(ctx_leaf_t *leaf) {
-    int err = __atomic_load_n(&leaf->err, __ATOMIC_ACQUIRE);
+    int err = CTX__LOAD(&leaf->err, ACQUIRE);
     if (err) return err;
     err = ctx_err(leaf->parent);
     if (err) return ctx__leaf_settle(leaf, err);
@@ -323,7 +340,7 @@ static inline int ctx_leaf_err(ctx_leaf_t *leaf) {
 /* Cancel a leaf alone. True for the call that did it. */
 static inline bool ctx_leaf_cancel(ctx_leaf_t *leaf) {
     int live = 0;
-    return __atomic_compare_exchange_n(&leaf->err, &live, CTX_CANCELED, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+    return CTX__CAS(&leaf->err, &live, CTX_CANCELED, RELEASE, RELAXED);
 }
 
 /* == 4. values ==================================================== */
@@ -889,9 +906,9 @@ CTXCANCEL_API int ctx_app_add(ctx_app_t *app, const ctx_service_desc_t *desc);
    signal came, all that are left are canceled and forced, without refuse and drain if their turn had not come: what
    must be written belongs into a cleanup. Further signals change nothing; afterwards their old actions are back.
    Returns after the budget and the longest grace period at the latest, and frees the app. The first failure of a
-   component (of its start, run or drain, also of a drain that was cut off); else CTX_DEADLINE_EXCEEDED if something did not stop
-   inside the budget; else 0. At once CTX_INVALID if an `.needs` names no service or goes in a circle, or a signal
-   cannot be caught, or CTX_NO_MEMORY. `desc` may be NULL. */
+   component (of its start, run or drain, also of a drain that was cut off); else CTX_DEADLINE_EXCEEDED if something
+   did not stop inside the budget; else 0. At once CTX_INVALID if an `.needs` names no service or goes in a circle, or a
+   signal cannot be caught, or CTX_NO_MEMORY. `desc` may be NULL. */
 CTXCANCEL_API int ctx_app_run(ctx_app_t *app, const ctx_app_desc_t *desc);
 
 /* For a health check in one of its services: everything has started and no shutdown has begun. */
@@ -1032,7 +1049,13 @@ extern "C" {
 
 /* == 1. platform ================================================== */
 
-/* Everything that knows the operating system: the lock, the parker, threads, the clock, file descriptors to poll.
+/* Everything that knows the compiler and the operating system: atomics, the lock, the parker, threads, the clock, file
+   descriptors to poll.
+
+   Threads share memory through one vocabulary and no other way: the macros below and, built on them, the lock, the
+   parker, the clock, the start and the join of a thread. In a normal build each is the builtin or the call that it
+   names. With CTXCANCEL_TEST_SCHED each calls a scheduler first, which lets one thread run at a time and so walks
+   through the interleavings of the real code: tests/sched/ has it.
 
    The one lock is a word that is taken by an exchange and given back by a plain store. It guards a few pointers at a
    time, never a system call that may block and never foreign code, so a waiter spins a little, then yields, then naps:
@@ -1075,6 +1098,38 @@ extern "C" {
 #define CTX__UNLIKELY(x) __builtin_expect(!!(x), 0)
 #define CTX__CONTAINER(ptr, type, field) ((type *)(void *)((char *)(ptr)-offsetof(type, field)))
 
+#define CTX__STORE(word, value, order) (CTX__STEP("store", word) __atomic_store_n(word, value, __ATOMIC_##order))
+#define CTX__EXCHANGE(word, value, order) \
+    (CTX__STEP("exchange", word) __atomic_exchange_n(word, value, __ATOMIC_##order))
+#define CTX__ADD(word, value, order) (CTX__STEP("add", word) __atomic_fetch_add(word, value, __ATOMIC_##order))
+#define CTX__SUB(word, value, order) (CTX__STEP("sub", word) __atomic_fetch_sub(word, value, __ATOMIC_##order))
+#define CTX__OR(word, value, order) (CTX__STEP("or", word) __atomic_fetch_or(word, value, __ATOMIC_##order))
+#define CTX__AND(word, value, order) (CTX__STEP("and", word) __atomic_fetch_and(word, value, __ATOMIC_##order))
+
+/* As CTX__CAS, but it may fail for nothing, so it stands in a loop. */
+#define CTX__CAS_WEAK(word, seen, value, won, lost)                                                                   \
+    (CTX__STEP("cas", word) __atomic_compare_exchange_n(word, seen, value, CTX__WEAK, __ATOMIC_##won, __ATOMIC_##lost))
+
+#ifdef CTXCANCEL_TEST_SCHED
+#define CTX__SCHED 1
+#define CTX__WEAK false /* a schedule must be the same each time */
+void ctx__sched_relax(void);                         /* let another thread take a step */
+void ctx__sched_block(uint32_t *word, uint32_t is);  /* until `*word` is something else */
+void ctx__sched_sleep(uint32_t *word, uint32_t expected, ctx_time_t until); /* the futex */
+void ctx__sched_wake(uint32_t *word, int n);
+ctx_time_t ctx__sched_now(void);
+int ctx__sched_start(pthread_t *thread, void *(*fn)(void *), void *arg);
+int ctx__sched_join(pthread_t thread);
+#else
+#define CTX__SCHED 0
+#define CTX__WEAK true
+#define ctx__sched_relax() ((void)0)
+#define ctx__sched_block(word, is) ((void)0)
+#define ctx__sched_now() 0
+#define ctx__sched_start(thread, fn, arg) 0
+#define ctx__sched_join(thread) 0
+#endif
+
 static void ctx__cpu_pause(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
@@ -1085,10 +1140,14 @@ static void ctx__cpu_pause(void) {
 #endif
 }
 
-static void ctx__cpu_yield(void) { sched_yield(); }
+static void ctx__cpu_yield(void) {
+    if (CTX__SCHED) ctx__sched_relax();
+    else sched_yield();
+}
 
 static ctx_time_t ctx__clock_read(void) {
     struct timespec t;
+    if (CTX__SCHED) return ctx__sched_now();
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (ctx_time_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
@@ -1096,7 +1155,9 @@ static ctx_time_t ctx__clock_read(void) {
 /* One turn of a wait that another thread will end soon: spin, then yield, then nap up to a millisecond. */
 static void ctx__relax(unsigned *turn) {
     unsigned n = (*turn)++;
-    if (n < 64) {
+    if (CTX__SCHED) {
+        ctx__sched_relax();
+    } else if (n < 64) {
         ctx__cpu_pause();
     } else if (n < 96) {
         ctx__cpu_yield();
@@ -1111,18 +1172,19 @@ static void ctx__relax(unsigned *turn) {
 static CTX__COLD void ctx__lock_contended(uint32_t *mu) {
     unsigned turn = 0;
     do {
-        while (__atomic_load_n(mu, __ATOMIC_RELAXED)) ctx__relax(&turn);
-    } while (__atomic_exchange_n(mu, 1u, __ATOMIC_SEQ_CST));
+        if (CTX__SCHED) ctx__sched_block(mu, 1);
+        while (CTX__LOAD(mu, RELAXED)) ctx__relax(&turn);
+    } while (CTX__EXCHANGE(mu, 1u, SEQ_CST));
 }
 
 /* True if somebody else held it first. Pairs with the release in ctx__unlock. */
 static inline bool ctx__lock(uint32_t *mu) {
-    if (!CTX__UNLIKELY(__atomic_exchange_n(mu, 1u, __ATOMIC_SEQ_CST))) return false;
+    if (!CTX__UNLIKELY(CTX__EXCHANGE(mu, 1u, SEQ_CST))) return false;
     ctx__lock_contended(mu);
     return true;
 }
 
-static inline void ctx__unlock(uint32_t *mu) { __atomic_store_n(mu, 0u, __ATOMIC_RELEASE); }
+static inline void ctx__unlock(uint32_t *mu) { CTX__STORE(mu, 0u, RELEASE); }
 
 /* Sleep while `*word` is `expected`, until `until` on the real clock at the latest. May return early. */
 static void ctx__futex_wait(uint32_t *word, uint32_t expected, ctx_time_t until);
@@ -1131,7 +1193,13 @@ static void ctx__futex_wait(uint32_t *word, uint32_t expected, ctx_time_t until)
 static void ctx__futex_wake(uint32_t *word, int n);
 
 /* The thread sanitizer holds signals back while a thread is in a system call that it does not know, such as futex. */
-#if defined(__linux__) && !defined(CTXCANCEL_NO_FUTEX) && (!CTX__TSAN || defined(CTX__TSAN_FUTEX))
+#if CTX__SCHED
+static void ctx__futex_wait(uint32_t *word, uint32_t expected, ctx_time_t until) {
+    ctx__sched_sleep(word, expected, until);
+}
+static void ctx__futex_wake(uint32_t *word, int n) { ctx__sched_wake(word, n); }
+static void ctx__futex_init(void) {}
+#elif defined(__linux__) && !defined(CTXCANCEL_NO_FUTEX) && (!CTX__TSAN || defined(CTX__TSAN_FUTEX))
 
 #define CTX__FUTEX_WAKE_PRIVATE (1 | 128)
 #define CTX__FUTEX_WAIT_BITSET_PRIVATE (9 | 128) /* absolute, monotonic */
@@ -1195,7 +1263,7 @@ static unsigned ctx__bucket_of(const uint32_t *word) {
 static void ctx__futex_wait(uint32_t *word, uint32_t expected, ctx_time_t until) {
     unsigned i = ctx__bucket_of(word);
     pthread_mutex_lock(&ctx__buckets[i].mu);
-    if (__atomic_load_n(word, __ATOMIC_SEQ_CST) != expected) {
+    if (CTX__LOAD(word, SEQ_CST) != expected) {
         /* changed before we slept */
     } else if (until == CTX_NO_DEADLINE) {
         pthread_cond_wait(&ctx__buckets[i].cond, &ctx__buckets[i].mu);
@@ -1247,7 +1315,7 @@ enum { CTX__EMPTY, CTX__PARKED, CTX__SET };
 
 /* Let the owner of the parker go on: now, or when it next parks. */
 static void ctx__unpark(ctx__parker_t *parker) {
-    if (__atomic_exchange_n(&parker->state, (uint32_t)CTX__SET, __ATOMIC_ACQ_REL) == CTX__PARKED)
+    if (CTX__EXCHANGE(&parker->state, (uint32_t)CTX__SET, ACQ_REL) == CTX__PARKED)
         ctx__futex_wake(&parker->state, 1);
 }
 
@@ -1256,28 +1324,25 @@ static void ctx__unpark(ctx__parker_t *parker) {
 static bool ctx__park_real(ctx__parker_t *parker, ctx_time_t until) {
     for (;;) {
         uint32_t state = CTX__EMPTY;
-        __atomic_compare_exchange_n(&parker->state, &state, (uint32_t)CTX__PARKED, false, __ATOMIC_ACQ_REL,
-                                    __ATOMIC_ACQUIRE);
+        CTX__CAS(&parker->state, &state, (uint32_t)CTX__PARKED, ACQ_REL, ACQUIRE);
         if (state != CTX__SET) ctx__futex_wait(&parker->state, CTX__PARKED, until);
-        state = __atomic_load_n(&parker->state, __ATOMIC_ACQUIRE);
+        state = CTX__LOAD(&parker->state, ACQUIRE);
         if (state == CTX__SET) return true;
         if (until == CTX_NO_DEADLINE || ctx__clock_read() < until) continue;
-        if (__atomic_compare_exchange_n(&parker->state, &state, (uint32_t)CTX__EMPTY, false, __ATOMIC_ACQ_REL,
-                                        __ATOMIC_ACQUIRE))
+        if (CTX__CAS(&parker->state, &state, (uint32_t)CTX__EMPTY, ACQ_REL, ACQUIRE))
             return false;
     }
 }
 
 /* Make a parker that was SET ready to be used again. Its owner does. */
 static void ctx__parker_reset(ctx__parker_t *parker) {
-    __atomic_store_n(&parker->state, (uint32_t)CTX__EMPTY, __ATOMIC_RELEASE);
+    CTX__STORE(&parker->state, (uint32_t)CTX__EMPTY, RELEASE);
 }
 
 /* Make the owner look at the clock again, without setting it. Pairs with the exchange in ctx__park. */
 static void ctx__parker_nudge(ctx__parker_t *parker) {
     uint32_t parked = CTX__PARKED;
-    if (__atomic_compare_exchange_n(&parker->state, &parked, (uint32_t)CTX__EMPTY, false, __ATOMIC_SEQ_CST,
-                                    __ATOMIC_RELAXED))
+    if (CTX__CAS(&parker->state, &parked, (uint32_t)CTX__EMPTY, SEQ_CST, RELAXED))
         ctx__futex_wake(&parker->state, 1);
 }
 
@@ -1286,6 +1351,7 @@ static void ctx__parker_nudge(ctx__parker_t *parker) {
 static int ctx__thread_start(pthread_t *thread, void *(*fn)(void *), void *arg) {
     sigset_t all, before;
     int rc;
+    if (CTX__SCHED) return ctx__sched_start(thread, fn, arg);
     sigfillset(&all);
     sigdelset(&all, SIGSEGV);
     sigdelset(&all, SIGBUS);
@@ -1299,6 +1365,11 @@ static int ctx__thread_start(pthread_t *thread, void *(*fn)(void *), void *arg) 
     rc = pthread_create(thread, NULL, fn, arg);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return rc == EAGAIN ? CTX_NO_MEMORY : -rc;
+}
+
+static void ctx__thread_join(pthread_t thread) {
+    if (CTX__SCHED) (void)ctx__sched_join(thread);
+    else (void)pthread_join(thread, NULL);
 }
 
 static void ctx__thread_name(const char *name) {
@@ -1409,7 +1480,7 @@ static void ctx__setup(void);              /* below all sections: it wires them 
 
 static CTX__COLD void ctx__thread_enter(void) {
     pthread_once(&ctx__once, ctx__setup);
-    ctx__self.index = __atomic_add_fetch(&ctx__threads_seen, 1u, __ATOMIC_RELAXED);
+    ctx__self.index = CTX__ADD(&ctx__threads_seen, 1u, RELAXED) + 1;
     if (!ctx__self.index) ctx__self.index = 1;
     ctx__self.random = ((uint64_t)ctx__clock_read() ^ (uint64_t)ctx__self.index << 40) | 1;
     pthread_setspecific(ctx__thread_key, &ctx__self);
@@ -1455,10 +1526,10 @@ static struct {
     ctx_time_t now; /* [atomic] */
 } ctx__clock;
 
-static inline bool ctx__clock_is_fake(void) { return __atomic_load_n(&ctx__clock.fake, __ATOMIC_ACQUIRE) != 0; }
+static inline bool ctx__clock_is_fake(void) { return CTX__LOAD(&ctx__clock.fake, ACQUIRE) != 0; }
 
 CTXCANCEL_API ctx_time_t ctx_now(void) {
-    if (CTX__UNLIKELY(ctx__clock_is_fake())) return __atomic_load_n(&ctx__clock.now, __ATOMIC_SEQ_CST);
+    if (CTX__UNLIKELY(ctx__clock_is_fake())) return CTX__LOAD(&ctx__clock.now, SEQ_CST);
     return ctx__clock_read();
 }
 
@@ -1613,12 +1684,12 @@ static unsigned ctx__shard_count = 4; /* [const] after ctx__once; a power of two
 
 enum { CTX__FORK_MARK = 0x80, CTX__SHARDS_MAX = 64, CTX__CONTENDED = 16, CTX__CACHE_MAX = CTX__ASAN ? 0 : 32 };
 
-static const ctx__why_t *ctx__why(const ctx_t *ctx) { return __atomic_load_n(&ctx->why, __ATOMIC_SEQ_CST); }
+static const ctx__why_t *ctx__why(const ctx_t *ctx) { return CTX__LOAD(&ctx->why, SEQ_CST); }
 
 /* Done? If so `err` says it too on return: whoever set `why` may be just about to store it. */
 static bool ctx__done(ctx_t *ctx) {
     const ctx__why_t *why = ctx__why(ctx);
-    if (why) __atomic_store_n(&ctx->head.err, why->err, __ATOMIC_RELEASE);
+    if (why) CTX__STORE(&ctx->head.err, why->err, RELEASE);
     return why != NULL;
 }
 
@@ -1695,8 +1766,8 @@ static bool ctx__list_idle(const ctx_t *node, const ctx__list_t *list) {
 /* [list.mu] The first attachment takes the pin for all. */
 static inline void ctx__list_attach(ctx_t *node, ctx__list_t *list) {
     if (list->attached) return;
-    __atomic_store_n(&list->attached, 1, __ATOMIC_RELEASE);
-    if (!list->shard) __atomic_fetch_add(&node->pins, 1u, __ATOMIC_RELAXED);
+    CTX__STORE(&list->attached, 1, RELEASE);
+    if (!list->shard) CTX__ADD(&node->pins, 1u, RELAXED);
 }
 
 static ctx__shard_t ctx__root_shards[CTX__SHARDS_MAX]; /* the background's, which is never freed */
@@ -1735,14 +1806,14 @@ static CTX__COLD void ctx__shards_make(ctx_t *node) {
         shards[i].list.shard = (uint8_t)(i + 1);
         shards[i].list.attached = 1;
     }
-    __atomic_fetch_add(&node->pins, n, __ATOMIC_RELAXED);
-    __atomic_store_n(&node->shards, shards, __ATOMIC_RELEASE);
+    CTX__ADD(&node->pins, n, RELAXED);
+    CTX__STORE(&node->shards, shards, RELEASE);
     ctx__unlock(&node->list.mu);
 }
 
 /* Put a new node into its parent's list; born done if the parent is. */
 static inline void ctx__attach(ctx_t *parent, ctx_t *node) {
-    ctx__shard_t *shards = __atomic_load_n(&parent->shards, __ATOMIC_ACQUIRE);
+    ctx__shard_t *shards = CTX__LOAD(&parent->shards, ACQUIRE);
     ctx__list_t *list = &parent->list;
     bool contended;
     if (shards) list = &shards[ctx__me()->index & (ctx__shard_count - 1)].list;
@@ -1767,16 +1838,16 @@ static inline void ctx__unlink_locked(ctx_t *node) {
 
 /* Take a pin that does not rest on a reference. False: the node is being freed. */
 static bool ctx__pin(ctx_t *node) {
-    uint32_t pins = __atomic_load_n(&node->pins, __ATOMIC_RELAXED);
+    uint32_t pins = CTX__LOAD(&node->pins, RELAXED);
     while (pins)
-        if (__atomic_compare_exchange_n(&node->pins, &pins, pins + 1, true, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
+        if (CTX__CAS_WEAK(&node->pins, &pins, pins + 1, ACQUIRE, RELAXED))
             return true;
     return false;
 }
 
 /* Give a pin back; the node that it was the last of goes onto the list of the dead. */
 static void ctx__pin_drop(ctx_t *node, ctx_t **dead) {
-    uint32_t before = __atomic_fetch_sub(&node->pins, 1u, __ATOMIC_ACQ_REL);
+    uint32_t before = CTX__SUB(&node->pins, 1u, ACQ_REL);
     CTXCANCEL_ASSERT(before != 0);
     if (before != 1) return;
     node->work = *dead;
@@ -1790,7 +1861,7 @@ static void ctx__node_free(ctx_t *node, ctx_t **dead) {
     ctx_t *parent = node->parent;
     ctx__list_t *list = ctx__list_of(parent, node->shard);
     bool last;
-    if (__atomic_load_n(&node->timer.armed, __ATOMIC_ACQUIRE)) ctx__timer_remove(&node->timer);
+    if (CTX__LOAD(&node->timer.armed, ACQUIRE)) ctx__timer_remove(&node->timer);
     if (node->flags & CTX__F_MERGED) ctx__reg_unlink(&((ctx__merged_t *)(void *)node)->reg, dead);
     ctx__lock(&list->mu);
     ctx__unlink_locked(node);
@@ -1835,7 +1906,7 @@ static CTX__COLD void ctx__unowned(ctx_t *node) {
     unsigned i;
     if (node->flags & CTX__F_NOTIFY) ctx__notify_ended(node);
     if (node->list.attached) {
-        ctx__shard_t *shards = __atomic_load_n(&node->shards, __ATOMIC_ACQUIRE);
+        ctx__shard_t *shards = CTX__LOAD(&node->shards, ACQUIRE);
         for (i = 0; shards && i < ctx__shard_count; i++) ctx__list_orphan(node, &shards[i].list, &dead);
         ctx__list_orphan(node, &node->list, &dead);
     }
@@ -1870,14 +1941,14 @@ static void ctx__cascade_push(ctx__cascade_t *cascade, ctx_t *node) {
 
 /* Anything attached, or being attached? Comes after `why` was set. */
 static inline bool ctx__attached(ctx_t *node) {
-    return __atomic_load_n(&node->list.mu, __ATOMIC_SEQ_CST) || __atomic_load_n(&node->list.attached, __ATOMIC_ACQUIRE);
+    return CTX__LOAD(&node->list.mu, SEQ_CST) || CTX__LOAD(&node->list.attached, ACQUIRE);
 }
 
 /* Set `why` if nothing did before; `err` is set on return either way. */
 static inline bool ctx__mark(ctx_t *node, const ctx__why_t *why) {
     const ctx__why_t *seen = NULL;
-    bool won = __atomic_compare_exchange_n(&node->why, &seen, why, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&node->head.err, won ? why->err : seen->err, __ATOMIC_RELEASE);
+    bool won = CTX__CAS(&node->why, &seen, why, SEQ_CST, SEQ_CST);
+    CTX__STORE(&node->head.err, won ? why->err : seen->err, RELEASE);
     return won;
 }
 
@@ -1947,7 +2018,7 @@ static void ctx__cascade_walk(ctx__cascade_t *cascade) {
         ctx__shard_t *shards;
         unsigned i;
         ctx__mark_list(cascade, node, &node->list, node == cascade->top);
-        shards = __atomic_load_n(&node->shards, __ATOMIC_ACQUIRE);
+        shards = CTX__LOAD(&node->shards, ACQUIRE);
         for (i = 0; shards && i < ctx__shard_count; i++) ctx__mark_list(cascade, node, &shards[i].list, false);
     }
 }
@@ -2041,7 +2112,7 @@ static bool ctx__frame_enter(ctx__frame_t *frame, ctx_on_done_t *reg, int state)
     frame->thread = &ctx__self;
     frame->stoppers = NULL;
     ctx__lock(&stripe->mu);
-    won = __atomic_compare_exchange_n(&reg->state, &state, CTX__REG_FIRED, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+    won = CTX__CAS(&reg->state, &state, CTX__REG_FIRED, ACQ_REL, RELAXED);
     if (won) {
         frame->next = stripe->frames;
         stripe->frames = frame;
@@ -2074,8 +2145,7 @@ static ctx_on_done_t *ctx__reg_claim_locked(ctx_t *node, bool wakers, ctx__frame
         bool waker = (reg->flags & CTX__REG_WAKER) != 0;
         int linked = CTX__REG_LINKED;
         if (wakers && !waker) return NULL;
-        if (waker ? __atomic_compare_exchange_n(&reg->state, &linked, CTX__REG_FIRED, false, __ATOMIC_ACQ_REL,
-                                                __ATOMIC_RELAXED)
+        if (waker ? CTX__CAS(&reg->state, &linked, CTX__REG_FIRED, ACQ_REL, RELAXED)
                   : ctx__frame_enter(frame, reg, CTX__REG_LINKED)) {
             ctx__reg_unlink_locked(node, reg);
             return reg;
@@ -2099,7 +2169,7 @@ static void ctx__reg_run(ctx_t *node, bool wakers, ctx_t **dead) {
         if (!reg) return;
         if (reg->flags & CTX__REG_WAKER) {
             reg->fn(reg->arg);
-            __atomic_store_n(&reg->state, CTX__REG_DONE, __ATOMIC_RELEASE);
+            CTX__STORE(&reg->state, CTX__REG_DONE, RELEASE);
         } else {
             reg->fn(reg->arg);
             ctx__frame_leave(&frame);
@@ -2134,7 +2204,7 @@ static bool ctx__cancel(ctx_t *node, int err, int code, const char *what) {
         won = ctx__mark(node, &node->own);
     }
     if (won && node->list.attached) {
-        __atomic_fetch_add(&node->pins, 1u, __ATOMIC_RELAXED);
+        CTX__ADD(&node->pins, 1u, RELAXED);
         cascade.top = node;
         ctx__cascade_push(&cascade, node);
         ctx__cascade_walk(&cascade);
@@ -2363,12 +2433,12 @@ static inline bool ctx__end_alone(ctx_t *node) {
     ctx__list_t *list;
     bool alone, last;
     ctx_t *parent = node->parent;
-    if (__atomic_load_n(&node->refs, __ATOMIC_ACQUIRE) != 1 || __atomic_load_n(&node->pins, __ATOMIC_ACQUIRE) != 1 ||
+    if (CTX__LOAD(&node->refs, ACQUIRE) != 1 || CTX__LOAD(&node->pins, ACQUIRE) != 1 ||
         (node->flags & CTX__F_BIG) || node->event)
         return false;
     list = ctx__list_of(parent, node->shard);
     ctx__lock(&list->mu);
-    alone = __atomic_load_n(&node->pins, __ATOMIC_ACQUIRE) == 1; /* a cascade or the timer pins under this lock */
+    alone = CTX__LOAD(&node->pins, ACQUIRE) == 1; /* a cascade or the timer pins under this lock */
     last = false;
     if (alone) {
         ctx__unlink_locked(node);
@@ -2384,8 +2454,8 @@ static inline bool ctx__end_alone(ctx_t *node) {
 
 CTXCANCEL_API void ctx_end(ctx_t *ctx) {
     if (!ctx || (ctx->flags & CTX__F_STATIC)) return;
-    CTXCANCEL_ASSERT(__atomic_load_n(&ctx->refs, __ATOMIC_RELAXED) != 0); /* ended before */
-    if (__atomic_load_n(&ctx->timer.armed, __ATOMIC_ACQUIRE)) ctx__timer_remove(&ctx->timer);
+    CTXCANCEL_ASSERT(CTX__LOAD(&ctx->refs, RELAXED) != 0); /* ended before */
+    if (CTX__LOAD(&ctx->timer.armed, ACQUIRE)) ctx__timer_remove(&ctx->timer);
     if (ctx__end_alone(ctx)) return;
     if (ctx->flags & CTX__F_NOTIFY) ctx__notify_ended(ctx);
     ctx_cancel(ctx);
@@ -2395,7 +2465,7 @@ CTXCANCEL_API void ctx_end(ctx_t *ctx) {
 CTXCANCEL_API ctx_t *ctx_retain(ctx_t *ctx) {
     CTXCANCEL_ASSERT(ctx != NULL);
     if (ctx && !(ctx->flags & CTX__F_STATIC)) {
-        uint32_t before = __atomic_fetch_add(&ctx->refs, 1u, __ATOMIC_RELAXED);
+        uint32_t before = CTX__ADD(&ctx->refs, 1u, RELAXED);
         CTXCANCEL_ASSERT(before != 0);
         (void)before;
     }
@@ -2405,7 +2475,7 @@ CTXCANCEL_API ctx_t *ctx_retain(ctx_t *ctx) {
 CTXCANCEL_API void ctx_release(ctx_t *ctx) {
     uint32_t before;
     if (!ctx || (ctx->flags & CTX__F_STATIC)) return;
-    before = __atomic_fetch_sub(&ctx->refs, 1u, __ATOMIC_ACQ_REL);
+    before = CTX__SUB(&ctx->refs, 1u, ACQ_REL);
     CTXCANCEL_ASSERT(before != 0);
     if (before == 1) ctx__unowned(ctx);
 }
@@ -2452,14 +2522,14 @@ static bool ctx__reg_add(ctx_on_done_t *reg, ctx_t *ctx, void (*fn)(void *arg), 
     reg->arg = arg;
     reg->ctx = ctx;
     reg->flags = flags + (int)(ctx__me()->index * CTX__REG_THREAD);
-    __atomic_store_n(&reg->state, CTX__REG_IDLE, __ATOMIC_RELAXED);
+    CTX__STORE(&reg->state, CTX__REG_IDLE, RELAXED);
     if (ctx->flags & CTX__F_FAILED) return false;
     ctx__lock(&ctx->list.mu);
     live = !ctx__done(ctx);
     if (live) {
         ctx__list_attach(ctx, &ctx->list);
         ctx__reg_link(ctx, reg);
-        __atomic_store_n(&reg->state, CTX__REG_LINKED, __ATOMIC_RELEASE);
+        CTX__STORE(&reg->state, CTX__REG_LINKED, RELEASE);
     }
     ctx__unlock(&ctx->list.mu);
     return live;
@@ -2486,8 +2556,7 @@ static bool ctx__reg_unlink(ctx_on_done_t *reg, ctx_t **dead) {
     int state = CTX__REG_LINKED;
     ctx_t *ctx;
     bool last;
-    if (!__atomic_compare_exchange_n(&reg->state, &state, CTX__REG_STOPPING, false, __ATOMIC_ACQ_REL,
-                                     __ATOMIC_ACQUIRE)) {
+    if (!CTX__CAS(&reg->state, &state, CTX__REG_STOPPING, ACQ_REL, ACQUIRE)) {
         ctx__stripe_t *stripe = ctx__stripe_of(reg);
         ctx__stopper_t stopper;
         ctx__frame_t *frame, *found = NULL;
@@ -2496,7 +2565,7 @@ static bool ctx__reg_unlink(ctx_on_done_t *reg, ctx_t **dead) {
         if (state == CTX__REG_IDLE) return true;
         while (state == CTX__REG_STOPPING) { /* another stopper is at it */
             ctx__relax(&turn);
-            state = __atomic_load_n(&reg->state, __ATOMIC_ACQUIRE);
+            state = CTX__LOAD(&reg->state, ACQUIRE);
             if (state == CTX__REG_IDLE) return true;
         }
         stopper.parker.state = CTX__EMPTY;
@@ -2519,7 +2588,7 @@ static bool ctx__reg_unlink(ctx_on_done_t *reg, ctx_t **dead) {
     ctx__reg_unlink_locked(ctx, reg);
     last = ctx->list.orphan && ctx__list_idle(ctx, &ctx->list);
     ctx__unlock(&ctx->list.mu);
-    __atomic_store_n(&reg->state, CTX__REG_IDLE, __ATOMIC_RELEASE);
+    CTX__STORE(&reg->state, CTX__REG_IDLE, RELEASE);
     if (last) ctx__pin_drop(ctx, dead);
     return true;
 }
@@ -2535,7 +2604,7 @@ CTXCANCEL_API bool ctx_on_done_stop(ctx_on_done_t *reg) {
 
 CTXCANCEL_API int ctx__leaf_settle(ctx_leaf_t *leaf, int err) {
     int before = 0;
-    __atomic_compare_exchange_n(&leaf->err, &before, err, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    CTX__CAS(&leaf->err, &before, err, ACQ_REL, ACQUIRE);
     return before ? before : err;
 }
 
@@ -2643,12 +2712,12 @@ static ctx__record_t *ctx__record_with(const ctx__record_t *base, const ctx_key_
     return record;
 }
 
-static void ctx__record_retain(ctx__record_t *record) { __atomic_fetch_add(&record->refs, 1u, __ATOMIC_RELAXED); }
+static void ctx__record_retain(ctx__record_t *record) { CTX__ADD(&record->refs, 1u, RELAXED); }
 
 static void ctx__record_release(ctx__record_t *record) {
     /* Alone in holding it, nobody else can take a reference: no need for the atomic subtraction. */
-    if (__atomic_load_n(&record->refs, __ATOMIC_ACQUIRE) == 1 ||
-        __atomic_fetch_sub(&record->refs, 1u, __ATOMIC_ACQ_REL) == 1)
+    if (CTX__LOAD(&record->refs, ACQUIRE) == 1 ||
+        CTX__SUB(&record->refs, 1u, ACQ_REL) == 1)
         ctx__record_free(record);
 }
 
@@ -2785,10 +2854,10 @@ static void ctx__timer_expire(ctx__wheel_t *wheel, ctx__timer_t *timer, ctx__tim
             timer->next = *due;
             *due = timer;
         }
-        __atomic_store_n(&timer->armed, 0, __ATOMIC_RELEASE);
+        CTX__STORE(&timer->armed, 0, RELEASE);
     } else {
         ctx__parker_t *parker = CTX__CONTAINER(timer, ctx__alarm_t, timer)->parker;
-        __atomic_store_n(&timer->armed, 0, __ATOMIC_RELEASE);
+        CTX__STORE(&timer->armed, 0, RELEASE);
         ctx__parker_nudge(parker);
     }
 }
@@ -2912,7 +2981,7 @@ static ctx_time_t ctx__wheels_turn(ctx_time_t now, bool fake, ctx__timer_t **due
 }
 
 static void ctx__runtime_kick(void) {
-    __atomic_fetch_add(&ctx__runtime.kicks, 1u, __ATOMIC_RELEASE);
+    CTX__ADD(&ctx__runtime.kicks, 1u, RELEASE);
     ctx__futex_wake(&ctx__runtime.kicks, 1);
 }
 
@@ -2924,10 +2993,10 @@ static void *ctx__runtime_main(void *arg) {
     ctx__thread_sharp_timers();
     if (!ctx__clock_is_fake()) ctx__due_fire(NULL); /* what a fork cut short */
     for (;;) {
-        uint32_t kicks = __atomic_load_n(&ctx__runtime.kicks, __ATOMIC_ACQUIRE);
+        uint32_t kicks = CTX__LOAD(&ctx__runtime.kicks, ACQUIRE);
         ctx__timer_t *due = NULL;
         ctx_time_t next = CTX_NO_DEADLINE, now = ctx__clock_read();
-        if (__atomic_load_n(&ctx__runtime.era, __ATOMIC_ACQUIRE) != era) return NULL;
+        if (CTX__LOAD(&ctx__runtime.era, ACQUIRE) != era) return NULL;
         if (!ctx__clock_is_fake()) next = ctx__wheels_turn(now, false, &due);
         if (ctx__nag_all()) next = ctx__min(next, now + CTX_MS(1));
         if (due) ctx__due_fire(due);
@@ -2942,14 +3011,14 @@ static CTX__COLD int ctx__runtime_start(void) {
     pthread_mutex_lock(&ctx__life);
     if (!ctx__runtime.running) {
         rc = ctx__thread_start(&ctx__runtime.thread, ctx__runtime_main, (void *)(uintptr_t)ctx__runtime.era);
-        if (!rc) __atomic_store_n(&ctx__runtime.running, 1u, __ATOMIC_RELEASE);
+        if (!rc) CTX__STORE(&ctx__runtime.running, 1u, RELEASE);
     }
     pthread_mutex_unlock(&ctx__life);
     return rc;
 }
 
 static int ctx__timer_ready(void) {
-    if (__atomic_load_n(&ctx__runtime.running, __ATOMIC_ACQUIRE) || ctx__clock_is_fake()) return 0;
+    if (CTX__LOAD(&ctx__runtime.running, ACQUIRE) || ctx__clock_is_fake()) return 0;
     return ctx__runtime_start();
 }
 
@@ -2968,7 +3037,7 @@ static void ctx__timer_add(ctx__timer_t *timer, ctx_time_t deadline) {
     timer->deadline = deadline;
     ctx__wheel_place(wheel, timer);
     wheel->armed++;
-    __atomic_store_n(&timer->armed, 1, __ATOMIC_RELAXED);
+    CTX__STORE(&timer->armed, 1, RELAXED);
     kick = !wheel->started || deadline < wheel->wake_at;
     if (kick) {
         wheel->wake_at = deadline;
@@ -2987,7 +3056,7 @@ static bool ctx__timer_remove(ctx__timer_t *timer) {
     if (was) {
         ctx__wheel_unlink(wheel, timer);
         wheel->armed--;
-        __atomic_store_n(&timer->armed, 0, __ATOMIC_RELAXED);
+        CTX__STORE(&timer->armed, 0, RELAXED);
     }
     ctx__unlock(&wheel->mu);
     return was;
@@ -3019,17 +3088,15 @@ static bool ctx__park(ctx__parker_t *parker, ctx_time_t until) {
             alarm.parker = parker;
             ctx__timer_add(&alarm.timer, until);
         }
-        __atomic_compare_exchange_n(&parker->state, &state, (uint32_t)CTX__PARKED, false, __ATOMIC_SEQ_CST,
-                                    __ATOMIC_ACQUIRE);
+        CTX__CAS(&parker->state, &state, (uint32_t)CTX__PARKED, SEQ_CST, ACQUIRE);
         if (state != CTX__SET && (until == CTX_NO_DEADLINE || ctx_now() < until))
             ctx__futex_wait(&parker->state, CTX__PARKED, fake ? CTX_NO_DEADLINE : until);
         if (fake) ctx__timer_remove(&alarm.timer);
-        state = __atomic_load_n(&parker->state, __ATOMIC_ACQUIRE);
+        state = CTX__LOAD(&parker->state, ACQUIRE);
         if (state == CTX__SET) return true;
         if (until != CTX_NO_DEADLINE && ctx_now() >= until) {
             state = CTX__PARKED;
-            if (__atomic_compare_exchange_n(&parker->state, &state, (uint32_t)CTX__EMPTY, false, __ATOMIC_ACQ_REL,
-                                            __ATOMIC_ACQUIRE) || state == CTX__EMPTY)
+            if (CTX__CAS(&parker->state, &state, (uint32_t)CTX__EMPTY, ACQ_REL, ACQUIRE) || state == CTX__EMPTY)
                 return false;
         }
     }
@@ -3075,13 +3142,13 @@ static bool ctx__timers_armed(void) {
 }
 
 CTXCANCEL_API void ctx_clock_fake(ctx_time_t start) {
-    __atomic_store_n(&ctx__clock.now, start, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&ctx__clock.fake, 1, __ATOMIC_RELEASE);
+    CTX__STORE(&ctx__clock.now, start, SEQ_CST);
+    CTX__STORE(&ctx__clock.fake, 1, RELEASE);
     ctx__wheels_rebase(start);
 }
 
 CTXCANCEL_API void ctx_clock_real(void) {
-    __atomic_store_n(&ctx__clock.fake, 0, __ATOMIC_RELEASE);
+    CTX__STORE(&ctx__clock.fake, 0, RELEASE);
     ctx__wheels_rebase(ctx__clock_read());
     if (ctx__timers_armed()) ctx__runtime_start();
     ctx__runtime_kick();
@@ -3100,7 +3167,7 @@ CTXCANCEL_API void ctx_clock_advance(ctx_dur_t dur) {
         } else {
             if (now == target) return;
             now = next > now ? ctx__min(next, target) : target;
-            __atomic_store_n(&ctx__clock.now, now, __ATOMIC_SEQ_CST);
+            CTX__STORE(&ctx__clock.now, now, SEQ_CST);
         }
     }
 }
@@ -3184,11 +3251,11 @@ static bool ctx__watch(ctx__watch_t *watch, ctx_t *ctx, ctx__parker_t *parker) {
 static void ctx__unwatch(ctx__watch_t *watch) {
     int state = CTX__REG_LINKED;
     unsigned turn = 0;
-    if (__atomic_load_n(&watch->reg.state, __ATOMIC_ACQUIRE) == CTX__REG_LINKED) {
+    if (CTX__LOAD(&watch->reg.state, ACQUIRE) == CTX__REG_LINKED) {
         if (ctx_on_done_stop(&watch->reg)) return;
     }
     do {
-        state = __atomic_load_n(&watch->reg.state, __ATOMIC_ACQUIRE);
+        state = CTX__LOAD(&watch->reg.state, ACQUIRE);
         if (state == CTX__REG_FIRED) ctx__relax(&turn);
     } while (state == CTX__REG_FIRED);
 }
@@ -3366,7 +3433,7 @@ CTXCANCEL_API int ctx_cond_wait(ctx_t *ctx, pthread_cond_t *cond, pthread_mutex_
     int err = ctx_err(ctx), rc;
     if (err) return err;
     if (!cond || !mutex) return CTX_INVALID;
-    if (!__atomic_load_n(&ctx__runtime.running, __ATOMIC_ACQUIRE) && (rc = ctx__runtime_start()) != 0) return rc;
+    if (!CTX__LOAD(&ctx__runtime.running, ACQUIRE) && (rc = ctx__runtime_start()) != 0) return rc;
     nag.next = NULL;
     nag.cond = cond;
     nag.mutex = mutex;
@@ -3409,9 +3476,9 @@ CTXCANCEL_API int ctx_sem_init(ctx_sem_t *sem, int64_t permits) {
 
 /* Take `n` from the word: 1 done, 0 too few. `bit` is what the waiting bit must be. */
 static inline bool ctx__sem_take(ctx_sem_t *sem, int64_t n, int64_t bit) {
-    int64_t state = __atomic_load_n(&sem->state, __ATOMIC_RELAXED);
+    int64_t state = CTX__LOAD(&sem->state, RELAXED);
     while ((state & CTX__SEM_WAIT) == bit && state >= n * 2)
-        if (__atomic_compare_exchange_n(&sem->state, &state, state - n * 2, true, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
+        if (CTX__CAS_WEAK(&sem->state, &state, state - n * 2, ACQUIRE, RELAXED))
             return true;
     return false;
 }
@@ -3426,7 +3493,7 @@ static void ctx__sem_hand_out(ctx_sem_t *sem) {
         waiter->granted = true;
         ctx__unpark(&waiter->parker);
     }
-    if (!sem->first) __atomic_fetch_and(&sem->state, ~(int64_t)CTX__SEM_WAIT, __ATOMIC_RELEASE);
+    if (!sem->first) CTX__AND(&sem->state, ~(int64_t)CTX__SEM_WAIT, RELEASE);
 }
 
 static void ctx__sem_queue(ctx_sem_t *sem, ctx__sem_waiter_t *waiter) {
@@ -3435,7 +3502,7 @@ static void ctx__sem_queue(ctx_sem_t *sem, ctx__sem_waiter_t *waiter) {
     if (sem->last) sem->last->next = waiter;
     else sem->first = waiter;
     sem->last = waiter;
-    __atomic_fetch_or(&sem->state, (int64_t)CTX__SEM_WAIT, __ATOMIC_ACQ_REL);
+    CTX__OR(&sem->state, (int64_t)CTX__SEM_WAIT, ACQ_REL);
     ctx__sem_hand_out(sem);
     ctx__unlock(&sem->mu);
 }
@@ -3487,7 +3554,7 @@ CTXCANCEL_API void ctx_sem_release(ctx_sem_t *sem, int64_t n) {
     int64_t before;
     CTXCANCEL_ASSERT(sem != NULL && n >= 0 && n <= sem->total);
     if (n <= 0 || n > sem->total) return;
-    before = __atomic_fetch_add(&sem->state, n * 2, __ATOMIC_ACQ_REL);
+    before = CTX__ADD(&sem->state, n * 2, ACQ_REL);
     CTXCANCEL_ASSERT(before / 2 + n <= sem->total);
     if (!(before & CTX__SEM_WAIT)) return;
     ctx__lock(&sem->mu);
@@ -3628,13 +3695,13 @@ struct ctx_pool {
     void *raw;             /* what to free */
 };
 
-static uint64_t ctx__pool_head(const ctx_pool_t *pool) { return __atomic_load_n(&pool->head, __ATOMIC_ACQUIRE); }
-static uint64_t ctx__pool_tail(const ctx_pool_t *pool) { return __atomic_load_n(&pool->tail, __ATOMIC_ACQUIRE); }
+static uint64_t ctx__pool_head(const ctx_pool_t *pool) { return CTX__LOAD(&pool->head, ACQUIRE); }
+static uint64_t ctx__pool_tail(const ctx_pool_t *pool) { return CTX__LOAD(&pool->tail, ACQUIRE); }
 static bool ctx__pool_empty(const ctx_pool_t *pool) { return ctx__pool_head(pool) == ctx__pool_tail(pool); }
 static bool ctx__pool_forked(const ctx_pool_t *pool) { return pool->forks != ctx__forks; }
 
 static void ctx__pool_unref(ctx_pool_t *pool) {
-    if (__atomic_fetch_sub(&pool->refs, 1u, __ATOMIC_ACQ_REL) != 1) return;
+    if (CTX__SUB(&pool->refs, 1u, ACQ_REL) != 1) return;
     ctx_release(pool->ctx);
     CTXCANCEL_FREE(pool->raw);
 }
@@ -3658,8 +3725,8 @@ static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const cha
         return false;
     }
     *task = pool->cells[head & pool->mask];
-    if (op) __atomic_store_n(op, task->op, __ATOMIC_RELEASE); /* under `out`: who empties the ring sees who has what */
-    __atomic_store_n(&pool->head, head + 1, __ATOMIC_RELEASE);
+    if (op) CTX__STORE(op, task->op, RELEASE); /* under `out`: who empties the ring sees who has what */
+    CTX__STORE(&pool->head, head + 1, RELEASE);
     room = pool->want_room && ctx__pool_tail(pool) - (head + 1) <= pool->desc.queue / 2;
     if (room) pool->want_room = false;
     ctx__unlock(&pool->out);
@@ -3672,11 +3739,11 @@ static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const cha
 static void ctx__pool_drop(ctx_pool_t *pool, const ctx__task_t *task, int reason) {
     if (ctx__task_values(task->from)) ctx__record_release(ctx__task_values(task->from));
     if (task->fn == ctx__group_turn || task->fn == ctx__batch_turn) {
-        __atomic_fetch_add(&pool->excused, 1u, __ATOMIC_RELAXED);
+        CTX__ADD(&pool->excused, 1u, RELAXED);
         task->fn(NULL, task->arg);
         return;
     }
-    __atomic_fetch_add(&pool->dropped, 1u, __ATOMIC_RELAXED);
+    CTX__ADD(&pool->dropped, 1u, RELAXED);
     if (pool->desc.on_drop) pool->desc.on_drop(task->op, task->arg, reason, pool->desc.user);
 }
 
@@ -3699,7 +3766,7 @@ static void ctx__pool_empty_out(ctx_pool_t *pool) {
 static void ctx__pool_ended(void *arg) {
     ctx_pool_t *pool = (ctx_pool_t *)arg;
     if (ctx__pool_forked(pool)) return;
-    __atomic_fetch_add(&pool->refs, 1u, __ATOMIC_RELAXED);
+    CTX__ADD(&pool->refs, 1u, RELAXED);
     ctx__pool_empty_out(pool);
     ctx__pool_unref(pool);
 }
@@ -3794,7 +3861,7 @@ static bool ctx__pool_settled(const ctx_pool_t *pool) {
 static CTX__COLD int ctx__worker_start(ctx__worker_t *worker) {
     ctx_pool_t *pool = worker->pool;
     int rc;
-    __atomic_fetch_add(&pool->refs, 1u, __ATOMIC_RELAXED);
+    CTX__ADD(&pool->refs, 1u, RELAXED);
     rc = ctx__thread_start(&worker->thread, ctx__worker_main, worker);
     ctx__lock(&pool->in);
     pool->starting--;
@@ -3815,7 +3882,7 @@ static CTX__COLD int ctx__worker_start(ctx__worker_t *worker) {
 /* What ctx__pool_rouse() and its like found. 0, or the error of making a thread. */
 static int ctx__worker_wake(ctx__worker_t *worker) {
     if (!worker) return 0;
-    if (!__atomic_exchange_n(&worker->begun, 1u, __ATOMIC_ACQ_REL)) return ctx__worker_start(worker);
+    if (!CTX__EXCHANGE(&worker->begun, 1u, ACQ_REL)) return ctx__worker_start(worker);
     ctx__unpark(&worker->parker);
     return 0;
 }
@@ -3868,7 +3935,7 @@ static ctx_t *ctx__worker_node(ctx__worker_t *worker, const ctx__task_t *task, c
 /* Keep the node for the next task if nobody else has a part in it. */
 static void ctx__worker_node_done(ctx__worker_t *worker) {
     ctx_t *node = worker->node;
-    if (__atomic_load_n(&node->refs, __ATOMIC_ACQUIRE) == 1 && __atomic_load_n(&node->pins, __ATOMIC_ACQUIRE) == 1 &&
+    if (CTX__LOAD(&node->refs, ACQUIRE) == 1 && CTX__LOAD(&node->pins, ACQUIRE) == 1 &&
         !ctx__why(node) && !node->event) {
         ctx__record_t *values = node->values;
         node->values = NULL;
@@ -3893,12 +3960,12 @@ static void ctx__worker_pace(ctx__worker_t *worker, ctx_time_t now, uint32_t tas
 
 static void ctx__worker_count(ctx__worker_t *worker, int verdict) {
     uint64_t *count = verdict == 0 ? &worker->completed : verdict == 1 ? &worker->failed : &worker->canceled;
-    __atomic_store_n(count, *count + 1, __ATOMIC_RELEASE);
+    CTX__STORE(count, *count + 1, RELEASE);
 }
 
 /* It runs nothing then: ctx_pool_free() waits for on_drop to return, as it does not for a task. */
 static void ctx__worker_drop(ctx__worker_t *worker, const ctx__task_t *task, int reason) {
-    __atomic_store_n(&worker->op, (const char *)NULL, __ATOMIC_RELEASE);
+    CTX__STORE(&worker->op, (const char *)NULL, RELEASE);
     ctx__pool_drop(worker->pool, task, reason);
 }
 
@@ -3925,13 +3992,13 @@ static void ctx__worker_run(ctx__worker_t *worker, const ctx__task_t *task) {
             ctx__worker_node_done(worker);
         }
     }
-    __atomic_store_n(&worker->op, (const char *)NULL, __ATOMIC_RELEASE);
+    CTX__STORE(&worker->op, (const char *)NULL, RELEASE);
 }
 
 /* -- how a worker finds a task -- */
 
 static void ctx__worker_permit_return(ctx__worker_t *worker) {
-    if (__atomic_exchange_n(&worker->permit, 0u, __ATOMIC_ACQ_REL)) ctx_sem_release(worker->pool->desc.permits, 1);
+    if (CTX__EXCHANGE(&worker->permit, 0u, ACQ_REL)) ctx_sem_release(worker->pool->desc.permits, 1);
 }
 
 /* Get a permit of the shared limit. Who has to wait for one does not look meanwhile. Once the pool is canceled none is
@@ -3944,7 +4011,7 @@ static void ctx__worker_permit(ctx__worker_t *worker) {
         ctx__unlock(&pool->in);
         if (ctx_sem_acquire(pool->desc.permits, pool->ctx, 1)) return;
     }
-    __atomic_store_n(&worker->permit, 1u, __ATOMIC_RELEASE);
+    CTX__STORE(&worker->permit, 1u, RELEASE);
 }
 
 /* About to run a task. A quick worker goes on being counted as looking, and sees to it that there is a guard; another
@@ -4029,7 +4096,7 @@ static void ctx__worker_lie_down(ctx__worker_t *worker);
 static bool ctx__worker_surplus(ctx__worker_t *worker) {
     ctx_pool_t *pool = worker->pool;
     bool tiny = worker->streak >= CTX__QUICK_STREAK && worker->average < CTX__TINY_NS, surplus = false;
-    if (__atomic_load_n(&pool->tiny, __ATOMIC_RELAXED) != tiny) __atomic_store_n(&pool->tiny, tiny, __ATOMIC_RELAXED);
+    if (CTX__LOAD(&pool->tiny, RELAXED) != tiny) CTX__STORE(&pool->tiny, tiny, RELAXED);
     if (!tiny || !worker->looking) return false;
     ctx__lock(&pool->in);
     if (worker->epoch != pool->epoch) ctx__worker_look(worker); /* its promise was revoked, but it is back */
@@ -4134,7 +4201,7 @@ static void *ctx__worker_main(void *arg) {
     ctx__task_t task;
     bool fresh = true;
     bool more;
-    __atomic_store_n(&worker->self, ctx__me(), __ATOMIC_RELEASE);
+    CTX__STORE(&worker->self, ctx__me(), RELEASE);
     ctx__thread_name(worker->pool->desc.name);
     ctx__lock(&worker->pool->in);
     more = !worker->idle;
@@ -4251,7 +4318,7 @@ static inline ctx__worker_t *ctx__pool_wake_for(ctx_pool_t *pool, uint64_t befor
     /* Those that promised to look cannot keep up: add one, each time half is passed, while there are cores and the
        tasks are worth it. */
     if (pool->tail - pool->head_seen > half && before - pool->head_seen <= half && ctx__pool_past_half(pool) &&
-        !__atomic_load_n(&pool->tiny, __ATOMIC_RELAXED) && pool->workers - pool->idle_count < ctx__cpus && pool->idle &&
+        !CTX__LOAD(&pool->tiny, RELAXED) && pool->workers - pool->idle_count < ctx__cpus && pool->idle &&
         !(*ctx__idle_sleeper(pool))->guard)
         return ctx__pool_rouse(pool);
     return NULL;
@@ -4316,7 +4383,7 @@ static CTX__COLD void ctx__pool_push_out(ctx_pool_t *pool) {
     took = pool->tail - pool->head >= pool->desc.queue;
     if (took) {
         oldest = pool->cells[pool->head & pool->mask];
-        __atomic_store_n(&pool->head, pool->head + 1, __ATOMIC_RELEASE);
+        CTX__STORE(&pool->head, pool->head + 1, RELEASE);
     }
     ctx__unlock(&pool->out);
     if (!took) return;
@@ -4367,7 +4434,7 @@ static int ctx__pool_put(ctx_pool_t *pool, ctx_t *parent, ctx__task_t *task, voi
         }
         task->from = ctx__task_from(parent);
         pool->cells[pool->tail & pool->mask] = *task;
-        __atomic_store_n(&pool->tail, pool->tail + 1, __ATOMIC_RELEASE);
+        CTX__STORE(&pool->tail, pool->tail + 1, RELEASE);
         done++;
     }
     roused = before != pool->tail ? ctx__pool_wake_for(pool, before) : NULL;
@@ -4402,7 +4469,7 @@ CTXCANCEL_API int ctx_pool_submit_batch(ctx_pool_t *pool, ctx_t *parent, const c
 static bool ctx__pool_runs_me(const ctx_pool_t *pool) {
     int i;
     for (i = 0; i < pool->desc.workers; i++)
-        if (__atomic_load_n(&pool->all[i].self, __ATOMIC_ACQUIRE) == &ctx__self) return true;
+        if (CTX__LOAD(&pool->all[i].self, ACQUIRE) == &ctx__self) return true;
     return false;
 }
 
@@ -4425,8 +4492,8 @@ static __thread ctx__tally_t *ctx__tally;
 
 static void ctx__tally_add(uint64_t dropped, uint64_t stuck) {
     if (!ctx__tally) return;
-    __atomic_fetch_add(&ctx__tally->dropped, dropped, __ATOMIC_RELAXED);
-    __atomic_fetch_add(&ctx__tally->stuck, stuck, __ATOMIC_RELAXED);
+    CTX__ADD(&ctx__tally->dropped, dropped, RELAXED);
+    CTX__ADD(&ctx__tally->stuck, stuck, RELAXED);
 }
 
 static void ctx__pool_report(ctx_pool_t *pool, ctx_drain_report_t *report) {
@@ -4439,14 +4506,14 @@ static void ctx__pool_report(ctx_pool_t *pool, ctx_drain_report_t *report) {
     accepted = pool->tail + pool->callers + report->completed + report->failed + report->canceled;
     for (i = 0; i < pool->desc.workers; i++) {
         const ctx__worker_t *worker = &pool->all[i];
-        const char *op = __atomic_load_n(&worker->op, __ATOMIC_ACQUIRE);
-        report->completed += __atomic_load_n(&worker->completed, __ATOMIC_ACQUIRE);
-        report->failed += __atomic_load_n(&worker->failed, __ATOMIC_ACQUIRE);
-        report->canceled += __atomic_load_n(&worker->canceled, __ATOMIC_ACQUIRE);
+        const char *op = CTX__LOAD(&worker->op, ACQUIRE);
+        report->completed += CTX__LOAD(&worker->completed, ACQUIRE);
+        report->failed += CTX__LOAD(&worker->failed, ACQUIRE);
+        report->canceled += CTX__LOAD(&worker->canceled, ACQUIRE);
         if (op && names < CTX_DRAIN_OPS) report->running[names++] = op;
     }
-    report->dropped = __atomic_load_n(&pool->dropped, __ATOMIC_ACQUIRE);
-    accepted -= __atomic_load_n(&pool->excused, __ATOMIC_ACQUIRE);
+    report->dropped = CTX__LOAD(&pool->dropped, ACQUIRE);
+    accepted -= CTX__LOAD(&pool->excused, ACQUIRE);
     report->stuck = accepted - report->completed - report->failed - report->canceled - report->dropped;
     while (names > report->stuck) report->running[--names] = NULL; /* ended between the two looks */
 }
@@ -4459,7 +4526,7 @@ static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t grace, 
     int rc;
     memset(&r, 0, sizeof r);
     ctx__lock(&pool->in);
-    __atomic_store_n(&pool->closed, true, __ATOMIC_RELEASE);
+    CTX__STORE(&pool->closed, true, RELEASE);
     pool->drain_tasks += self;
     ctx__waiters_wake(&pool->blocked);
     ctx__waiters_wake(&pool->drainers);
@@ -4499,12 +4566,12 @@ CTXCANCEL_API int ctx_pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_drain_r
 
 /* Let go of a worker's thread: one that still runs a task is left behind, without its permit. */
 static void ctx__worker_dismiss(ctx__worker_t *worker) {
-    bool self = __atomic_load_n(&worker->self, __ATOMIC_ACQUIRE) == &ctx__self;
-    if (self || __atomic_load_n(&worker->op, __ATOMIC_ACQUIRE)) {
+    bool self = CTX__LOAD(&worker->self, ACQUIRE) == &ctx__self;
+    if (self || CTX__LOAD(&worker->op, ACQUIRE)) {
         if (worker->pool->desc.permits) ctx__worker_permit_return(worker);
         pthread_detach(worker->thread);
     } else {
-        pthread_join(worker->thread, NULL);
+        ctx__thread_join(worker->thread);
     }
 }
 
@@ -4633,13 +4700,13 @@ static void ctx__runner_unlink(ctx__runner_t *runner) {
     *runner->pprev = runner->next;
     if (runner->next) runner->next->pprev = runner->pprev;
     else if (runner->loaded) ctx__runners.loaded_end = runner->pprev;
-    if (runner->idle) __atomic_store_n(&ctx__runners.idlers, ctx__runners.idlers - 1, __ATOMIC_RELAXED);
+    if (runner->idle) CTX__STORE(&ctx__runners.idlers, ctx__runners.idlers - 1, RELAXED);
     runner->idle = runner->loaded = false;
 }
 
 /* [mu] */
 static void ctx__runner_set_idle(ctx__runner_t *runner) {
-    __atomic_store_n(&ctx__runners.idlers, ctx__runners.idlers + 1, __ATOMIC_RELAXED);
+    CTX__STORE(&ctx__runners.idlers, ctx__runners.idlers + 1, RELAXED);
     runner->job.run = NULL;
     runner->idle = true;
     runner->next = ctx__runners.idle;
@@ -4685,7 +4752,7 @@ static bool ctx__runner_take(ctx__runner_t *runner) {
 }
 
 static bool ctx__runner_told(const ctx__runner_t *runner) {
-    return __atomic_load_n(&runner->parker.state, __ATOMIC_ACQUIRE) == CTX__SET;
+    return CTX__LOAD(&runner->parker.state, ACQUIRE) == CTX__SET;
 }
 
 /* Watch for being woken. Who was just woken may be waiting for this very core, so let it go first. */
@@ -4792,7 +4859,7 @@ static void ctx__runner_look_out(void) {
     do {
         int i;
         for (i = 0; i < 32; i++) ctx__cpu_pause();
-    } while (!__atomic_load_n(&ctx__runners.idlers, __ATOMIC_RELAXED) && ctx__clock_read() < until);
+    } while (!CTX__LOAD(&ctx__runners.idlers, RELAXED) && ctx__clock_read() < until);
     ctx__lock(&ctx__runners.mu);
 }
 
@@ -4838,7 +4905,7 @@ static void ctx__runners_stop(void) {
     }
     all = ctx__runners.idle;
     ctx__runners.idle = NULL;
-    __atomic_store_n(&ctx__runners.idlers, 0u, __ATOMIC_RELAXED);
+    CTX__STORE(&ctx__runners.idlers, 0u, RELAXED);
     for (runner = all; runner; runner = runner->next) {
         runner->idle = false;
         runner->ends = true;
@@ -4849,7 +4916,7 @@ static void ctx__runners_stop(void) {
     for (runner = all; runner; runner = next) {
         next = runner->next;
         ctx__unpark(&runner->parker);
-        pthread_join(runner->thread, NULL);
+        ctx__thread_join(runner->thread);
         CTXCANCEL_FREE(runner);
     }
 }
@@ -4960,7 +5027,7 @@ struct ctx_group {
 
 static void ctx__group_unref(ctx_group_t *group) {
     ctx__cell_t *cell;
-    if (__atomic_fetch_sub(&group->refs, 1u, __ATOMIC_ACQ_REL) != 1) return;
+    if (CTX__SUB(&group->refs, 1u, ACQ_REL) != 1) return;
     while ((cell = group->spare) != NULL) {
         group->spare = cell->next;
         CTXCANCEL_FREE(cell);
@@ -5096,7 +5163,7 @@ static int ctx__group_enter(ctx_group_t *group, bool wait) {
     int err;
     for (;;) {
         err = ctx_err(group->ctx);
-        if (!err && group->pool && __atomic_load_n(&group->pool->closed, __ATOMIC_ACQUIRE)) err = CTX_CLOSED;
+        if (!err && group->pool && CTX__LOAD(&group->pool->closed, ACQUIRE)) err = CTX_CLOSED;
         if (err || group->live < group->limit) break;
         if (!wait) return CTX_QUEUE_FULL;
         if (ctx__group_run_next(group)) continue;
@@ -5139,7 +5206,7 @@ static CTX__COLD int ctx__group_take_back(ctx_group_t *group, ctx__cell_t *cell,
     if (group->turns > 0 || group->awaited || cell->number != number) {
         rc = 0;
     } else if (rc == CTX_QUEUE_FULL && wait) {
-        __atomic_fetch_add(&group->refs, 1u, __ATOMIC_RELAXED);
+        CTX__ADD(&group->refs, 1u, RELAXED);
         group->turns++;
         ctx__unlock(&group->mu);
         return ctx__group_turn(group->ctx, group);
@@ -5167,7 +5234,7 @@ static int ctx__group_go_pool(ctx_group_t *group, ctx__cell_t *cell, ctx_task_fn
     else group->first = cell;
     group->last = cell;
     if (group->at_end || group->at_limit) ctx__group_wake(group);
-    if (send) __atomic_fetch_add(&group->refs, 1u, __ATOMIC_RELAXED);
+    if (send) CTX__ADD(&group->refs, 1u, RELAXED);
     ctx__unlock(&group->mu);
     if (!send) return 0;
     rc = ctx__group_send_turn(group);
@@ -5330,27 +5397,27 @@ static inline void ctx__chan_copy(const ctx_chan_t *chan, void *to, const void *
 static inline void ctx__chan_put(ctx_chan_t *chan, const void *item) {
     ctx__chan_copy(chan, chan->ring + chan->tail_slot * chan->item_size, item);
     if (++chan->tail_slot == chan->capacity) chan->tail_slot = 0;
-    __atomic_store_n(&chan->tail, chan->tail + 1, __ATOMIC_RELEASE); /* pairs with ctx__chan_filled() */
+    CTX__STORE(&chan->tail, chan->tail + 1, RELEASE); /* pairs with ctx__chan_filled() */
 }
 
 /* [out] There is an item. */
 static inline void ctx__chan_take(ctx_chan_t *chan, void *item) {
     ctx__chan_copy(chan, item, chan->ring + chan->head_slot * chan->item_size);
     if (++chan->head_slot == chan->capacity) chan->head_slot = 0;
-    __atomic_store_n(&chan->head, chan->head + 1, __ATOMIC_RELEASE); /* pairs with ctx__chan_room() */
+    CTX__STORE(&chan->head, chan->head + 1, RELEASE); /* pairs with ctx__chan_room() */
 }
 
 /* [in] */
 static inline bool ctx__chan_room(ctx_chan_t *chan) {
     if (chan->tail - chan->head_seen < chan->capacity) return true;
-    chan->head_seen = __atomic_load_n(&chan->head, __ATOMIC_ACQUIRE);
+    chan->head_seen = CTX__LOAD(&chan->head, ACQUIRE);
     return chan->tail - chan->head_seen < chan->capacity;
 }
 
 /* [out] */
 static inline bool ctx__chan_filled(ctx_chan_t *chan) {
     if (chan->head != chan->tail_seen) return true;
-    chan->tail_seen = __atomic_load_n(&chan->tail, __ATOMIC_ACQUIRE);
+    chan->tail_seen = CTX__LOAD(&chan->tail, ACQUIRE);
     return chan->head != chan->tail_seen;
 }
 
@@ -5380,7 +5447,7 @@ static ctx__chan_op_t *ctx__chan_claim(ctx__chan_ops_t *ops) {
     while ((op = ops->first) != NULL) {
         uint32_t unclaimed = 0;
         ctx__chan_unlink(ops, op);
-        if (__atomic_compare_exchange_n(&op->wait->claimed, &unclaimed, 1u, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+        if (CTX__CAS(&op->wait->claimed, &unclaimed, 1u, ACQ_REL, RELAXED))
             return op;
     }
     return NULL;
@@ -5392,7 +5459,7 @@ static uint32_t *ctx__chan_finish(ctx__chan_op_t *op, int rc) {
     uint32_t *state = &op->wait->parker.state;
     op->wait->index = op->index;
     op->wait->rc = rc;
-    return __atomic_exchange_n(state, (uint32_t)CTX__SET, __ATOMIC_ACQ_REL) == CTX__PARKED ? state : NULL;
+    return CTX__EXCHANGE(state, (uint32_t)CTX__SET, ACQ_REL) == CTX__PARKED ? state : NULL;
 }
 
 static void ctx__chan_wake(uint32_t *state) {
@@ -5473,25 +5540,25 @@ static int ctx__chan_try(ctx_chan_t *chan, int op, void *item) {
 
 /* How often could it be done now? Only a hint. */
 static uint64_t ctx__chan_ready(const ctx_chan_t *chan, int op) {
-    uint64_t head = __atomic_load_n(&chan->head, __ATOMIC_RELAXED);
-    uint64_t tail = __atomic_load_n(&chan->tail, __ATOMIC_RELAXED);
+    uint64_t head = CTX__LOAD(&chan->head, RELAXED);
+    uint64_t tail = CTX__LOAD(&chan->tail, RELAXED);
     return op == CTX_SEND ? chan->capacity - (tail - head) : tail - head;
 }
 
 /* There is something. Where items stream in, let a few gather, for under a microsecond and without looking, since each
    look at the other end costs both ends the exchange of a cache line. Where they come one by one, do not. */
 static void ctx__chan_gather(ctx_chan_t *chan, int op) {
-    int turns = __atomic_load_n(&chan->gather[op], __ATOMIC_RELAXED), i;
+    int turns = CTX__LOAD(&chan->gather[op], RELAXED), i;
     if (turns == 0 && ctx__random() % CTX__GATHER_TRY == 0) turns = 1;
     if (turns == 0) return;
     for (i = turns * 4; i > 0; i--) ctx__cpu_pause();
     turns = ctx__chan_ready(chan, op) > 1 ? CTX__GATHER_MAX : turns / 2;
-    __atomic_store_n(&chan->gather[op], turns, __ATOMIC_RELAXED);
+    CTX__STORE(&chan->gather[op], turns, RELAXED);
 }
 
 /* Watch the ring for a few microseconds, as long as that has paid, before sleeping. True: there may be something. */
 static bool ctx__chan_watch(ctx_chan_t *chan, int op) {
-    int spin = __atomic_load_n(&chan->spin[op], __ATOMIC_RELAXED), turn, i;
+    int spin = CTX__LOAD(&chan->spin[op], RELAXED), turn, i;
     bool ready = false;
     if (!chan->capacity) return false;
     for (turn = 0; turn < spin && !ready; turn++) {
@@ -5499,11 +5566,11 @@ static bool ctx__chan_watch(ctx_chan_t *chan, int op) {
         ready = ctx__chan_ready(chan, op) != 0;
     }
     if (ready) {
-        __atomic_store_n(&chan->spin[op], CTX__CHAN_SPIN_MAX, __ATOMIC_RELAXED);
+        CTX__STORE(&chan->spin[op], CTX__CHAN_SPIN_MAX, RELAXED);
         ctx__chan_gather(chan, op);
         return true;
     }
-    __atomic_store_n(&chan->spin[op], spin / 2, __ATOMIC_RELAXED);
+    CTX__STORE(&chan->spin[op], spin / 2, RELAXED);
     ctx__cpu_yield();
     return ctx__chan_ready(chan, op) != 0;
 }
@@ -5608,8 +5675,8 @@ CTXCANCEL_API int ctx_chan_close(ctx_chan_t *chan) {
 CTXCANCEL_API size_t ctx_chan_len(const ctx_chan_t *chan) {
     uint64_t head, tail;
     CTXCANCEL_ASSERT(chan != NULL);
-    head = __atomic_load_n(&chan->head, __ATOMIC_ACQUIRE);
-    tail = __atomic_load_n(&chan->tail, __ATOMIC_ACQUIRE);
+    head = CTX__LOAD(&chan->head, ACQUIRE);
+    tail = CTX__LOAD(&chan->tail, ACQUIRE);
     return tail - head < chan->capacity ? (size_t)(tail - head) : chan->capacity;
 }
 
@@ -6000,7 +6067,7 @@ struct ctx_batch {
 };
 
 static void ctx__batch_unref(ctx_batch_t *batch) {
-    if (__atomic_fetch_sub(&batch->refs, 1u, __ATOMIC_ACQ_REL) != 1) return;
+    if (CTX__SUB(&batch->refs, 1u, ACQ_REL) != 1) return;
     ctx_end(batch->ctx);
     CTXCANCEL_FREE(batch->raw);
 }
@@ -6013,7 +6080,7 @@ static bool ctx__batch_claim_turn(ctx_batch_t *batch) {
     if (batch->turning || !(batch->full || (batch->fill && batch->due))) return false;
     batch->turning = true;
     batch->queued = batch->desc.pool != NULL;
-    __atomic_fetch_add(&batch->refs, 1u, __ATOMIC_RELAXED);
+    CTX__ADD(&batch->refs, 1u, RELAXED);
     return true;
 }
 
@@ -6022,12 +6089,12 @@ static void ctx__batch_arm(ctx_batch_t *batch, ctx_time_t when) {
     if (batch->armed && when < batch->timer.timer.deadline) ctx__timer_move(&batch->timer.timer, when);
     if (batch->armed) return;
     batch->armed = true;
-    __atomic_fetch_add(&batch->refs, 1u, __ATOMIC_RELAXED);
+    CTX__ADD(&batch->refs, 1u, RELAXED);
     ctx__timer_add(&batch->timer.timer, when);
 }
 
 static void ctx__batch_drop(ctx_batch_t *batch, const char *items, size_t n, int reason) {
-    __atomic_fetch_add(&batch->dropped, n, __ATOMIC_RELAXED);
+    CTX__ADD(&batch->dropped, n, RELAXED);
     if (batch->desc.on_drop) batch->desc.on_drop(items, n, reason, batch->desc.user);
 }
 
@@ -6041,7 +6108,7 @@ static void ctx__batch_do(ctx_batch_t *batch, const char *items, size_t n) {
         rc = batch->desc.flush(batch->ctx, items, n, batch->desc.user);
     } while (rc && tries-- > 0 && !ctx_err(batch->ctx));
     if (rc) ctx__batch_drop(batch, items, n, rc);
-    else __atomic_fetch_add(&batch->flushed, n, __ATOMIC_RELAXED);
+    else CTX__ADD(&batch->flushed, n, RELAXED);
 }
 
 /* [mu] Take the next block out, if it is ready: its items. */
@@ -6255,7 +6322,7 @@ CTXCANCEL_API int ctx_batch_add_wait(ctx_batch_t *batch, ctx_t *ctx, const void 
         if (!ctx__watch(&watch, ctx, &waiter.parker)) continue;
         ctx__lock(&batch->mu);
         if (!ctx__batch_refuses(batch) && ctx__batch_waiting(batch) >= batch->desc.queue) {
-            if (!held) __atomic_fetch_add(&batch->refs, 1u, __ATOMIC_RELAXED);
+            if (!held) CTX__ADD(&batch->refs, 1u, RELAXED);
             held = true;
             ctx__waiter_park(&batch->at_room, &waiter, &batch->mu, CTX_NO_DEADLINE);
         }
@@ -6294,7 +6361,7 @@ static bool ctx__batch_wait_empty(ctx_batch_t *batch, ctx_time_t until) {
             continue;
         }
         if (batch->queued && ctx__pool_runs_me(batch->desc.pool)) { /* which may have no other worker */
-            __atomic_fetch_add(&batch->refs, 1u, __ATOMIC_RELAXED);
+            CTX__ADD(&batch->refs, 1u, RELAXED);
             ctx__unlock(&batch->mu);
             if (ctx__batch_take_turn(batch)) ctx__batch_turn_now(batch);
             ctx__lock(&batch->mu);
@@ -6333,16 +6400,16 @@ static void ctx__batch_disarm(ctx_batch_t *batch) {
 
 /* Report the dropped items to the shutdown that this thread works for, each once. */
 static void ctx__batch_tally(ctx_batch_t *batch) {
-    uint64_t dropped = __atomic_load_n(&batch->dropped, __ATOMIC_ACQUIRE);
-    ctx__tally_add(dropped - __atomic_exchange_n(&batch->tallied, dropped, __ATOMIC_ACQ_REL), 0);
+    uint64_t dropped = CTX__LOAD(&batch->dropped, ACQUIRE);
+    ctx__tally_add(dropped - CTX__EXCHANGE(&batch->tallied, dropped, ACQ_REL), 0);
 }
 
 static void ctx__batch_report(ctx_batch_t *batch, ctx_dur_t took, ctx_batch_report_t *report) {
     memset(report, 0, sizeof *report);
     report->took = took;
-    report->dropped = __atomic_load_n(&batch->dropped, __ATOMIC_ACQUIRE);
+    report->dropped = CTX__LOAD(&batch->dropped, ACQUIRE);
     ctx__lock(&batch->mu);
-    report->flushed = __atomic_load_n(&batch->flushed, __ATOMIC_ACQUIRE);
+    report->flushed = CTX__LOAD(&batch->flushed, ACQUIRE);
     report->stuck = batch->added - report->flushed - report->dropped;
     ctx__unlock(&batch->mu);
 }
@@ -6404,25 +6471,23 @@ CTXCANCEL_API void ctx_batch_free(ctx_batch_t *batch) {
 static bool ctx__limiter_take(ctx_limiter_t *limiter, int64_t n, ctx_time_t now, ctx_time_t latest, ctx_time_t *at,
                               int64_t *full_at) {
     ctx_dur_t span = n * limiter->cost, bucket = limiter->bucket;
-    int64_t before = __atomic_load_n(&limiter->full_at, __ATOMIC_RELAXED);
+    int64_t before = CTX__LOAD(&limiter->full_at, RELAXED);
     do {
         *full_at = ctx_time_add(before > now ? before : now, span);
         *at = ctx_time_add(*full_at, -bucket);
         if (*at > latest) return false;
-    } while (!__atomic_compare_exchange_n(&limiter->full_at, &before, *full_at, true, __ATOMIC_ACQ_REL,
-                                          __ATOMIC_RELAXED));
+    } while (!CTX__CAS_WEAK(&limiter->full_at, &before, *full_at, ACQ_REL, RELAXED));
     return true;
 }
 
 /* Give back tokens after whose taking the word was `full_at`. What others have taken behind them stays where it is in
    time, so only the rest can be given back. */
 static void ctx__limiter_return(ctx_limiter_t *limiter, ctx_dur_t span, int64_t full_at) {
-    int64_t before = __atomic_load_n(&limiter->full_at, __ATOMIC_RELAXED);
+    int64_t before = CTX__LOAD(&limiter->full_at, RELAXED);
     ctx_dur_t rest;
     do {
         rest = before > full_at ? span - (before - full_at) : span;
-    } while (rest > 0 && !__atomic_compare_exchange_n(&limiter->full_at, &before, ctx_time_add(before, -rest), true,
-                                                      __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
+    } while (rest > 0 && !CTX__CAS_WEAK(&limiter->full_at, &before, ctx_time_add(before, -rest), ACQ_REL, RELAXED));
 }
 
 CTXCANCEL_API int ctx_limiter_init(ctx_limiter_t *limiter, double per_second, int64_t burst) {
@@ -6589,7 +6654,7 @@ static bool ctx__notify_wants(const ctx__notify_t *notify, int signal) {
 
 static void ctx__signal_handler(int signal) {
     int saved = errno;
-    __atomic_store_n(&ctx__signals.pending[signal], 1, __ATOMIC_RELEASE);
+    CTX__STORE(&ctx__signals.pending[signal], 1, RELEASE);
     sem_post(&ctx__signals.posted);
     errno = saved;
 }
@@ -6620,10 +6685,10 @@ static void *ctx__signal_main(void *arg) {
     uint32_t era = (uint32_t)(uintptr_t)arg;
     int signal;
     ctx__thread_name("ctx-signals");
-    while (__atomic_load_n(&ctx__signals.era, __ATOMIC_ACQUIRE) == era) {
+    while (CTX__LOAD(&ctx__signals.era, ACQUIRE) == era) {
         while (sem_wait(&ctx__signals.posted) < 0) {}
         for (signal = 1; signal < CTX__SIGNALS; signal++)
-            if (__atomic_exchange_n(&ctx__signals.pending[signal], 0, __ATOMIC_ACQUIRE)) ctx__signal_deliver(signal);
+            if (CTX__EXCHANGE(&ctx__signals.pending[signal], 0, ACQUIRE)) ctx__signal_deliver(signal);
     }
     return NULL;
 }
@@ -6734,7 +6799,7 @@ CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, si
 static bool ctx__fork_try(uint32_t *mu) {
     unsigned i;
     for (i = 0; i < 2000; i++) {
-        if (!__atomic_exchange_n(mu, 1u, __ATOMIC_SEQ_CST)) return true;
+        if (!CTX__EXCHANGE(mu, 1u, SEQ_CST)) return true;
         ctx__cpu_pause();
     }
     return false;
@@ -6767,12 +6832,12 @@ static bool ctx__fork_try_node(ctx_t *node) {
         ctx__unlock(&node->list.mu);
         return false;
     }
-    __atomic_store_n(&node->list.contended, node->list.contended | CTX__FORK_MARK, __ATOMIC_RELAXED);
+    CTX__STORE(&node->list.contended, node->list.contended | CTX__FORK_MARK, RELAXED);
     return true;
 }
 
 static bool ctx__fork_marked(const ctx_t *node) {
-    return (__atomic_load_n(&node->list.contended, __ATOMIC_RELAXED) & CTX__FORK_MARK) != 0;
+    return (CTX__LOAD(&node->list.contended, RELAXED) & CTX__FORK_MARK) != 0;
 }
 
 /* The first child from `child` on, or in a later list, whose locks were taken for the fork. */
@@ -6928,19 +6993,19 @@ CTXCANCEL_API void ctx_runtime_stop(void) {
     join_signals = ctx__signals.running;
     runtime = ctx__runtime.thread;
     signals = ctx__signals.thread;
-    __atomic_fetch_add(&ctx__runtime.era, 1u, __ATOMIC_RELEASE);
-    __atomic_fetch_add(&ctx__signals.era, 1u, __ATOMIC_RELEASE);
-    __atomic_store_n(&ctx__runtime.running, 0u, __ATOMIC_RELEASE);
+    CTX__ADD(&ctx__runtime.era, 1u, RELEASE);
+    CTX__ADD(&ctx__signals.era, 1u, RELEASE);
+    CTX__STORE(&ctx__runtime.running, 0u, RELEASE);
     ctx__signals.running = false;
     pthread_mutex_unlock(&ctx__life);
     /* Joined without the lock: a callback on one of them may be waiting for it. */
     if (join_runtime) {
         ctx__runtime_kick();
-        pthread_join(runtime, NULL);
+        ctx__thread_join(runtime);
     }
     if (join_signals) {
         sem_post(&ctx__signals.posted);
-        pthread_join(signals, NULL);
+        ctx__thread_join(signals);
     }
     ctx__lock(&ctx__runtime.mu);
     ctx__event_close(&ctx__event_done);
@@ -7050,7 +7115,7 @@ static void ctx__services_lock(void) { ctx__lock(&ctx__services.mu); }
 static void ctx__services_unlock(void) { ctx__unlock(&ctx__services.mu); }
 
 static void ctx__service_unref(ctx_service_t *service) {
-    if (__atomic_fetch_sub(&service->refs, 1u, __ATOMIC_ACQ_REL) != 1) return;
+    if (CTX__SUB(&service->refs, 1u, ACQ_REL) != 1) return;
     ctx_end(service->ctx);
     ctx_end(service->drain_ctx);
     ctx_release(service->parent);
@@ -7187,7 +7252,7 @@ static int ctx__service_launch(ctx_service_t *service, void (*run)(const ctx__jo
     job.run = run;
     job.owner = service;
     job.ctx = ctx;
-    __atomic_fetch_add(&service->refs, 1u, __ATOMIC_RELAXED);
+    CTX__ADD(&service->refs, 1u, RELAXED);
     ctx__lock(&ctx__services.mu);
     service->active++;
     ctx__unlock(&ctx__services.mu);
@@ -7200,7 +7265,7 @@ static int ctx__service_launch(ctx_service_t *service, void (*run)(const ctx__jo
     ctx__lock(&ctx__services.mu);
     service->active--;
     ctx__unlock(&ctx__services.mu);
-    __atomic_fetch_sub(&service->refs, 1u, __ATOMIC_RELAXED); /* not the last: the caller's is still there */
+    CTX__SUB(&service->refs, 1u, RELAXED); /* not the last: the caller's is still there */
     return rc;
 }
 
@@ -7442,8 +7507,8 @@ static void ctx__service_part(const ctx_service_t *service, ctx_time_t start, ct
     part->forced_at = ctx__since(start, service->forced);
     part->finished_at = service->late ? -1 : ctx__since(start, ctx__service_over_at(service));
     part->rc = service->rc;
-    part->dropped = __atomic_load_n(&service->tally.dropped, __ATOMIC_RELAXED);
-    part->stuck = __atomic_load_n(&service->tally.stuck, __ATOMIC_RELAXED);
+    part->dropped = CTX__LOAD(&service->tally.dropped, RELAXED);
+    part->stuck = CTX__LOAD(&service->tally.stuck, RELAXED);
     part->not_started = !service->was_started;
     part->late = service->late;
 }
@@ -7494,7 +7559,7 @@ static void ctx__stop_report(const ctx__stop_t *stop, ctx_dur_t took, ctx_shutdo
     for (i = 0; i < stop->n; i++) {
         const ctx_service_t *service = stop->services[i];
         report->late += service->late;
-        report->dropped += __atomic_load_n(&service->tally.dropped, __ATOMIC_RELAXED);
+        report->dropped += CTX__LOAD(&service->tally.dropped, RELAXED);
         if (service->marked) ctx__service_part(service, start, &report->parts[report->n++]);
     }
     report->within_budget = ctx__stop_within_budget(stop);
@@ -7690,7 +7755,7 @@ CTXCANCEL_API int ctx_service_start(ctx_service_t *service) {
     ctx__unlock(&ctx__services.mu);
     if (state >= CTX__STOPPING) return CTX_CLOSED;
     if (state != CTX__NEW) return CTX_ALREADY;
-    __atomic_fetch_add(&service->refs, 1u, __ATOMIC_RELAXED);
+    CTX__ADD(&service->refs, 1u, RELAXED);
     rc = ctx__service_do_start(service);
     ctx__service_unref(service);
     return rc;
@@ -7831,7 +7896,7 @@ CTXCANCEL_API int ctx_app_add(ctx_app_t *app, const ctx_service_desc_t *desc) {
 }
 
 CTXCANCEL_API bool ctx_app_ready(const ctx_app_t *app) {
-    return app && __atomic_load_n(&app->ready, __ATOMIC_ACQUIRE) != 0;
+    return app && CTX__LOAD(&app->ready, ACQUIRE) != 0;
 }
 
 CTXCANCEL_API void ctx_app_free(ctx_app_t *app) {
@@ -7960,10 +8025,10 @@ static bool ctx__app_live(ctx_app_t *app, const char **what, int *code) {
             ctx__app_start(starting);
         } else {
             ready = true;
-            __atomic_store_n(&app->ready, 1, __ATOMIC_RELEASE);
+            CTX__STORE(&app->ready, 1, RELEASE);
         }
     }
-    __atomic_store_n(&app->ready, 0, __ATOMIC_RELEASE);
+    CTX__STORE(&app->ready, 0, RELEASE);
     return ready;
 }
 
@@ -8148,8 +8213,8 @@ static void ctx__cleanup_part(const ctx__cleanup_item_t *item, ctx_time_t start,
                           ? ctx__since(start, item->deadline) : -1;
     part->noticed_at = part->finished_at = ctx__since(start, item->finished);
     part->rc = item->rc;
-    part->dropped = __atomic_load_n(&item->tally.dropped, __ATOMIC_RELAXED);
-    part->stuck = __atomic_load_n(&item->tally.stuck, __ATOMIC_RELAXED);
+    part->dropped = CTX__LOAD(&item->tally.dropped, RELAXED);
+    part->stuck = CTX__LOAD(&item->tally.stuck, RELAXED);
 }
 
 /* [mu] The late ones first, for they matter most if there are too many. */
@@ -8161,7 +8226,7 @@ static void ctx__cleanup_report(const ctx__cleanup_item_t *items, ctx_time_t sta
             if ((item->finished == CTX__NEVER) != late) continue;
             report->total++;
             report->late += (size_t)late;
-            report->dropped += __atomic_load_n(&item->tally.dropped, __ATOMIC_RELAXED);
+            report->dropped += CTX__LOAD(&item->tally.dropped, RELAXED);
             if (report->n < CTX_SHUTDOWN_PARTS) ctx__cleanup_part(item, start, &report->parts[report->n++]);
         }
     }
