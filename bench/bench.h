@@ -269,6 +269,96 @@ static inline BENCH_UNUSED uint64_t bench_queue(bench_side_fn send, bench_side_f
     return ended - began;
 }
 
+/* == two threads, two ways ======================================== */
+
+/* Two threads, each on its own core, do the same work in two ways, in turns. `work` does `n` operations in that way as
+   that thread, 0 or 1; `fresh` runs before each round. */
+typedef struct {
+    const char *figure;
+    void (*work)(unsigned way, unsigned thread, size_t n);
+    void (*fresh)(void);
+} bench_ways_t;
+
+#define BENCH_WAYS_ROUNDS 5
+#define BENCH_WAYS_PAIRS 41
+
+typedef struct {
+    uint64_t began, ended;
+} bench_burst_t;
+
+static struct {
+    const bench_ways_t *ways;
+    size_t n;
+    unsigned arrived; /* [atomic] counts the arrivals of both threads */
+    bench_burst_t burst[2][2 * BENCH_WAYS_PAIRS];
+} bench_ways_shared BENCH_UNUSED;
+
+/* Both threads start a burst together: a futex would wake one of them later. */
+static inline BENCH_UNUSED void bench_ways_meet(unsigned meeting) {
+    __atomic_add_fetch(&bench_ways_shared.arrived, 1, __ATOMIC_ACQ_REL);
+    for (unsigned spins = 1; __atomic_load_n(&bench_ways_shared.arrived, __ATOMIC_ACQUIRE) < 2 * meeting; spins++)
+        if (spins % 10000 == 0) sched_yield();
+}
+
+static inline BENCH_UNUSED void *bench_ways_main(void *arg) {
+    bench_burst_t *burst = (bench_burst_t *)arg;
+    unsigned thread = burst != bench_ways_shared.burst[0];
+    const bench_ways_t *ways = bench_ways_shared.ways;
+    bench_stay_on_core((int)thread);
+    for (unsigned way = 0; way < 2; way++) ways->work(way, thread, bench_ways_shared.n);
+    for (unsigned i = 0; i < 2 * BENCH_WAYS_PAIRS; i++) {
+        bench_ways_meet(i + 1);
+        burst[i].began = bench_now();
+        ways->work(i % 2, thread, bench_ways_shared.n);
+        burst[i].ended = bench_now();
+    }
+    return NULL;
+}
+
+/* The nanoseconds of an operation in the `i`-th burst; 0 if the two threads did not run side by side for nine tenths of
+   it, since then they could not slow each other down. */
+static inline BENCH_UNUSED double bench_ways_each(size_t i) {
+    const bench_burst_t *a = &bench_ways_shared.burst[0][i], *b = &bench_ways_shared.burst[1][i];
+    uint64_t began = a->began < b->began ? a->began : b->began, ended = a->ended > b->ended ? a->ended : b->ended;
+    double all = (double)(ended - began), both = (double)(a->ended - a->began + b->ended - b->began);
+    return both < 1.9 * all ? 0 : both / (2 * (double)bench_ways_shared.n);
+}
+
+/* Print the time of way 0 over that of way 1, the median of all pairs of bursts, and the nanoseconds of an operation
+   in each way. `n` operations should take about half a millisecond, so that both bursts of a pair meet the same
+   machine. */
+static inline BENCH_UNUSED void bench_two_ways(const bench_ways_t *ways, size_t n, const char *each_0,
+                                               const char *each_1) {
+    enum { PAIRS = BENCH_WAYS_ROUNDS * BENCH_WAYS_PAIRS };
+    double ratio[PAIRS], each[2][PAIRS];
+    size_t pairs = 0;
+    if (!bench_wants(ways->figure) && !bench_wants(each_0) && !bench_wants(each_1)) return;
+    bench_ways_shared.ways = ways;
+    bench_ways_shared.n = bench_scaled(n);
+    for (unsigned round = 0; round < BENCH_WAYS_ROUNDS; round++) {
+        pthread_t id[2];
+        ways->fresh();
+        bench_ways_shared.arrived = 0;
+        for (unsigned i = 0; i < 2; i++)
+            bench_check(pthread_create(&id[i], NULL, bench_ways_main, bench_ways_shared.burst[i]) == 0, "no thread");
+        for (unsigned i = 0; i < 2; i++) pthread_join(id[i], NULL);
+        for (size_t pair = 0; pair < BENCH_WAYS_PAIRS; pair++) {
+            each[0][pairs] = bench_ways_each(2 * pair);
+            each[1][pairs] = bench_ways_each(2 * pair + 1);
+            if (each[0][pairs] == 0 || each[1][pairs] == 0) continue;
+            ratio[pairs] = each[0][pairs] / each[1][pairs];
+            pairs++;
+        }
+    }
+    if (pairs < PAIRS / 10) {
+        fprintf(stderr, "bench: no %s: the machine never gave it two cores\n", ways->figure);
+        return;
+    }
+    bench_print(ways->figure, bench_median(ratio, pairs), "");
+    bench_print(each_0, bench_median(each[0], pairs), "ns");
+    bench_print(each_1, bench_median(each[1], pairs), "ns");
+}
+
 /* == a bare futex, the floor of everything that sleeps ============ */
 
 #ifdef __linux__

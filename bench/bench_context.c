@@ -50,6 +50,36 @@ static uint64_t timeout_child(size_t n) {
     return bench_now() - began;
 }
 
+/* Two threads with children below one parent (way 0), or each below its own (way 1). */
+static ctx_t *parents[3];
+
+static void fresh_parents(void) {
+    for (size_t i = 0; i < 3; i++) {
+        ctx_end(parents[i]);
+        parents[i] = ctx_with_cancel(ctx_background());
+    }
+}
+
+static ctx_t *parent_of(unsigned way, unsigned thread) { return parents[way == 0 ? 0 : 1 + thread]; }
+
+static void cancel_children(unsigned way, unsigned thread, size_t n) {
+    ctx_t *parent = parent_of(way, thread);
+    for (size_t i = 0; i < n; i++) {
+        ctx_t *ctx = ctx_with_cancel(parent);
+        BENCH_KEEP(ctx);
+        ctx_end(ctx);
+    }
+}
+
+static void timeout_children(unsigned way, unsigned thread, size_t n) {
+    ctx_t *parent = parent_of(way, thread);
+    for (size_t i = 0; i < n; i++) {
+        ctx_t *ctx = ctx_with_timeout(parent, CTX_S(30));
+        BENCH_KEEP(ctx);
+        ctx_end(ctx);
+    }
+}
+
 static uint64_t request(size_t n) {
     uint64_t began = bench_now();
     for (size_t i = 0; i < n; i++) {
@@ -125,6 +155,8 @@ static uint64_t leaf(size_t n) {
 }
 
 int main(void) {
+    static const bench_ways_t cancel_ways = {"cancel_child_shared", cancel_children, fresh_parents};
+    static const bench_ways_t timeout_ways = {"timeout_child_shared", timeout_children, fresh_parents};
     fresh_server();
     bench_run("cancel_child", cancel_child, 2000000);
     bench_run("timeout_child", timeout_child, 1000000);
@@ -141,6 +173,9 @@ int main(void) {
     bench_run("leaf", leaf, 5000000);
     bench_two_threads("cancel_child_2t", cancel_child, 1000000, fresh_server);
     bench_two_threads("timeout_child_2t", timeout_child, 500000, fresh_server);
+    bench_two_ways(&cancel_ways, 20000, "cancel_child_shared_each", "cancel_child_apart_each");
+    bench_two_ways(&timeout_ways, 8000, "timeout_child_shared_each", "timeout_child_apart_each");
+    for (size_t i = 0; i < 3; i++) ctx_end(parents[i]);
     ctx_end(server);
     ctx_runtime_stop();
     return 0;

@@ -2,18 +2,29 @@
 # Build the benchmarks and those of the peers that are installed, run them in turns, and print one table.
 #
 #   bench/run.sh                 everything; writes bench/results.md and the table in README.md
-#   bench/run.sh pool            one section (context polling values timers semaphore pool waiting group channel flow
-#                                service treesum)
+#   bench/run.sh pool context    these sections (polling context values timers semaphore pool waiting group channel flow
+#                                service treesum); nothing is written
 #   bench/run.sh cancel_child    figures whose name contains this; nothing is written
-#   ROUNDS=9 bench/run.sh        more rounds (default 5)
+#   bench/run.sh --against COMMIT [SECTION... | FIGURE]
+#                                this header beside that commit's, without peers; writes build/against.md. Each side has
+#                                the benchmarks of its own tree, and each program of one runs right after the same of the
+#                                other. The ratio is now / then of each pair, so above 1 is slower (less work, where
+#                                more is better); above 1.05 it is marked, above 1.10 where a child is made and ended.
+#                                Yardsticks (a bare futex, the clock) should stay at 1: they show how quiet the machine was.
+#   ROUNDS=9 bench/run.sh        more rounds (default 5; with --against 7)
 #   PEERS="go cpp" bench/run.sh  only these peers ("" for none; default: go cpp nsync glib posix)
 set -eu
 
 cd "$(dirname "$0")/.."
 build=${BUILD:-build}/bench
-rounds=${ROUNDS:-5}
+against=
+if [ "${1:-}" = --against ]; then
+    against=$(git rev-parse --short --verify "${2:?usage: bench/run.sh --against COMMIT [SECTION... | FIGURE]}^{commit}")
+    shift 2
+fi
+rounds=${ROUNDS:-$([ -n "$against" ] && echo 7 || echo 5)}
 peers=${PEERS-go cpp nsync glib posix}
-pattern=${1:-}
+pattern=$*
 cc=${CC:-gcc}
 cxx=${CXX:-g++}
 # Aligned loops: in a loop of three instructions, where it happens to lie would otherwise decide.
@@ -25,16 +36,21 @@ tab=$(printf '\t')
 
 have() { command -v "$1" >/dev/null 2>&1; }
 
-# Which sections the pattern asks for, and which figures of them.
+# Which sections the arguments ask for, and which figures of them.
+are_sections() {
+    for name; do
+        case " $all_sections " in *" $name "*) ;; *) return 1 ;; esac
+    done
+}
+
 figures=
-case " $all_sections " in
-*" ${pattern:-$all_sections} "*) sections=${pattern:-$all_sections} ;;
-*)
+if are_sections "$@"; then
+    sections=${pattern:-$all_sections}
+else
     figures=$pattern
     sections=$(awk -F '\t' -v only="$pattern" \
-        '!/^#/ && index($2, only) && !seen[$1]++ { printf "%s ", $1 }' bench/figures.txt)
-    ;;
-esac
+        '!/^#/ && index($2 " " $7, only) && !seen[$1]++ { printf "%s ", $1 }' bench/figures.txt)
+fi
 if [ -z "$sections" ]; then
     echo "bench: no section or figure is called $pattern" >&2
     exit 2
@@ -45,21 +61,27 @@ mkdir -p "$build"
 
 # == build =====================================================================
 
-build_ours() {
+# build_section TREE OUT SECTION: the programs of a section from the sources of a tree.
+build_section() {
+    [ -f "$1/bench/bench_$3.c" ] || { echo "bench: skipped $3: it is not in $1" >&2; return 0; }
+    $cc $cflags "$1/bench/bench_$3.c" -o "$2/bench_$3"
+    if grep -q BENCH_COUNT "$1/bench/bench_$3.c"; then
+        $cc $cflags -DBENCH_COUNT "$1/bench/bench_$3.c" -o "$2/count_$3"
+    fi
+    if [ "$3" = treesum ]; then $cc -O2 -pthread -I"$1" "$1/docs/examples/treesum.c" -o "$2/treesum" -lcrypto; fi
+}
+
+build_ours() { # TREE OUT
+    mkdir -p "$2"
     for section in $sections; do
-        [ "$section" = treesum ] && continue
-        $cc $cflags "bench/bench_$section.c" -o "$build/bench_$section"
-        if grep -q BENCH_COUNT "bench/bench_$section.c"; then
-            $cc $cflags -DBENCH_COUNT "bench/bench_$section.c" -o "$build/count_$section"
-        fi
+        rm -f "$2/bench_$section" "$2/count_$section"
+        build_section "$1" "$2" "$section"
+        [ "$section" != treesum ] || make_tree
     done
 }
 
-build_treesum() {
-    [ -f docs/examples/treesum.c ] || { echo "bench: skipped treesum: the program is not there" >&2; return 0; }
-    $cc -O2 -pthread -I. docs/examples/treesum.c -o "$build/treesum" -lcrypto
-    $cc $cflags bench/bench_treesum.c -o "$build/bench_treesum"
-    [ -f "$build/tree/complete" ] && return
+make_tree() {
+    if [ -f "$build/tree/complete" ]; then return; fi
     # 200 MB: 1,600 small files, 60 of a megabyte, one of forty.
     rm -rf "$build/tree"
     mkdir -p "$build/tree/small" "$build/tree/middle" "$build/tree/big"
@@ -99,9 +121,17 @@ build_peer() {
     esac
 }
 
-build_ours
-case " $sections " in *" treesum "*) build_treesum ;; esac
+build_ours . "$build"
 running=
+if [ -n "$against" ]; then
+    # The other side: that commit's header and benchmarks.
+    other=$build/against
+    rm -rf "$other"
+    mkdir -p "$other/tree"
+    git archive "$against" ctxcancel.h bench docs/examples | tar -x -C "$other/tree"
+    build_ours "$other/tree" "$other"
+    peers=
+fi
 skipped=
 for peer in $peers; do
     if build_peer "$peer" 2>"$build/peer_$peer.log"; then
@@ -140,20 +170,32 @@ collect() {
     fi
 }
 
+# own_programs DIRECTORY SECTION WHO: the programs of this library for a section.
+own_programs() {
+    if [ "$2" = treesum ]; then
+        if [ -x "$1/bench_treesum" ] && [ -d "$build/tree" ]; then
+            collect "$3" "$1/bench_treesum" "$1/treesum" "$build/tree"
+        fi
+        return
+    fi
+    if [ -x "$1/bench_$2" ]; then collect "$3" "$1/bench_$2"; fi
+    # The counts do not vary.
+    if [ "$round" = 1 ] && [ -x "$1/count_$2" ]; then collect "$3" "$1/count_$2"; fi
+}
+
 failed=0
 load=$(cut -d ' ' -f 1 /proc/loadavg 2>/dev/null || echo unknown)
 round=1
 while [ "$round" -le "$rounds" ]; do
     for section in $sections; do
         printf '\rround %d of %d: %-10s' "$round" "$rounds" "$section" >&2
-        if [ "$section" = treesum ]; then
-            [ -x "$build/bench_treesum" ] && [ -d "$build/tree" ] &&
-                collect ours "$build/bench_treesum" "$build/treesum" "$build/tree"
+        if [ -n "$against" ]; then
+            own_programs "$other" "$section" "then$tab$round"
+            own_programs "$build" "$section" "now$tab$round"
             continue
         fi
-        collect ours "$build/bench_$section"
-        # The counts do not vary.
-        [ "$round" = 1 ] && [ -x "$build/count_$section" ] && collect ours "$build/count_$section"
+        own_programs "$build" "$section" ours
+        [ "$section" != treesum ] || continue
         for peer in $running; do collect "$peer" "$build/peer_$peer" "$section"; done
     done
     round=$((round + 1))
@@ -183,6 +225,24 @@ machine() {
     [ -z "$skipped" ] || echo "- Not installed:$skipped"
     echo "- Load average when it began: $load"
 }
+
+if [ -n "$against" ]; then
+    {
+        echo "# This header beside that of $against"
+        echo
+        echo "then: $(git log -1 --format='%h %s' "$against")"
+        echo "now: the working tree on $(git log -1 --format='%h %s')"
+        echo "$rounds rounds; the median of each side, the median of the ratios now / then of the rounds, and their least"
+        echo "and most. Marked: a ratio above 1.05, or above 1.10 where a child is made and ended."
+        echo
+        machine
+        echo
+        awk -v only="$figures" -f bench/against.awk "$samples"
+    } | tee "$(dirname "$build")/against.md"
+    echo
+    echo "written: $(dirname "$build")/against.md"
+    exit "$failed"
+fi
 
 # The table of what was run, as report.awk makes it with these variables.
 table() {

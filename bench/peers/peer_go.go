@@ -580,7 +580,58 @@ func pools() {
 }
 
 // Waiting: from cancel() until a goroutine parked on Done() runs.
+// deadlines prints how late 16 goroutines run that wait for deadlines of 1 to 10 ms, beside so many busy goroutines.
+func deadlines(beside string, busy int) {
+	const sleepers, waits = 16, 20
+	if !wants("deadline_"+beside+"_p50") && !wants("deadline_"+beside+"_p99") {
+		return
+	}
+	turns := min(scaled(5), 5)
+	var over atomic.Bool
+	var ended sync.WaitGroup
+	for i := 0; i < busy; i++ {
+		ended.Add(1)
+		go func() {
+			for !over.Load() {
+			}
+			ended.Done()
+		}()
+	}
+	late := make([]float64, sleepers*waits*turns)
+	for turn := 0; turn < turns; turn++ {
+		var slept sync.WaitGroup
+		for i := 0; i < sleepers; i++ {
+			mine := late[(turn*sleepers+i)*waits:][:waits]
+			seed := uint32(turn*sleepers + i)
+			slept.Add(1)
+			go func() {
+				for j := range mine {
+					seed = seed*1664525 + 1013904223
+					until := time.Now().Add(time.Duration(1000000 + seed>>8%9000000))
+					ctx, cancel := context.WithTimeout(server, time.Until(until))
+					<-ctx.Done()
+					mine[j] = float64(time.Since(until)) / 1000
+					cancel()
+				}
+				slept.Done()
+			}()
+		}
+		slept.Wait()
+	}
+	over.Store(true)
+	ended.Wait()
+	show("deadline_"+beside+"_p50", median(late), "us") // sorts
+	show("deadline_"+beside+"_p99", late[len(late)*99/100], "us")
+}
+
 func waiting() {
+	wakes()
+	deadlines("idle", 0)
+	deadlines("busy_2", 2)
+	deadlines("busy_8", 8)
+}
+
+func wakes() {
 	if !wants("wait_wake") {
 		return
 	}
