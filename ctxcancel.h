@@ -34,9 +34,19 @@
        async-signal-safe; nothing else is.
      - A bad argument is CTX_INVALID where a caller can act on it. A program error (ending twice, releasing permits that
        nobody holds, no callback, asking about a NULL context) trips CTXCANCEL_ASSERT.
-     - After fork() the child has all contexts, and their deadlines fire there too. Pools made before are closed in it;
-       callbacks and waits of threads that did not come along are forgotten. What else threads shared (semaphores,
-       groups, channels, batchers, services) is the parent's: make it anew.
+     - After fork() the child keeps all contexts, and their deadlines still fire. Existing pools are closed in the
+       child; callbacks that other threads registered and their waits are discarded. Other shared objects (semaphores,
+       groups, channels, batchers, services) belong to the parent: create new ones in the child. A done descriptor
+       keeps its number but is the child's own; an epoll set that the child inherits still watches the parent's. fork()
+       waits until no thread is inside the library, so do not fork inside CTXCANCEL_MALLOC and the like. vfork(),
+       posix_spawn() and clone() need no care: their child only executes another program.
+     - pthread_cancel() takes effect after a wait of this library, except in ctx_cond_wait(), which it ends. A thread
+       that is canceled asynchronously (PTHREAD_CANCEL_ASYNCHRONOUS) must not call this library.
+     - A callback or task returns: it must not leave by longjmp(), pthread_exit() or a C++ exception. Compiled as C++
+       the implementation calls std::terminate() when an exception leaves a callback of ctx_on_done().
+     - The threads of this library have the signal mask of the thread whose call started them.
+     - Before dlclose() of an object that holds the implementation, end its contexts and call ctx_runtime_stop().
+     - Where the machine has no 64-bit atomics of its own (i486, ARMv5, MIPS 32), link with `-latomic`.
      - Descriptions (`ctx_desc_t` and the like) are structs where zero means the default: name what you need,
        `&(ctx_desc_t){ .name = "fetch", .timeout = CTX_MS(50) }`; in C++ `ctx_desc_t d = {}; d.name = "fetch";`.
 
@@ -125,15 +135,16 @@ void ctx__sched_step(const char *op, const volatile void *word, const char *file
 #define CTX_NO_MEMORY (-ENOMEM)
 #define CTX_INVALID (-EINVAL)              /* a bad argument */
 #define CTX_NOT_READY (-EAGAIN)            /* not yet: nothing to take, or the wait ended before the event */
-#define CTX_ALREADY (-EALREADY)            /* it was started before */
+#define CTX_ALREADY (-EALREADY)            /* it was started before, or belongs to another */
 
 /* Names an error in English, 0 and errno's numbers included. Never NULL; static, except that codes of the system which
    this library does not define come from strerror(). */
 CTXCANCEL_API const char *ctx_strerror(int code);
 
-/* Join the runtime threads (timers, signals) and free every byte that the library has cached for the calling thread
-   and for threads that have ended. For the last line of main(), so that leak checkers end clean. Later use starts
-   what it needs again. Timers do not fire between. Not to be called from a callback. */
+/* Join the runtime thread, the signal thread and the idle threads of groups, run callbacks that are still pending, and
+   free every byte that the library has cached for the calling thread and for threads that have ended. For the last
+   line of main(), so that leak checkers end clean. Later use starts what it needs again. Timers do not fire between.
+   Not to be called from a callback. */
 CTXCANCEL_API void ctx_runtime_stop(void);
 
 /* == 2. time ====================================================== */
@@ -189,8 +200,9 @@ typedef struct {
 
 typedef struct {
     const char *name;           /* shown in reports; static or outliving the context (default: the parent's name) */
-    ctx_time_t deadline;        /* when to cancel (default: none) */
-    ctx_dur_t timeout;          /* cancel so long from now; negative: already expired (default: none) */
+    ctx_time_t deadline;        /* when to cancel (default: 0, none) */
+    ctx_dur_t timeout;          /* cancel this long from now; negative: already expired. A computed 0 means none here,
+                                   unlike in ctx_with_timeout() (default: 0, none) */
     const char *deadline_cause; /* what ctx_cause() says after the deadline; static (default: "deadline exceeded") */
     const ctx_key_t *key;       /* set this value, ... (default: none) */
     const void *value;          /* ... copied from here: key->size bytes */
@@ -204,9 +216,9 @@ CTXCANCEL_API ctx_t *ctx_background(void);
 /* Make a child of `parent`: one node with everything `desc` asks for. `desc` may be NULL. If both a deadline and a
    timeout are given the earlier holds, and the parent's own always does if it is earlier still. A child of a context
    that is done is born done, with its parent's cause.
-   The caller owns one reference and drops it with ctx_end(). Never NULL: when memory or the timer thread cannot be had
-   the result is a shared context that has already failed, whose ctx_err() is CTX_NO_MEMORY or the system's error;
-   CTX_INVALID when `parent` is NULL or a key has no value. It may be used, derived from and ended like any other. */
+   The caller owns one reference and drops it with ctx_end(). Never NULL: if memory or the runtime thread is
+   unavailable, returns a shared context that is already done with CTX_NO_MEMORY, or with CTX_INVALID if `parent` is
+   NULL or a key has no value. It may be used, derived from and ended like any other. */
 #define ctx_derive(parent, ...) ctx_derive_at((parent), __VA_ARGS__, CTX__SITE)
 CTXCANCEL_API ctx_t *ctx_derive_at(ctx_t *parent, const ctx_desc_t *desc, const char *site);
 
@@ -225,23 +237,26 @@ CTXCANCEL_API ctx_t *ctx_with_value_at(ctx_t *parent, const ctx_key_t *key, cons
 #define ctx_without_cancel(parent) ctx_without_cancel_at((parent), CTX__SITE)
 CTXCANCEL_API ctx_t *ctx_without_cancel_at(ctx_t *parent, const char *site);
 
-/* Make a context that is done as soon as either is: the values of `a`, the earlier deadline of both, the cause of the
-   first. No thread is used. Two allocations at most. */
+/* Make a context that is done as soon as `a` or `b` is. It has the values of `a`, the earlier deadline of both, and the
+   cause of the first that is done. No thread is used. One allocation. */
 #define ctx_merge(a, b) ctx_merge_at((a), (b), CTX__SITE)
 CTXCANCEL_API ctx_t *ctx_merge_at(ctx_t *a, ctx_t *b, const char *site);
 
-/* Cancel a context and everything below it. True for the one call that did it, false if it was done already. When that
-   call returns, every descendant that was attached before has its err set, and its callbacks have run or are being run
-   by the thread that canceled that descendant first. Constant stack, no allocation. */
+/* Cancel a context and everything below it. Returns true if this call canceled it, false if it was already done. Either
+   way, ctx_err() is set on return in every descendant that was attached before the call, merged contexts included, even
+   if other threads are canceling parts of the same subtree. On true, the callbacks of every descendant that this call
+   canceled have run; those of a descendant that another thread canceled first run on that thread, or after a deadline
+   on the runtime thread. Uses constant stack and allocates nothing.
+   Callbacks run inside this call: do not hold a lock that one of them takes. */
 CTXCANCEL_API bool ctx_cancel(ctx_t *ctx);
 
-/* The same with a reason. `what` is a static string. ctx_err() will say CTX_DEADLINE_EXCEEDED if that is the code,
-   else CTX_CANCELED; ctx_cause() gives code and what as they are (a zero code reads CTX_CANCELED, a NULL what the
-   text of the code). */
+/* Like ctx_cancel(), with a reason. `what` is a static string. ctx_err() returns CTX_DEADLINE_EXCEEDED if that is the
+   code, else CTX_CANCELED. ctx_cause() returns both unchanged, except that a zero `code` reads as CTX_CANCELED, and a
+   NULL `what` as the text of a code of this library, else as "context canceled". */
 CTXCANCEL_API bool ctx_cancel_cause(ctx_t *ctx, int code, const char *what);
 
-/* Be done with a context that you made: cancel it, release its timer, drop your reference. Children keep what they
-   need. NULL is fine. */
+/* End a context that you made: cancel it as ctx_cancel() does, release its timer, drop your reference. Children keep
+   the memory that they need. NULL is fine. */
 CTXCANCEL_API void ctx_end(ctx_t *ctx);
 
 /* One more reference, to be dropped by ctx_end() or ctx_release(). Returns its argument. */
@@ -293,16 +308,29 @@ typedef struct ctx__on_done {
     int flags;                     /* [const] */
 } ctx_on_done_t;
 
-/* Call `fn(arg)` when `ctx` is done: once, on the thread that cancels (the timer thread for a deadline), no lock held.
-   It may call anything in this library, also end `ctx` or stop and re-use `reg`; it must be short. If `ctx` is already
-   done, `fn` runs here, before the return, and the result is false. `reg` need not be initialised; it stays yours to
-   keep alive until the callback was stopped or has run. While registered it holds the context's memory. */
+/* Call `fn(arg)` when `ctx` is done: once, on the thread that cancels it, or for a deadline on the library's runtime
+   thread (with the fake clock in ctx_clock_advance()). No lock is held. The callback may call any function here, even
+   end `ctx` or stop and reuse `reg`, but must be short. If `ctx` is already done, `fn` runs in this call, which then
+   returns false; else returns true. `reg` need not be initialised. Keep it alive until the callback has run or been
+   stopped. While registered it holds the memory of `ctx`. */
 CTXCANCEL_API bool ctx_on_done(ctx_on_done_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg);
 
-/* Take a callback back. True: it has not run and never will. False: it has run; if it is running on another thread,
-   this returns when it has finished; called from inside the callback it returns at once. Afterwards `reg` and `arg`
-   are free for any use. A zeroed `reg` that was never registered gives true. */
+/* Unregister a callback. Returns true if it has not run and never will, false if it has run. If it is running on
+   another thread, waits for it to finish; afterwards `reg` and `arg` may be reused or freed. Called from inside the
+   callback, or from a callback that this one waits for, returns false at once. If the callback has registered `reg`
+   anew, that registration is the one that is stopped. Returns true for a zeroed `reg` that was never registered.
+   Do not hold a lock across this call that the callback takes: then each waits for the other. */
 CTXCANCEL_API bool ctx_on_done_stop(ctx_on_done_t *reg);
+
+typedef enum {
+    CTX_ON_DONE_STOPPED, /* the callback will never run */
+    CTX_ON_DONE_RAN,     /* it has run and returned */
+    CTX_ON_DONE_RUNNING  /* it is running, maybe in this very thread */
+} ctx_on_done_state_t;
+
+/* Unregister a callback like ctx_on_done_stop(), but never wait for one that is running. Returns what became of it:
+   CTX_ON_DONE_STOPPED for a zeroed `reg` that was never registered, too. */
+CTXCANCEL_API ctx_on_done_state_t ctx_on_done_try_stop(ctx_on_done_t *reg);
 
 /* End a context when its variable leaves scope (gcc, clang):
        CTX_SCOPED ctx_t *c = ctx_with_timeout(parent, CTX_MS(50));  */
@@ -353,8 +381,9 @@ static inline bool ctx_leaf_cancel(ctx_leaf_t *leaf) {
    a header would be a different key in every file that includes it. */
 #define CTX_KEY(T) { #T, sizeof(T) }
 
-/* The value of `key` in this context or the nearest ancestor that set it; NULL when absent. It is a copy, aligned for
-   any type, and readable as long as the context. Costs the same at any depth. */
+/* The value of `key` in this context or the nearest ancestor that set it; NULL when absent. It is a copy, aligned
+   like what malloc() returns (16 bytes on 64-bit systems) and readable as long as the context. Costs the same at any
+   depth. */
 CTXCANCEL_API const void *ctx_value(const ctx_t *ctx, const ctx_key_t *key);
 
 /* A typed pair for one struct: `CTX_VALUE(request_t, request)` defines
@@ -420,12 +449,16 @@ CTXCANCEL_API int ctx_sleep(ctx_t *ctx, ctx_dur_t dur);
 
 /* A file descriptor that becomes readable when `ctx` is done, for poll, epoll and select: do not read it. Made by the
    first call, owned by the context and closed with it; it is inherited by no exec. Contexts that are already done when
-   first asked share one. Negative: the system's error. */
+   first asked share one. Once the descriptor is readable, ctx_err() is set. ctx_err() is set first: the descriptor is
+   readable when the ctx_cancel() that returns true has returned, and when a later call of ctx_done_fd() returns it.
+   Returns a negative error of the system, or CTX_NO_MEMORY, if there is none to be had. */
 CTXCANCEL_API int ctx_done_fd(ctx_t *ctx);
 
-/* pthread_cond_wait() that cancellation ends too. `mutex` is held by the caller and again on return. Returns 0 after a
-   wake-up, which may be spurious: look at your condition; or the err of the context. `ctx` may be canceled by a
-   thread that holds `mutex`. Waking for a cancellation broadcasts `cond`. */
+/* Like pthread_cond_wait(), but a canceled `ctx` also ends the wait. The caller must hold `mutex`, and holds it on
+   return. Returns 0 after a wake-up, which may be spurious (check your condition), or ctx_err(ctx); or the error of
+   pthread_cond_wait(), such as -EOWNERDEAD with the mutex held. `ctx` may be canceled by a thread that holds `mutex`.
+   Waking for a cancellation broadcasts `cond`. Returns CTX_INVALID if `cond` or `mutex` is NULL, CTX_NO_MEMORY if the
+   runtime thread, which it needs in any case, is unavailable. */
 CTXCANCEL_API int ctx_cond_wait(ctx_t *ctx, pthread_cond_t *cond, pthread_mutex_t *mutex);
 
 /* == 8. semaphore ================================================= */
@@ -444,14 +477,16 @@ typedef struct {
 CTXCANCEL_API int ctx_sem_init(ctx_sem_t *sem, int64_t permits);
 
 /* Take `n` permits, waiting for them until `ctx` is done. First come, first served: a big request is not starved by
-   small ones. 0, the err of the context (then nothing is taken), or CTX_INVALID at once if `n` is negative or more than
-   there are in all. Uncontended: one atomic operation. */
+   small ones, and one for 0 permits queues like others. Returns 0, or the error of the context, and then nothing is
+   taken: an acquire whose context is done before its permits come takes none. Returns CTX_INVALID at once if `n` is
+   negative or more than there are in all. Uncontended: one atomic operation. */
 CTXCANCEL_API int ctx_sem_acquire(ctx_sem_t *sem, ctx_t *ctx, int64_t n);
 
-/* Take `n` permits if they are free and nobody waits. */
+/* Take `n` permits if they are free and nobody waits. Returns whether it did. */
 CTXCANCEL_API bool ctx_sem_try_acquire(ctx_sem_t *sem, int64_t n);
 
-/* Give `n` permits back. Giving back more than are taken trips CTXCANCEL_ASSERT. */
+/* Give `n` permits back. Giving back more than are taken trips CTXCANCEL_ASSERT. Touches nothing once another thread
+   can have the permits, so a thread that has taken all of them may free the storage at once. */
 CTXCANCEL_API void ctx_sem_release(ctx_sem_t *sem, int64_t n);
 
 /* The end of a semaphore that nobody waits for; else CTXCANCEL_ASSERT. Holds no memory. */
@@ -684,31 +719,31 @@ typedef struct {
     size_t item_size;    /* bytes of an item */
     size_t max_items;    /* flush when so many have come (default: 100) */
     ctx_dur_t max_delay; /* flush so long after the first came (default: 0, never: only at max_items,
-                            on request and at close) */
+                            on request and in a drain) */
     size_t queue;        /* items that may wait, those being flushed not counted; max_items at least (default:
                             4 * max_items) */
     int (*flush)(ctx_t *ctx, const void *items, size_t n, void *user); /* write `n` items, 1 to max_items, in the order
                             of their adding; 0 is success. One call at a time. `ctx` is done when the lifetime is, or
-                            when the budget of the close has passed */
+                            when the budget of the drain has passed */
     int retries;         /* how often a failed flush is tried again, at once and with the same items (default: 0; for
                             waits between use ctx_retry() in flush) */
     void (*on_drop)(const void *items, size_t n, int reason, void *user); /* takes what will not be flushed; reason: the
-                            last error of flush, CTX_DEADLINE_EXCEEDED (the budget of the close), or the err of the
+                            last error of flush, CTX_DEADLINE_EXCEEDED (the budget of the drain), or the err of the
                             lifetime, which then calls it from whoever ended that. Not at the same time as flush, unless
                             that is stuck (default: nothing is called) */
     void *user;          /* for flush and on_drop; must live until a stuck flush has returned */
     ctx_pool_t *pool;    /* flush runs here; must outlive the batcher (default: on an idle thread, made as needed) */
-    ctx_dur_t grace;    /* how long a canceled flush gets to stop in a close (default: 100 ms; negative: none) */
+    ctx_dur_t grace;    /* how long a canceled flush gets to stop in a drain (default: 100 ms; negative: none) */
 } ctx_batch_desc_t;
 
 /* Make a batcher below `lifetime`: many small adds become few large flushes. Every item that was added reaches exactly
-   one of flush and on_drop. A batcher whose items must survive a Ctrl-C lives below the background, and is closed
+   one of flush and on_drop. A batcher whose items must survive a Ctrl-C lives below the background, and is drained
    after it. No thread starts before there is something to flush. NULL with errno set if memory is short or an argument
    is bad: `item_size` and `flush` are needed. */
 CTXCANCEL_API ctx_batch_t *ctx_batch_new(ctx_t *lifetime, const ctx_batch_desc_t *desc);
 
-/* Add a copy of `*item`. Never waits. 0, CTX_QUEUE_FULL, CTX_CLOSED when the batcher is closing, the err of the
-   lifetime, or CTX_NO_MEMORY if a delay is wanted and the timer thread cannot be had. */
+/* Add a copy of `*item`. Never waits. 0, CTX_QUEUE_FULL, CTX_CLOSED when the batcher is draining, the err of the
+   lifetime, or CTX_NO_MEMORY if a delay is wanted and the runtime thread is unavailable. */
 CTXCANCEL_API int ctx_batch_add(ctx_batch_t *batch, const void *item);
 
 /* The same, but waits for room until `ctx` is done, then returns its err. */
@@ -785,7 +820,10 @@ CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_f
    name, "SIGTERM", as text. That first one also restores the default action, so that a second one ends the process.
    The signal is handled on a thread of its own. Several such contexts may be live, for the same signals or others:
    each is canceled. When the last one for a signal has ended, the action that stood before comes back.
-   A failed context (CTX_INVALID) if `n` is 0 or one of them cannot be caught. */
+   A signal that every thread blocks cancels nothing.
+   Returns a failed context with CTX_INVALID if `n` is 0 or one of them cannot be caught, CTX_NO_MEMORY if memory or the
+   signal thread is unavailable, or CTX_ALREADY if another
+   copy of this library in the process (CTXCANCEL_STATIC, or a plugin's own) has such contexts at the moment. */
 #define ctx_notify_signals(parent, ...) ctx_notify_signals_at((parent), __VA_ARGS__, CTX__SITE)
 CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, size_t n, const char *site);
 
@@ -1066,8 +1104,20 @@ extern "C" {
    call only if it was PARKED; the system call uses the word's address but not its memory, which may be gone by then.
    Below it is futex on Linux, else a small table of mutexes and condition variables picked by address.
 
-   Each thread has a record in thread-local storage: a number that spreads threads over shards, and a few free nodes
-   and value records. */
+   The one mutex, for what is held over a call of the system, is such a word again: its waiters sleep. They are inside,
+   so a fork waits for its holder too.
+
+   Each thread has a record in thread-local storage: a number that spreads threads over shards, a few free nodes and
+   value records, and what other threads must know of it: whether it is inside the library, and whether it walks. The
+   records of all threads are linked, and a key's destructor unlinks that of a thread that ends.
+
+   No thread is inside the library while the process forks. A thread is inside between ctx__enter() and ctx__leave(),
+   which are the lock and the unlock of all that outlives a fork: it raises `inside` in its record, looks whether the
+   gate is closed, and only then takes the lock; a fork closes the gate, and waits until no thread is inside. One of the
+   two sees the other, for a fence stands between the two accesses of each: on Linux the fork has the system run one on
+   every processor that is at this program, so that nobody else pays for it; elsewhere each thread brings its own. A
+   thread that finds the gate closed goes back out and sleeps until the fork is over. Callbacks, the allocator and
+   everything else that is not the library's run outside. */
 
 #if defined(__SANITIZE_ADDRESS__)
 #define CTX__ASAN 1
@@ -1091,6 +1141,11 @@ extern "C" {
 #endif
 
 #define CTX__UNUSED __attribute__((unused))
+#ifdef __cplusplus
+#define CTX__NOEXCEPT noexcept
+#else
+#define CTX__NOEXCEPT
+#endif
 #define CTX__COLD __attribute__((cold, noinline))
 #define CTX__INLINE inline __attribute__((always_inline))
 #define CTX__LINE 64 /* bytes of a cache line */
@@ -1112,6 +1167,7 @@ extern "C" {
 
 #ifdef CTXCANCEL_TEST_SCHED
 #define CTX__SCHED 1
+#define CTX__COMPILER_FENCE() ((void)0)
 #define CTX__WEAK false /* a schedule must be the same each time */
 void ctx__sched_relax(void);                         /* let another thread take a step */
 void ctx__sched_block(uint32_t *word, uint32_t is);  /* until `*word` is something else */
@@ -1122,6 +1178,7 @@ int ctx__sched_start(pthread_t *thread, void *(*fn)(void *), void *arg);
 int ctx__sched_join(pthread_t thread);
 #else
 #define CTX__SCHED 0
+#define CTX__COMPILER_FENCE() __atomic_signal_fence(__ATOMIC_SEQ_CST) /* the processor may still move accesses */
 #define CTX__WEAK true
 #define ctx__sched_relax() ((void)0)
 #define ctx__sched_block(word, is) ((void)0)
@@ -1133,7 +1190,7 @@ int ctx__sched_join(pthread_t thread);
 static void ctx__cpu_pause(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
-#elif defined(__aarch64__) || defined(__arm__)
+#elif defined(__aarch64__) || (defined(__ARM_ARCH) && __ARM_ARCH >= 7)
     __asm__ volatile("yield" ::: "memory");
 #else
     __asm__ volatile("" ::: "memory");
@@ -1152,7 +1209,26 @@ static ctx_time_t ctx__clock_read(void) {
     return (ctx_time_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-/* One turn of a wait that another thread will end soon: spin, then yield, then nap up to a millisecond. */
+/* pthread_cancel() takes effect outside: a thread that is canceled with a lock would keep it for good. */
+static int ctx__cancel_defer(void) {
+    int before = PTHREAD_CANCEL_ENABLE;
+#ifndef __ANDROID__
+    if (pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before)) before = PTHREAD_CANCEL_ENABLE;
+#endif
+    return before;
+}
+
+static void ctx__cancel_restore(int before) {
+#ifndef __ANDROID__
+    int now;
+    (void)pthread_setcancelstate(before, &now);
+#else
+    (void)before;
+#endif
+}
+
+/* One turn of a wait that another thread will end: spin, then yield, then nap up to a millisecond. So a thread that
+   waits for long, such as for the lock of a list whose million children are being marked, leaves the core to others. */
 static void ctx__relax(unsigned *turn) {
     unsigned n = (*turn)++;
     if (CTX__SCHED) {
@@ -1163,9 +1239,11 @@ static void ctx__relax(unsigned *turn) {
         ctx__cpu_yield();
     } else {
         struct timespec nap;
+        int before = ctx__cancel_defer();
         nap.tv_sec = 0;
         nap.tv_nsec = n < 128 ? 50000 : 1000000;
         nanosleep(&nap, NULL);
+        ctx__cancel_restore(before);
     }
 }
 
@@ -1255,14 +1333,19 @@ static struct {
     pthread_mutex_t mu;
     pthread_cond_t cond;
 } ctx__buckets[CTX__BUCKETS];
+static pthread_once_t ctx__buckets_once = PTHREAD_ONCE_INIT; /* any call may be the program's first */
 
 static unsigned ctx__bucket_of(const uint32_t *word) {
     return (unsigned)(((uintptr_t)word >> 4 ^ (uintptr_t)word >> 12) % CTX__BUCKETS);
 }
 
+static void ctx__futex_init(void);
+
 static void ctx__futex_wait(uint32_t *word, uint32_t expected, ctx_time_t until) {
     unsigned i = ctx__bucket_of(word);
-    pthread_mutex_lock(&ctx__buckets[i].mu);
+    int before = ctx__cancel_defer(), rc = pthread_once(&ctx__buckets_once, ctx__futex_init);
+    rc = rc ? rc : pthread_mutex_lock(&ctx__buckets[i].mu);
+    CTXCANCEL_ASSERT(rc == 0);
     if (CTX__LOAD(word, SEQ_CST) != expected) {
         /* changed before we slept */
     } else if (until == CTX_NO_DEADLINE) {
@@ -1281,37 +1364,51 @@ static void ctx__futex_wait(uint32_t *word, uint32_t expected, ctx_time_t until)
 #endif
     }
     pthread_mutex_unlock(&ctx__buckets[i].mu);
+    ctx__cancel_restore(before);
+    (void)rc;
 }
 
 static void ctx__futex_wake(uint32_t *word, int n) {
     unsigned i = ctx__bucket_of(word);
+    int rc = pthread_once(&ctx__buckets_once, ctx__futex_init);
     (void)n;
-    pthread_mutex_lock(&ctx__buckets[i].mu);
+    rc = rc ? rc : pthread_mutex_lock(&ctx__buckets[i].mu);
+    CTXCANCEL_ASSERT(rc == 0);
     pthread_cond_broadcast(&ctx__buckets[i].cond);
     pthread_mutex_unlock(&ctx__buckets[i].mu);
+    (void)rc;
 }
 
 /* Also run in the child of a fork, where a bucket may have been left locked. */
 static void ctx__futex_init(void) {
     unsigned i;
+    int rc = 0;
     for (i = 0; i < CTX__BUCKETS; i++) {
         pthread_condattr_t attr;
-        pthread_condattr_init(&attr);
+        rc |= pthread_condattr_init(&attr);
 #ifndef __APPLE__
-        pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+        rc |= pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
 #endif
-        pthread_mutex_init(&ctx__buckets[i].mu, NULL);
-        pthread_cond_init(&ctx__buckets[i].cond, &attr);
+        rc |= pthread_mutex_init(&ctx__buckets[i].mu, NULL);
+        rc |= pthread_cond_init(&ctx__buckets[i].cond, &attr);
         pthread_condattr_destroy(&attr);
     }
+    CTXCANCEL_ASSERT(rc == 0); /* none of these can fail where a wait can work */
+    (void)rc;
 }
 
 #endif
 
 typedef struct {
     uint32_t state; /* [atomic] */
+    ctx_t *expires; /* [owner thread] the context whose deadline ends the wait: set by ctx__watch(), section 7 */
 } ctx__parker_t;
 enum { CTX__EMPTY, CTX__PARKED, CTX__SET };
+
+static void ctx__parker_init(ctx__parker_t *parker) {
+    parker->state = CTX__EMPTY;
+    parker->expires = NULL;
+}
 
 /* Let the owner of the parker go on: now, or when it next parks. */
 static void ctx__unpark(ctx__parker_t *parker) {
@@ -1346,30 +1443,52 @@ static void ctx__parker_nudge(ctx__parker_t *parker) {
         ctx__futex_wake(&parker->state, 1);
 }
 
-/* One of this process's own threads. Signals of the process are for the program's threads, so all but those that a
-   thread brings on itself are blocked here. 0, CTX_NO_MEMORY if the system has no room for another, or its error. */
+/* A wait on a condition variable of the program's, until `until` on the real clock where the system can do that on the
+   clock of this library whatever the variable's own is. */
+#if defined(__GLIBC__) && (__GLIBC__ > 2 || __GLIBC_MINOR__ >= 30) && !CTX__TSAN && !CTX__SCHED
+#ifdef __cplusplus
+extern "C"
+#endif
+int pthread_cond_clockwait(pthread_cond_t *cond, pthread_mutex_t *mutex, clockid_t clock, const struct timespec *until);
+
+static int ctx__cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex, ctx_time_t until) {
+    struct timespec t;
+    if (until == CTX_NO_DEADLINE) return pthread_cond_wait(cond, mutex);
+    if (until < 0) until = 0;
+    t.tv_sec = (time_t)(until / 1000000000), t.tv_nsec = (long)(until % 1000000000);
+    return pthread_cond_clockwait(cond, mutex, CLOCK_MONOTONIC, &t);
+}
+#else
+static int ctx__cond_wait(pthread_cond_t *cond, pthread_mutex_t *mutex, ctx_time_t until) {
+    (void)until;
+    return pthread_cond_wait(cond, mutex);
+}
+#endif
+
+/* The mutex: 0 free, 1 taken, 2 taken and waited for. */
+static void ctx__mutex_lock(uint32_t *mutex) {
+    uint32_t seen = 0;
+    if (CTX__CAS(mutex, &seen, 1u, ACQUIRE, RELAXED)) return;
+    while (CTX__EXCHANGE(mutex, 2u, ACQUIRE)) ctx__futex_wait(mutex, 2, CTX_NO_DEADLINE);
+}
+
+static void ctx__mutex_unlock(uint32_t *mutex) {
+    if (CTX__EXCHANGE(mutex, 0u, RELEASE) == 2) ctx__futex_wake(mutex, 1);
+}
+
+/* One of the library's own threads. It has the signal mask of the calling thread, as every thread of a program has, so
+   that processes which its callbacks and tasks start have an ordinary one too. Returns 0, or CTX_NO_MEMORY if there is
+   no thread to be had, whatever the system calls it. */
 static int ctx__thread_start(pthread_t *thread, void *(*fn)(void *), void *arg) {
-    sigset_t all, before;
-    int rc;
-    if (CTX__SCHED) return ctx__sched_start(thread, fn, arg);
-    sigfillset(&all);
-    sigdelset(&all, SIGSEGV);
-    sigdelset(&all, SIGBUS);
-    sigdelset(&all, SIGFPE);
-    sigdelset(&all, SIGILL);
-    sigdelset(&all, SIGABRT);
-    sigdelset(&all, SIGTRAP);
-    sigdelset(&all, SIGSYS);
-    sigdelset(&all, SIGPROF);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    rc = pthread_create(thread, NULL, fn, arg);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return rc == EAGAIN ? CTX_NO_MEMORY : -rc;
+    int rc = CTX__SCHED ? ctx__sched_start(thread, fn, arg) : pthread_create(thread, NULL, fn, arg);
+    return rc ? CTX_NO_MEMORY : 0;
 }
 
 static void ctx__thread_join(pthread_t thread) {
-    if (CTX__SCHED) (void)ctx__sched_join(thread);
-    else (void)pthread_join(thread, NULL);
+    int before = ctx__cancel_defer(), rc = CTX__SCHED ? ctx__sched_join(thread) : pthread_join(thread, NULL);
+    ctx__cancel_restore(before);
+    CTXCANCEL_ASSERT(rc == 0);
+    (void)rc;
 }
 
 static void ctx__thread_name(const char *name) {
@@ -1387,13 +1506,31 @@ static void ctx__thread_sharp_timers(void) {
 #endif
 }
 
+/* Fences on all processors that run threads of this process, made by the one thread that needs them. The first call may
+   take milliseconds. */
+#if defined(__linux__) && defined(SYS_membarrier) && !CTX__TSAN && !CTX__SCHED
+enum { CTX__MEMBARRIER_QUERY = 0, CTX__MEMBARRIER_EXPEDITED = 8, CTX__MEMBARRIER_REGISTER = 16 };
+
+static bool ctx__fences_available(void) {
+    long can = syscall(SYS_membarrier, CTX__MEMBARRIER_QUERY, 0, 0);
+    return can > 0 && (can & CTX__MEMBARRIER_EXPEDITED) && (can & CTX__MEMBARRIER_REGISTER);
+}
+
+static bool ctx__fences(void) {
+    return syscall(SYS_membarrier, CTX__MEMBARRIER_REGISTER, 0, 0) == 0 &&
+           syscall(SYS_membarrier, CTX__MEMBARRIER_EXPEDITED, 0, 0) == 0;
+}
+#else
+static bool ctx__fences_available(void) { return CTX__SCHED != 0; }
+static bool ctx__fences(void) { return true; }
+#endif
+
 static unsigned ctx__cpu_count(void) {
     long n = sysconf(_SC_NPROCESSORS_ONLN);
     return n < 1 ? 1 : n > 1024 ? 1024 : (unsigned)n;
 }
 
-/* A descriptor that can be made readable once and for all. On Linux one eventfd; elsewhere the reading end of a pipe,
-   which becomes readable when the writing end is closed. */
+/* A descriptor that can be made readable once and for all: on Linux an eventfd, elsewhere the reading end of a pipe. */
 typedef struct {
     int fd, writer;
 } ctx__event_t;
@@ -1405,292 +1542,68 @@ static int ctx__event_open(ctx__event_t *event) {
     return event->fd < 0 ? -errno : 0;
 #else
     {
-        int ends[2];
+        int ends[2], i;
         if (pipe(ends) < 0) return -errno;
-        fcntl(ends[0], F_SETFD, FD_CLOEXEC);
-        fcntl(ends[1], F_SETFD, FD_CLOEXEC);
+        for (i = 0; i < 2; i++) {
+            fcntl(ends[i], F_SETFD, FD_CLOEXEC);
+            fcntl(ends[i], F_SETFL, O_NONBLOCK);
+        }
         event->fd = ends[0], event->writer = ends[1];
         return 0;
     }
 #endif
 }
 
-static void ctx__event_set(ctx__event_t *event) {
-    int saved = errno;
-#ifdef __linux__
+/* Setting it again changes nothing. */
+static void ctx__event_set(const ctx__event_t *event) {
+    int saved = errno, before = ctx__cancel_defer();
     uint64_t one = 1;
-    ssize_t n = write(event->fd, &one, sizeof one);
+    ssize_t n = write(event->writer >= 0 ? event->writer : event->fd, &one, sizeof one);
     (void)n;
-#else
-    if (event->writer >= 0) close(event->writer);
-    event->writer = -1;
-#endif
+    ctx__cancel_restore(before);
     errno = saved;
 }
 
 static void ctx__event_close(ctx__event_t *event) {
+    int before = ctx__cancel_defer();
     if (event->fd >= 0) close(event->fd);
     if (event->writer >= 0) close(event->writer);
     event->fd = event->writer = -1;
+    ctx__cancel_restore(before);
 }
 
-/* In the child of a fork: the same number, but an event of its own. */
+/* In the child of a fork: the same number, but an event of its own. The parent's is closed first, which makes room for
+   the new one where the process may have no more descriptors. */
 static void ctx__event_unshare(ctx__event_t *event) {
-    ctx__event_t own;
-    if (ctx__event_open(&own) < 0) return;
-    dup2(own.fd, event->fd);
-    fcntl(event->fd, F_SETFD, FD_CLOEXEC);
-    close(own.fd);
-    if (event->writer >= 0) close(event->writer);
-    event->writer = own.writer;
-}
-
-/* Room for `n` more elements in an array of stb_ds.h, so that what follows cannot fail: stb_ds writes through a failed
-   realloc. False when memory is short; the array is as before. */
-static bool ctx__array_reserve(void **array, size_t elem_size, size_t n) {
-    stbds_array_header *head = *array ? stbds_header(*array) : NULL, *grown;
-    size_t length = head ? head->length : 0, capacity = head ? head->capacity : 0;
-    if (length + n <= capacity) return true;
-    capacity = capacity * 2 > length + n ? capacity * 2 : length + n + 4;
-    grown = (stbds_array_header *)STBDS_REALLOC(NULL, head, sizeof *head + capacity * elem_size);
-    if (!grown) return false;
-    if (!head) memset(grown, 0, sizeof *grown);
-    grown->capacity = capacity;
-    *array = grown + 1;
-    return true;
-}
-
-typedef struct {
-    ctx_t *cache;    /* free nodes, linked by their next */
-    void *records;   /* free small records, each beginning with a pointer to the next */
-    unsigned cached, cached_records;
-    unsigned index;  /* counts threads from 1; 0: not entered yet */
-    uint64_t random; /* the state of ctx__random() */
-    void *runner;    /* the ctx__runner_t that this thread is: section 10 */
-} ctx__thread_t;
-static __thread ctx__thread_t ctx__self; /* its address stands for the thread */
-
-static pthread_once_t ctx__once = PTHREAD_ONCE_INIT;
-static pthread_key_t ctx__thread_key;
-static unsigned ctx__threads_seen; /* [atomic] */
-static unsigned ctx__cpus = 1;     /* [const] after ctx__once */
-static unsigned ctx__forks;        /* how many forks this process is away from the first */
-
-static void ctx__setup(void);              /* below all sections: it wires them together */
-
-static CTX__COLD void ctx__thread_enter(void) {
-    pthread_once(&ctx__once, ctx__setup);
-    ctx__self.index = CTX__ADD(&ctx__threads_seen, 1u, RELAXED) + 1;
-    if (!ctx__self.index) ctx__self.index = 1;
-    ctx__self.random = ((uint64_t)ctx__clock_read() ^ (uint64_t)ctx__self.index << 40) | 1;
-    pthread_setspecific(ctx__thread_key, &ctx__self);
-}
-
-static inline ctx__thread_t *ctx__me(void) {
-    ctx__thread_t *me = &ctx__self;
-    if (CTX__UNLIKELY(!me->index)) ctx__thread_enter();
-    return me;
-}
-
-/* Numbers to spread things with: xorshift, of each thread its own. */
-static uint32_t ctx__random(void) {
-    ctx__thread_t *me = ctx__me();
-    me->random ^= me->random << 13;
-    me->random ^= me->random >> 7;
-    me->random ^= me->random << 17;
-    return (uint32_t)(me->random >> 32);
-}
-
-CTXCANCEL_API const char *ctx_strerror(int code) {
-    switch (code) {
-    case 0: return "success";
-    case CTX_CANCELED: return "context canceled";
-    case CTX_DEADLINE_EXCEEDED: return "deadline exceeded";
-    case CTX_QUEUE_FULL: return "queue full";
-    case CTX_CLOSED: return "closed";
-    case CTX_NO_MEMORY: return "out of memory";
-    case CTX_INVALID: return "invalid argument";
-    case CTX_NOT_READY: return "not ready";
-    case CTX_ALREADY: return "already started";
-    default: return code < 0 && code >= -INT32_MAX ? strerror(-code) : "unknown error";
+    int fd = event->fd;
+    ctx__event_close(event);
+    if (ctx__event_open(event) < 0 || event->fd == fd) return;
+    if (event->writer == fd) { /* it must not be closed by what follows */
+        int moved = dup(fd);
+        if (moved >= 0) fcntl(moved, F_SETFD, FD_CLOEXEC);
+        event->writer = moved;
     }
+    if (dup2(event->fd, fd) < 0) return;
+    fcntl(fd, F_SETFD, FD_CLOEXEC);
+    close(event->fd);
+    event->fd = fd;
 }
 
-/* == 2. time ====================================================== */
+/* An entry of a list that it can leave by itself. */
+typedef struct ctx__link {
+    struct ctx__link *next, **pprev;
+} ctx__link_t;
 
-/* The clock is CLOCK_MONOTONIC, or while `fake` is set a number that only ctx_clock_advance() moves. Whoever sleeps
-   until a time does so through ctx__park() of section 5, which knows both. */
-
-static struct {
-    int fake;       /* [atomic] */
-    ctx_time_t now; /* [atomic] */
-} ctx__clock;
-
-static inline bool ctx__clock_is_fake(void) { return CTX__LOAD(&ctx__clock.fake, ACQUIRE) != 0; }
-
-CTXCANCEL_API ctx_time_t ctx_now(void) {
-    if (CTX__UNLIKELY(ctx__clock_is_fake())) return CTX__LOAD(&ctx__clock.now, SEQ_CST);
-    return ctx__clock_read();
+static inline void ctx__link_in(ctx__link_t **list, ctx__link_t *link) {
+    link->next = *list;
+    link->pprev = list;
+    if (link->next) link->next->pprev = &link->next;
+    *list = link;
 }
 
-static ctx_time_t ctx__min(ctx_time_t a, ctx_time_t b) { return a < b ? a : b; }
-
-/* == 3. context =================================================== */
-
-/* The tree. A node sits in its parent's child list from its making until it is freed, so everything alive can be
-   reached from the background. Two counts hold it:
-     refs   what the program holds: ctx_end() and ctx_release() give back.
-     pins   what keeps the memory: one for all refs together; one for having children or callbacks, taken with the first
-            of them and given back when there are neither refs nor any of them left (then the node is an `orphan`:
-            nobody can attach to it any more); one per shard, likewise; and one for whoever works on the node without
-            a ref, such as a cascade or the timer thread.
-   A child needs no count in its parent: standing in the list is what holds it.
-
-   Done-ness is one pointer, `why`, to an immutable record of err, code and text: NULL, then set once. A node that was
-   canceled itself points to its own record, its descendants point to the same one, which their parents keep alive.
-   `err` repeats why->err for ctx_err() and follows at once; who finds `why` set and cares stores `err` itself.
-
-   Locks: one in each list of children. The list inside the node also guards its callbacks. Order: a node before what
-   was attached to it later, that is parents before children; then a wheel (5) or a stripe, which are innermost.
-
-   Canceling has two phases. The first, holding the lock of the node at the top, walks down and sets `why`: a child
-   is marked by one compare-and-swap under its parent's list lock, without taking its own lock when nothing is
-   attached to it. Attaching takes the lock first and looks at `why` then; marking sets `why` first and looks at the
-   lock then; all four sequentially consistent, so one of the two sees the other: either the newcomer is born done or
-   the marker walks into the list. Nodes with something attached go onto a list through `work`, pinned; the list
-   serves as the queue of the walk, so depth costs no stack. A node that another cascade got to first is waited for by
-   taking its lock, which that cascade holds until its own walk is over: so everything below is marked when the first
-   phase ends. The second phase, with no lock held, wakes parked threads, then runs callbacks, then unpins.
-
-   A merged context is a child of `a` with a callback on `b`. The walk from `b` marks it right away (else chains of
-   merged contexts would recurse), copying the record because `b` may be gone first. Two walks can then meet at a
-   merged node from two sides, where no lock can tell them who is still busy below: a walk that enters one announces
-   itself in `ctx__walks`, and one that finds it already marked waits for the announced ones when it holds no lock any
-   more.
-
-   A shared parent shows contention when its lock is often found taken. It then gets shards: child lists with a lock
-   and a cache line each, picked by thread. The list inside the node keeps the children that it has.
-
-   Callbacks: state goes LINKED to FIRED by the canceler, or LINKED to STOPPING to IDLE by the stopper, whoever swaps
-   first. The canceler never touches `reg` once its callback has started, so a callback may free it; instead a frame
-   on the canceler's stack, in a table of stripes picked by reg's address, says what is running where. Callbacks that
-   only unpark a thread (wakers) need no frame: they end in state DONE, which the thread waits for. */
-
-typedef struct {
-    int err, code;
-    const char *what;
-} ctx__why_t;
-
-typedef struct {
-    uint32_t mu;
-    uint8_t orphan;    /* [mu] nobody holds a reference: the last to leave unpins */
-    uint8_t contended; /* [mu] how often the lock was found taken; CTX__FORK_MARK while a fork has it */
-    uint8_t attached;  /* [atomic, set under mu] has ever had a child, callback, descriptor or shards */
-    uint8_t shard;     /* [const] 0: inside the node */
-    ctx_t *first;      /* [mu] children */
-} ctx__list_t;
-
-typedef struct {
-    CTX__ALIGNED ctx__list_t list;
-} ctx__shard_t;
-
-/* An entry of the timing wheel: see section 5. */
-typedef struct ctx__timer {
-    struct ctx__timer *next, **pprev; /* [wheel->mu] */
-    ctx_time_t deadline;              /* [wheel->mu] while armed */
-    uint8_t armed;                    /* [atomic, set under wheel->mu] */
-    uint8_t kind;                     /* [const] CTX__TIMER_...: what it is inside of */
-    uint8_t wheel, level, slot;       /* [wheel->mu] where it is */
-} ctx__timer_t;
-
-enum { CTX__TIMER_ALARM, CTX__TIMER_NODE, CTX__TIMER_CALL };
-
-typedef struct ctx__record ctx__record_t;
-
-struct ctx {
-    struct ctx__head head;  /* [atomic] err */
-    uint8_t flags;          /* [const] CTX__F_... */
-    uint8_t shard;          /* [const] which of the parent's lists it is in */
-    uint8_t entered;        /* [b->mu] merged only: marked by a walk from b */
-    const ctx__why_t *why;  /* [atomic] */
-    ctx_t *next;            /* [parent's list mu] */
-    ctx__list_t list;       /* children, callbacks. A cascade over leaves reads no further than this */
-    ctx_t **pprev;          /* [parent's list mu] */
-    ctx__shard_t *shards;   /* [atomic, set once under list.mu] NULL or ctx__shard_count of them */
-    ctx_t *parent;          /* [const] */
-    uint32_t refs, pins;    /* [atomic] */
-    ctx_on_done_t *after;     /* [list.mu] circular; wakers before others */
-    ctx__timer_t timer;     /* timer.deadline is the effective one, also when it belongs to an ancestor */
-    ctx__why_t own;         /* [list.mu] until why points to it; own.what is the deadline's cause before that */
-    ctx__record_t *values;  /* [const] */
-    const char *name, *site; /* [const] */
-    ctx_t *work;            /* [whoever won the node] the next in a cascade, or among the dead */
-    ctx__event_t *event;    /* [list.mu] what ctx_done_fd() made */
-};
-
-enum {
-    CTX__F_STATIC = 1,  /* never freed: the background, failed contexts */
-    CTX__F_FAILED = 2,  /* takes no children: deriving gives itself */
-    CTX__F_VALUES = 4,  /* holds a reference to its record, if it has one */
-    CTX__F_MERGED = 8,  /* a ctx__merged_t */
-    CTX__F_NOTIFY = 16, /* a ctx__notify_t: section 13 */
-    CTX__F_DECIDED = 32, /* ctx_sampled() was decided here or above: ... */
-    CTX__F_SAMPLED = 64, /* ... it says yes */
-    CTX__F_SAMPLING = CTX__F_DECIDED | CTX__F_SAMPLED,
-    CTX__F_BIG = CTX__F_MERGED | CTX__F_NOTIFY
-};
-
-typedef struct {
-    ctx_t node;
-    ctx_on_done_t reg; /* on b */
-} ctx__merged_t;
-
-static void ctx__record_release(ctx__record_t *record); /* section 4 */
-static int ctx__timer_ready(void);                      /* section 5 */
-static void ctx__timer_add(ctx__timer_t *timer, ctx_time_t deadline);
-static bool ctx__timer_remove(ctx__timer_t *timer);
-static void ctx__timer_revive(const ctx_t *ctx);
-static void ctx__notify_ended(ctx_t *node); /* section 13 */
-
-/* The nodes that are never freed. Written out by position, for C++. */
-#define CTX__STATIC_TIMER { NULL, NULL, CTX_NO_DEADLINE, 0, 1, 0, 0, 0 }
-#define CTX__STATIC_NODE(err, flags, why, name)                                                                     \
-    { { err }, CTX__F_STATIC | (flags), 0, 0, why, NULL, { 0, 0, 0, 0, 0, NULL }, NULL, NULL, NULL, 1, 1, NULL,     \
-      CTX__STATIC_TIMER, { 0, 0, NULL }, NULL, name, "", NULL, NULL }
-
-static ctx_t ctx__root = CTX__STATIC_NODE(0, 0, NULL, "background");
-
-static const ctx__why_t ctx__failures[] = {
-    { CTX_NO_MEMORY, CTX_NO_MEMORY, "out of memory" },
-    { CTX_INVALID, CTX_INVALID, "invalid argument" },
-    { -EPERM, -EPERM, "not permitted" },
-};
-static ctx_t ctx__failed_nodes[] = {
-    CTX__STATIC_NODE(CTX_NO_MEMORY, CTX__F_FAILED, &ctx__failures[0], "failed"),
-    CTX__STATIC_NODE(CTX_INVALID, CTX__F_FAILED, &ctx__failures[1], "failed"),
-    CTX__STATIC_NODE(-EPERM, CTX__F_FAILED, &ctx__failures[2], "failed"),
-};
-
-/* The shared context that failed with `err`; errors without one of their own read as
-   CTX_NO_MEMORY. */
-static ctx_t *ctx__failed(int err) {
-    size_t i;
-    for (i = 0; i < sizeof ctx__failures / sizeof *ctx__failures; i++)
-        if (ctx__failures[i].err == err) return &ctx__failed_nodes[i];
-    return &ctx__failed_nodes[0];
-}
-
-static unsigned ctx__shard_count = 4; /* [const] after ctx__once; a power of two */
-
-enum { CTX__FORK_MARK = 0x80, CTX__SHARDS_MAX = 64, CTX__CONTENDED = 16, CTX__CACHE_MAX = CTX__ASAN ? 0 : 32 };
-
-static const ctx__why_t *ctx__why(const ctx_t *ctx) { return CTX__LOAD(&ctx->why, SEQ_CST); }
-
-/* Done? If so `err` says it too on return: whoever set `why` may be just about to store it. */
-static bool ctx__done(ctx_t *ctx) {
-    const ctx__why_t *why = ctx__why(ctx);
-    if (why) CTX__STORE(&ctx->head.err, why->err, RELEASE);
-    return why != NULL;
+static inline void ctx__link_out(ctx__link_t *link) {
+    *link->pprev = link->next;
+    if (link->next) link->next->pprev = link->pprev;
 }
 
 static size_t ctx__round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
@@ -1712,46 +1625,471 @@ static void *ctx__alloc_lines(size_t zeroed, size_t more, void **raw) {
     return p;
 }
 
-/* A node with nothing set. A few free ones wait with each thread (not under the address sanitizer, which should see
-   each end as a free). */
-static inline ctx_t *ctx__node_alloc(void) {
-    ctx__thread_t *me = ctx__me();
-    ctx_t *node = me->cache;
-    if (!node) return (ctx_t *)CTXCANCEL_MALLOC(sizeof *node);
-    me->cache = node->next;
-    me->cached--;
-    return node;
+/* Room for `n` more elements in an array of stb_ds.h, so that what follows cannot fail: stb_ds writes through a failed
+   realloc. False when memory is short; the array is as before. */
+static bool ctx__array_reserve(void **array, size_t elem_size, size_t n) {
+    stbds_array_header *head = *array ? stbds_header(*array) : NULL, *grown;
+    size_t length = head ? head->length : 0, capacity = head ? head->capacity : 0;
+    if (n <= capacity - length) return true;
+    if (n > SIZE_MAX / 4 / elem_size - sizeof *head - length || capacity > SIZE_MAX / 4 / elem_size - sizeof *head)
+        return false;
+    capacity = capacity * 2 > length + n ? capacity * 2 : length + n + 4;
+    grown = (stbds_array_header *)STBDS_REALLOC(NULL, head, sizeof *head + capacity * elem_size);
+    if (!grown) return false;
+    if (!head) memset(grown, 0, sizeof *grown);
+    grown->capacity = capacity;
+    *array = grown + 1;
+    return true;
 }
 
-static inline void ctx__node_dealloc(ctx_t *node) {
+enum { CTX__CACHE_NODES, CTX__CACHE_RECORDS, CTX__CACHES, CTX__CACHE_MAX = CTX__ASAN ? 0 : 32 };
+
+typedef struct ctx__thread {
+    struct {
+        void *first;   /* free blocks of one size, linked by their third word */
+        unsigned n;
+    } cache[CTX__CACHES];
+    unsigned index;    /* counts threads from 1, through forks; 0: not seen yet */
+    uint32_t inside;   /* [atomic, set by its thread] how many ctx__enter() lack their ctx__leave(), plus
+                          CTX__STRANGER */
+    uint32_t walk;     /* [atomic, set by its thread] when its walk began: section 3; 0: it does not walk */
+    bool linked;       /* stands in the gate's list */
+    bool runtime;      /* it is the runtime thread: section 5 */
+    uint64_t random;   /* the state of ctx__random() */
+    void *runner;      /* the ctx__runner_t that this thread is: section 10 */
+    const struct ctx__thread *waits_for; /* [ctx__stops] whose callback it waits for: section 3 */
+    struct ctx__calling *calling;        /* the walks whose callbacks it is running, innermost first: section 3 */
+    ctx__link_t link;                    /* [gate.mu] */
+} ctx__thread_t;
+static __thread ctx__thread_t ctx__self; /* its address stands for the thread */
+
+static struct {
+    uint32_t mu;
+    uint32_t word;            /* [atomic] CTX__GATE_... */
+    ctx__thread_t *forking;   /* [atomic] which may pass, for the program's own handlers of the fork */
+    ctx__link_t *threads;     /* [mu] */
+} ctx__gate;
+
+enum { CTX__GATE_CLOSED = 1, CTX__GATE_SLEPT_ON = 2, CTX__GATE_FENCES = 4 /* [const after ctx__once] */ };
+
+static pthread_once_t ctx__once = PTHREAD_ONCE_INIT;
+static pthread_key_t ctx__thread_key;
+static bool ctx__thread_keyed;     /* [atomic] there is a key */
+static unsigned ctx__threads_seen; /* [atomic] */
+static unsigned ctx__cpus = 1;     /* [const] after ctx__once */
+static unsigned ctx__forks;        /* how many forks this process is away from the first */
+
+static void ctx__setup(void);              /* below all sections: it wires them together */
+
+/* A thread of no key, of whose end nobody would be told, is linked for as long as it is inside. Its `inside` counts
+   from here, so that it takes the slow ways in and out. */
+#define CTX__STRANGER 0x80000000u
+
+static void ctx__thread_link(ctx__thread_t *me) {
+    ctx__lock(&ctx__gate.mu);
+    me->linked = true;
+    ctx__link_in(&ctx__gate.threads, &me->link);
+    ctx__unlock(&ctx__gate.mu);
+}
+
+static void ctx__thread_unlink(ctx__thread_t *me) {
+    ctx__lock(&ctx__gate.mu);
+    ctx__link_out(&me->link);
+    me->linked = false;
+    ctx__unlock(&ctx__gate.mu);
+}
+
+static CTX__COLD void ctx__thread_enter(void) {
+    ctx__thread_t *me = &ctx__self;
+    pthread_once(&ctx__once, ctx__setup);
+    if (!me->index) {
+        me->index = CTX__ADD(&ctx__threads_seen, 1u, RELAXED) + 1;
+        me->random = ((uint64_t)ctx__clock_read() ^ (uint64_t)me->index << 40) | 1;
+    }
+    if (me->inside & ~CTX__STRANGER) return; /* it is a stranger that forks */
+    me->inside = CTX__STRANGER;
+    if (!CTX__LOAD(&ctx__thread_keyed, ACQUIRE) || pthread_setspecific(ctx__thread_key, me) != 0) return;
+    me->inside = 0;
+    ctx__thread_link(me);
+}
+
+/* The record of the calling thread. */
+static inline ctx__thread_t *ctx__me(void) {
+    ctx__thread_t *me = &ctx__self;
+    if (CTX__UNLIKELY(!me->linked)) ctx__thread_enter();
+    return me;
+}
+
+/* A block with nothing set. A few free ones wait with each thread (not under the address sanitizer, which should see
+   each as freed). A thread whose end nobody would notice gets none. */
+static inline void *ctx__cache_take(int which, size_t size) {
     ctx__thread_t *me = ctx__me();
-    node->refs = 0; /* so that ending it again is noticed while it waits here */
-    if ((node->flags & CTX__F_BIG) || (int)me->cached >= CTX__CACHE_MAX) {
-        CTXCANCEL_FREE(node);
+    void **block = (void **)me->cache[which].first;
+    if (!block) return me->linked ? CTXCANCEL_MALLOC(size) : NULL;
+    me->cache[which].first = block[2];
+    me->cache[which].n--;
+    return block;
+}
+
+static inline void ctx__cache_give(int which, void *block) {
+    ctx__thread_t *me = ctx__me();
+    if ((int)me->cache[which].n >= CTX__CACHE_MAX || !me->linked) {
+        CTXCANCEL_FREE(block);
         return;
     }
-    node->next = me->cache;
-    me->cache = node;
-    me->cached++;
+    ((void **)block)[2] = me->cache[which].first;
+    me->cache[which].first = block;
+    me->cache[which].n++;
 }
 
 static void ctx__cache_flush(ctx__thread_t *me) {
-    while (me->cache) {
-        ctx_t *node = me->cache;
-        me->cache = node->next;
-        CTXCANCEL_FREE(node);
+    int which;
+    for (which = 0; which < CTX__CACHES; which++) {
+        while (me->cache[which].first) {
+            void **block = (void **)me->cache[which].first;
+            me->cache[which].first = block[2];
+            CTXCANCEL_FREE(block);
+        }
+        me->cache[which].n = 0;
     }
-    while (me->records) {
-        void *record = me->records;
-        me->records = *(void **)record;
-        CTXCANCEL_FREE(record);
-    }
-    me->cached = me->cached_records = 0;
 }
 
+/* The destructor of the thread's key. Another destructor may still call the library, which then enters anew. */
 static void ctx__thread_leave(void *thread) {
-    ctx__cache_flush((ctx__thread_t *)thread);
-    ((ctx__thread_t *)thread)->index = 0; /* another destructor may come back */
+    ctx__thread_t *me = (ctx__thread_t *)thread;
+    if (me->linked) ctx__thread_unlink(me);
+    ctx__cache_flush(me);
+}
+
+/* Call the program. Its exceptions end the process, for they would take the caller of ctx_cancel() out of its work. */
+static void ctx__call_out(void (*fn)(void *arg), void *arg) CTX__NOEXCEPT { fn(arg); }
+
+/* Outside, however the thread counts. */
+static inline uint32_t ctx__outermost(const ctx__thread_t *me) { return me->inside & CTX__STRANGER; }
+
+/* The gate is closed, or a thread has to bring its own fence. Come in when it is open. */
+static CTX__COLD void ctx__gate_pass(ctx__thread_t *me) {
+    for (;;) {
+        uint32_t word;
+        if (CTX__LOAD(&ctx__gate.word, RELAXED) & CTX__GATE_FENCES) CTX__EXCHANGE(&me->inside, me->inside, SEQ_CST);
+        word = CTX__LOAD(&ctx__gate.word, SEQ_CST);
+        if (!(word & CTX__GATE_CLOSED) || CTX__LOAD(&ctx__gate.forking, ACQUIRE) == me) return;
+        CTX__STORE(&me->inside, ctx__outermost(me), RELEASE);
+        while ((word = CTX__LOAD(&ctx__gate.word, ACQUIRE)) & CTX__GATE_CLOSED)
+            if ((word & CTX__GATE_SLEPT_ON) || CTX__CAS(&ctx__gate.word, &word, word | CTX__GATE_SLEPT_ON, ACQ_REL,
+            ACQUIRE))
+                ctx__futex_wait(&ctx__gate.word, word | CTX__GATE_SLEPT_ON, CTX_NO_DEADLINE);
+        CTX__STORE(&me->inside, ctx__outermost(me) + 1, RELAXED);
+        CTX__COMPILER_FENCE();
+    }
+}
+
+/* Inside already, or a stranger. */
+static CTX__COLD void ctx__come_in_slowly(ctx__thread_t *me) {
+    bool outside = me->inside == CTX__STRANGER;
+    if (outside && CTX__LOAD(&ctx__gate.forking, ACQUIRE) != me) ctx__thread_link(me);
+    CTX__STORE(&me->inside, me->inside + 1, SEQ_CST);
+    if (outside) ctx__gate_pass(me);
+}
+
+static CTX__COLD void ctx__outside_slowly(ctx__thread_t *me) {
+    CTX__STORE(&me->inside, me->inside - 1, RELEASE);
+    if (me->inside == CTX__STRANGER && me->linked) ctx__thread_unlink(me);
+}
+
+/* Go inside. May be nested: only the outermost looks at the gate. */
+static inline ctx__thread_t *ctx__inside(void) {
+    ctx__thread_t *me = ctx__me();
+    if (CTX__UNLIKELY(me->inside != 0)) {
+        ctx__come_in_slowly(me);
+        return me;
+    }
+    CTX__STORE(&me->inside, 1u, RELAXED);
+    CTX__COMPILER_FENCE();
+    if (CTX__UNLIKELY(CTX__LOAD(&ctx__gate.word, ACQUIRE))) ctx__gate_pass(me);
+    return me;
+}
+
+static inline void ctx__outside(ctx__thread_t *me) {
+    if (CTX__UNLIKELY(me->inside != 1)) ctx__outside_slowly(me);
+    else CTX__STORE(&me->inside, 0u, RELEASE); /* pairs with the load in ctx__fork_prepare() */
+}
+
+/* Another thread has the lock. A thread waits for it outside, so that a fork waits for none but those at work. */
+static CTX__COLD void ctx__enter_contended(ctx__thread_t *me, uint32_t *mu) {
+    unsigned turn = 0;
+    do {
+        ctx__outside(me);
+        while (CTX__LOAD(mu, RELAXED)) {
+            if (CTX__SCHED) ctx__sched_block(mu, 1);
+            else ctx__relax(&turn);
+        }
+        ctx__inside();
+    } while (CTX__EXCHANGE(mu, 1u, SEQ_CST));
+}
+
+/* Go inside and take `mu`. True if another thread held the lock first. */
+static inline bool ctx__enter(uint32_t *mu) {
+    ctx__thread_t *me = ctx__inside();
+    if (!CTX__UNLIKELY(CTX__EXCHANGE(mu, 1u, SEQ_CST))) return false;
+    ctx__enter_contended(me, mu);
+    return true;
+}
+
+static inline void ctx__leave(uint32_t *mu) {
+    ctx__unlock(mu);
+    ctx__outside(&ctx__self);
+}
+
+/* What the child of a fork has to go through: the nodes with callbacks or a descriptor, in lists by address. */
+enum { CTX__STRIPES = 16 };
+static struct {
+    CTX__ALIGNED uint32_t mu;
+    ctx__link_t *first; /* [mu] */
+} ctx__watched[CTX__STRIPES];
+
+static size_t ctx__stripe_index(const void *p) { return ((uintptr_t)p >> 6 ^ (uintptr_t)p >> 11) % CTX__STRIPES; }
+
+/* [inside] Returns true. */
+static CTX__COLD bool ctx__watched_add(ctx__link_t *link) {
+    size_t i = ctx__stripe_index(link);
+    ctx__lock(&ctx__watched[i].mu);
+    ctx__link_in(&ctx__watched[i].first, link);
+    ctx__unlock(&ctx__watched[i].mu);
+    return true;
+}
+
+static void ctx__watched_remove(ctx__link_t *link) {
+    size_t i = ctx__stripe_index(link);
+    ctx__enter(&ctx__watched[i].mu);
+    ctx__link_out(link);
+    ctx__leave(&ctx__watched[i].mu);
+}
+
+/* Numbers to spread things with: xorshift, of each thread its own. */
+static uint32_t ctx__random(void) {
+    ctx__thread_t *me = ctx__me();
+    me->random ^= me->random << 13;
+    me->random ^= me->random >> 7;
+    me->random ^= me->random << 17;
+    return (uint32_t)(me->random >> 32);
+}
+
+/* The text of a code that this library defines, NULL for others. */
+static const char *ctx__own_text(int code) {
+    switch (code) {
+    case 0: return "success";
+    case CTX_CANCELED: return "context canceled";
+    case CTX_DEADLINE_EXCEEDED: return "deadline exceeded";
+    case CTX_QUEUE_FULL: return "queue full";
+    case CTX_CLOSED: return "closed";
+    case CTX_NO_MEMORY: return "out of memory";
+    case CTX_INVALID: return "invalid argument";
+    case CTX_NOT_READY: return "not ready";
+    case CTX_ALREADY: return "already started";
+    default: return NULL;
+    }
+}
+
+CTXCANCEL_API const char *ctx_strerror(int code) {
+    const char *own = ctx__own_text(code);
+    if (own) return own;
+    return code < 0 && code >= -INT32_MAX ? strerror(-code) : "unknown error";
+}
+
+/* == 2. time ====================================================== */
+
+/* Everything reads one clock: CLOCK_MONOTONIC, or while `fake` is set a number that only ctx_clock_advance() moves. A
+   thread that sleeps until a time does so through ctx__park() of section 5, which knows both. */
+
+static struct {
+    int fake;       /* [atomic] */
+    ctx_time_t now; /* [atomic] */
+} ctx__clock;
+
+static inline bool ctx__clock_is_fake(void) { return CTX__LOAD(&ctx__clock.fake, ACQUIRE) != 0; }
+
+CTXCANCEL_API ctx_time_t ctx_now(void) {
+    if (CTX__UNLIKELY(ctx__clock_is_fake())) return CTX__LOAD(&ctx__clock.now, SEQ_CST);
+    return ctx__clock_read();
+}
+
+static ctx_time_t ctx__min(ctx_time_t a, ctx_time_t b) { return a < b ? a : b; }
+
+/* An entry of a timing wheel, inside of what has the deadline: see section 5. */
+typedef struct ctx__timer {
+    struct ctx__timer *next, **pprev; /* [wheel->mu] */
+    ctx_time_t deadline;              /* [wheel->mu] while armed */
+    uint8_t armed;                    /* [atomic, set under wheel->mu] */
+    uint8_t kind;                     /* [const] CTX__TIMER_...: what it is inside of */
+    uint8_t wheel, level, slot;       /* [wheel->mu] where it is */
+} ctx__timer_t;
+
+enum { CTX__TIMER_ALARM, CTX__TIMER_NODE, CTX__TIMER_CALL };
+
+/* == 3. context =================================================== */
+
+/* Whoever returns from ctx_cancel(), ctx_cancel_cause() or ctx_end(), having won or not, finds everything done that was
+   attached below before the call.
+
+   The tree. A node sits in its parent's child list from its making until it is freed, so everything alive can be
+   reached from the background. Two counts hold it:
+     refs   what the program holds: ctx_end() and ctx_release() give back.
+     pins   what keeps the memory: one for all refs together; one for having children or callbacks, taken with the first
+            of them and given back when there are neither refs nor any of them left (then the node is an `orphan`:
+            nobody can attach to it any more); one per shard, likewise; and one for each thread that works on the node
+            without a ref, such as a walk or the runtime thread.
+   A child needs no count in its parent: standing in the list is what holds it. A merged node has two parents: its own
+   entry stands in the list of `a`, and a proxy, a second entry inside the same allocation, in the list of `b`. Whatever
+   marks the proxy marks the node.
+
+   Done. Done-ness is one pointer, `why`, to an immutable record of err, code and text: NULL, then set once. A node that
+   was canceled itself points to its own record, its descendants point to the same one, which their parents keep alive.
+   `err` repeats why->err for ctx_err() and follows at once; a thread that finds `why` set and needs `err` stores it
+   itself.
+
+   Walks. The thread that sets the record of a node marks everything below in a walk, list by list; the nodes that have
+   something attached queue up through `work`, so depth costs no stack. Attaching takes the list's lock and then reads
+   `why`; marking sets `why` and then looks at the lock; all of it sequentially consistent, so one of the two sees the
+   other: either the newcomer is born done, or the walk finds it in the list.
+     A walk skips what is below a node that another walk has marked, and relies on that walk. So a walk announces itself
+   in its thread's record before it marks anything, until everything is marked; and a thread that lost a node, at the
+   top or on the way, waits at its end, holding nothing, for the walks that were announced by then. A walk that has met
+   another counts in `met`; a waiter that sees the count move waits anew, for the walks that those relied on. No thread
+   waits while it is announced, so none waits in a cycle. `walked` in a record says that all this is over.
+
+     unmarked --won--> marked, its walk announced --all marked, waited--> walked
+                         \--lost by another thread: waits for the announced walks
+
+   Locks: one in each list of children. The list inside the node also guards its callbacks. No thread holds two lists. A
+   stripe or the list of watched nodes is taken inside a list; a stripe also inside `ctx__stops`.
+
+   Shards. A parent whose lock is often found taken gets child lists with a lock and a cache line each, picked by
+   thread. The list inside the node keeps the children that it has.
+
+   Callbacks run when the walk is over and nothing is held: wakers first, which only unpark a thread, then the others.
+   The state of a registration goes LINKED to FIRED by the thread that cancels, or LINKED to STOPPING to IDLE by one
+   that stops it; the first compare-and-swap wins. A thread that calls a callback does not touch `reg` from then on, so
+   a callback may free or re-use it; a frame on that thread's stack, in a stripe picked by reg's address, stands for the
+   run. Registering `reg` anew takes it out of older frames, so the frame that has it is the run of its latest
+   registration. A thread that would wait for a frame first follows who waits for whom, and does not if that leads to
+   itself. Wakers need no frame: they end in state DONE, for which their waiter looks.
+
+   Nodes with callbacks or a descriptor stand in `ctx__watched` too, for the child of a fork to go through. */
+
+typedef struct {
+    int code;
+    int16_t err;
+    uint8_t walked; /* [atomic] everything that this record's walk had to mark is marked */
+    const char *what;
+} ctx__why_t;
+
+typedef struct {
+    uint32_t mu;
+    uint8_t orphan;    /* [mu] nobody holds a reference: the last to leave unpins */
+    uint8_t contended; /* [mu] how often the lock was found taken, up to CTX__CONTENDED */
+    uint8_t attached;  /* [atomic, set under mu] has ever had a child, callback, descriptor or shards */
+    uint8_t shard;     /* [const] 0: inside the node */
+    ctx_t *first;      /* [mu] children */
+} ctx__list_t;
+
+typedef struct {
+    CTX__ALIGNED ctx__list_t list;
+} ctx__shard_t;
+
+typedef struct ctx__record ctx__record_t;
+
+struct ctx {
+    struct ctx__head head;  /* [atomic] err */
+    uint8_t flags;          /* [const] CTX__F_... */
+    uint8_t shard;          /* [const] which of the parent's lists it is in */
+    uint8_t watched;        /* [list.mu] stands in ctx__watched; after a fork also CTX__WATCHED_CALLING */
+    const ctx__why_t *why;  /* [atomic] */
+    ctx_t *next;            /* [parent's list mu] */
+    ctx__list_t list;       /* children, callbacks. A walk over leaves reads no further than this */
+    ctx_t **pprev;          /* [parent's list mu] */
+    ctx__shard_t *shards;   /* [atomic, set once under list.mu] NULL or ctx__shard_count of them */
+    ctx_t *parent;          /* [const] */
+    uint32_t refs, pins;    /* [atomic] */
+    ctx_on_done_t *on_done; /* [list.mu] circular; wakers before others */
+    ctx__timer_t timer;     /* timer.deadline is the effective one, even if it belongs to an ancestor */
+    ctx__why_t own;         /* [list.mu] until why points to it; own.what is the deadline's cause before that */
+    ctx__record_t *values;  /* [const] */
+    const char *name, *site; /* [const] */
+    ctx_t *work;            /* [the thread that marked the node] the next of a walk, or among the dead */
+    ctx__event_t *event;    /* [list.mu] what ctx_done_fd() made */
+    ctx__link_t watch;      /* [ctx__watched's mu] */
+};
+
+enum {
+    CTX__F_STATIC = 1,  /* never freed: the background, failed contexts */
+    CTX__F_FAILED = 2,  /* takes no children: deriving gives itself */
+    CTX__F_VALUES = 4,  /* holds a reference to its record, if it has one */
+    CTX__F_MERGED = 8,  /* the node of a ctx__merged_t */
+    CTX__F_NOTIFY = 16, /* a ctx__notify_t: section 13 */
+    CTX__F_DECIDED = 32, /* ctx_sampled() was decided here or above: ... */
+    CTX__F_SAMPLED = 64, /* ... it says yes */
+    CTX__F_PROXY = 128, /* the proxy of a ctx__merged_t */
+    CTX__F_SAMPLING = CTX__F_DECIDED | CTX__F_SAMPLED, CTX__F_BIG = CTX__F_MERGED | CTX__F_NOTIFY
+};
+
+typedef struct {
+    ctx_t node;
+    ctx_t proxy; /* in b's list; only why, list.attached and the links mean anything */
+} ctx__merged_t;
+
+static void ctx__record_release(ctx__record_t *record); /* section 4 */
+static int ctx__timer_ready(void);                      /* section 5 */
+static bool ctx__timer_arm(ctx__timer_t *timer, ctx_time_t deadline);
+static bool ctx__timer_disarm(ctx__timer_t *timer);
+static void ctx__runtime_kick(void);
+static bool ctx__timer_remove(ctx__timer_t *timer);
+static void ctx__timer_revive(const ctx_t *ctx);
+static void ctx__runtime_hand_over(ctx_t *first, ctx_t *last);
+static void ctx__notify_ended(ctx_t *node); /* section 13 */
+
+/* The nodes that are never freed. Written out by position, for C++. */
+#define CTX__STATIC_TIMER { NULL, NULL, CTX_NO_DEADLINE, 0, 1, 0, 0, 0 }
+#define CTX__STATIC_NODE(err, flags, why, name)                                                                     \
+    { { err }, CTX__F_STATIC | (flags), 0, 0, why, NULL, { 0, 0, 0, 0, 0, NULL }, NULL, NULL, NULL, 1, 1, NULL,     \
+      CTX__STATIC_TIMER, { 0, 0, 0, NULL }, NULL, name, "", NULL, NULL, { NULL, NULL } }
+
+static ctx_t ctx__root = CTX__STATIC_NODE(0, 0, NULL, "background");
+
+/* The shared contexts that have failed. */
+#define CTX__FAILURES(entry)                        \
+    entry(0, CTX_NO_MEMORY, "out of memory")        \
+    entry(1, CTX_INVALID, "invalid argument")       \
+    entry(2, CTX_ALREADY, "signals belong to another copy of the library")
+#define CTX__FAILURE_RECORD(i, err, what) { err, (int16_t)(err), 1, what },
+#define CTX__FAILURE_NODE(i, err, what) CTX__STATIC_NODE(err, CTX__F_FAILED, &ctx__failures[i], "failed"),
+static const ctx__why_t ctx__failures[] = { CTX__FAILURES(CTX__FAILURE_RECORD) };
+static ctx_t ctx__failed_nodes[] = { CTX__FAILURES(CTX__FAILURE_NODE) };
+
+/* The shared context that failed with `err`. */
+static ctx_t *ctx__failed(int err) {
+    size_t i;
+    for (i = sizeof ctx__failures / sizeof *ctx__failures - 1; i > 0 && ctx__failures[i].err != err; i--) {}
+    return &ctx__failed_nodes[i]; /* the first by default */
+}
+
+static unsigned ctx__shard_count = 4; /* [const] after ctx__once; a power of two */
+
+enum { CTX__SHARDS_MAX = 64, CTX__CONTENDED = 16 };
+
+static const ctx__why_t *ctx__why(const ctx_t *ctx) { return CTX__LOAD(&ctx->why, SEQ_CST); }
+
+/* Done? If so `err` says it too on return: the thread that set `why` may be just about to store it. */
+static bool ctx__done(ctx_t *ctx) {
+    const ctx__why_t *why = ctx__why(ctx);
+    if (why) CTX__STORE(&ctx->head.err, (int)why->err, RELEASE);
+    return why != NULL;
+}
+
+static inline void ctx__node_dealloc(ctx_t *node) {
+    node->refs = 0; /* so that ending it again is noticed while it waits in the cache */
+    if (node->flags & CTX__F_BIG) CTXCANCEL_FREE(node);
+    else ctx__cache_give(CTX__CACHE_NODES, node);
 }
 
 static ctx__list_t *ctx__list_of(ctx_t *parent, unsigned shard) {
@@ -1760,7 +2098,7 @@ static ctx__list_t *ctx__list_of(ctx_t *parent, unsigned shard) {
 
 /* [list.mu] What keeps the pin of a list. */
 static bool ctx__list_idle(const ctx_t *node, const ctx__list_t *list) {
-    return !list->first && (list->shard || !node->after);
+    return !list->first && (list->shard || !node->on_done);
 }
 
 /* [list.mu] The first attachment takes the pin for all. */
@@ -1772,22 +2110,17 @@ static inline void ctx__list_attach(ctx_t *node, ctx__list_t *list) {
 
 static ctx__shard_t ctx__root_shards[CTX__SHARDS_MAX]; /* the background's, which is never freed */
 
-/* Aligned by hand; the pointer to free stands in the gap before. malloc aligns to two pointers, so there is one. */
 static ctx__shard_t *ctx__shards_alloc(const ctx_t *node) {
-    size_t size = (ctx__shard_count + 1) * sizeof(ctx__shard_t);
-    ctx__shard_t *shards;
+    ctx__shard_t *head; /* a line before the shards: what to free */
     void *raw;
     if (node == &ctx__root) return ctx__root_shards;
-    raw = CTXCANCEL_MALLOC(size);
-    if (!raw) return NULL;
-    memset(raw, 0, size);
-    shards = (ctx__shard_t *)(((uintptr_t)raw + CTX__LINE) & ~(uintptr_t)(CTX__LINE - 1));
-    ((void **)(void *)shards)[-1] = raw;
-    return shards;
+    head = (ctx__shard_t *)ctx__alloc_lines((ctx__shard_count + 1) * sizeof *head, 0, &raw);
+    if (head) *(void **)(void *)head = raw;
+    return head ? head + 1 : NULL;
 }
 
 static void ctx__shards_free(ctx__shard_t *shards) {
-    if (shards && shards != ctx__root_shards) CTXCANCEL_FREE(((void **)(void *)shards)[-1]);
+    if (shards && shards != ctx__root_shards) CTXCANCEL_FREE(*(void **)(void *)(shards - 1));
 }
 
 /* Give a contended parent shards. Without memory it stays as it is. */
@@ -1795,31 +2128,31 @@ static CTX__COLD void ctx__shards_make(ctx_t *node) {
     unsigned i, n = ctx__shard_count;
     ctx__shard_t *shards = ctx__shards_alloc(node);
     if (!shards) return;
-    ctx__lock(&node->list.mu);
-    if (node->shards || node->list.orphan) {
-        ctx__unlock(&node->list.mu);
-        ctx__shards_free(shards);
-        return;
+    ctx__enter(&node->list.mu);
+    if (!node->shards && !node->list.orphan) {
+        for (i = 0; i < n; i++) {
+            shards[i].list.shard = (uint8_t)(i + 1);
+            shards[i].list.attached = 1;
+        }
+        ctx__list_attach(node, &node->list);
+        CTX__ADD(&node->pins, n, RELAXED);
+        CTX__STORE(&node->shards, shards, RELEASE);
+        shards = NULL;
     }
-    ctx__list_attach(node, &node->list);
-    for (i = 0; i < n; i++) {
-        shards[i].list.shard = (uint8_t)(i + 1);
-        shards[i].list.attached = 1;
-    }
-    CTX__ADD(&node->pins, n, RELAXED);
-    CTX__STORE(&node->shards, shards, RELEASE);
-    ctx__unlock(&node->list.mu);
+    ctx__leave(&node->list.mu);
+    ctx__shards_free(shards);
 }
 
-/* Put a new node into its parent's list; born done if the parent is. */
-static inline void ctx__attach(ctx_t *parent, ctx_t *node) {
+/* Put a new node into its parent's list, done if the parent is. Stays inside. True: the parent needs shards. */
+static CTX__INLINE bool ctx__attach(ctx_t *parent, ctx_t *node) {
     ctx__shard_t *shards = CTX__LOAD(&parent->shards, ACQUIRE);
     ctx__list_t *list = &parent->list;
     bool contended;
     if (shards) list = &shards[ctx__me()->index & (ctx__shard_count - 1)].list;
-    contended = ctx__lock(&list->mu) && !shards && ++list->contended >= CTX__CONTENDED;
+    contended = ctx__enter(&list->mu) && !shards;
+    if (CTX__UNLIKELY(contended)) contended = list->contended == CTX__CONTENDED || ++list->contended == CTX__CONTENDED;
     node->why = ctx__why(parent);
-    if (CTX__UNLIKELY(node->why)) node->head.err = node->why->err;
+    if (CTX__UNLIKELY(node->why != NULL)) node->head.err = node->why->err;
     ctx__list_attach(parent, list);
     node->shard = list->shard;
     node->next = list->first;
@@ -1827,7 +2160,7 @@ static inline void ctx__attach(ctx_t *parent, ctx_t *node) {
     if (node->next) node->next->pprev = &node->next;
     list->first = node;
     ctx__unlock(&list->mu);
-    if (CTX__UNLIKELY(contended)) ctx__shards_make(parent);
+    return contended;
 }
 
 /* [list->mu] */
@@ -1840,8 +2173,7 @@ static inline void ctx__unlink_locked(ctx_t *node) {
 static bool ctx__pin(ctx_t *node) {
     uint32_t pins = CTX__LOAD(&node->pins, RELAXED);
     while (pins)
-        if (CTX__CAS_WEAK(&node->pins, &pins, pins + 1, ACQUIRE, RELAXED))
-            return true;
+        if (CTX__CAS_WEAK(&node->pins, &pins, pins + 1, ACQUIRE, RELAXED)) return true;
     return false;
 }
 
@@ -1854,19 +2186,24 @@ static void ctx__pin_drop(ctx_t *node, ctx_t **dead) {
     *dead = node;
 }
 
-static bool ctx__reg_unlink(ctx_on_done_t *reg, ctx_t **dead);
-
-/* Free a node that nothing holds. Its parent may die of it. */
-static void ctx__node_free(ctx_t *node, ctx_t **dead) {
+/* Take an entry out of its parent's list. The parent may die of it. */
+static void ctx__detach(ctx_t *node, ctx_t **dead) {
     ctx_t *parent = node->parent;
     ctx__list_t *list = ctx__list_of(parent, node->shard);
     bool last;
-    if (CTX__LOAD(&node->timer.armed, ACQUIRE)) ctx__timer_remove(&node->timer);
-    if (node->flags & CTX__F_MERGED) ctx__reg_unlink(&((ctx__merged_t *)(void *)node)->reg, dead);
-    ctx__lock(&list->mu);
+    ctx__enter(&list->mu);
     ctx__unlink_locked(node);
     last = list->orphan && ctx__list_idle(parent, list);
-    ctx__unlock(&list->mu);
+    ctx__leave(&list->mu);
+    if (last) ctx__pin_drop(parent, dead);
+}
+
+/* Free a node that nothing holds. Its parents may die of it. */
+static void ctx__node_free(ctx_t *node, ctx_t **dead) {
+    if (CTX__LOAD(&node->timer.armed, ACQUIRE)) ctx__timer_remove(&node->timer);
+    if (node->watched) ctx__watched_remove(&node->watch);
+    if (node->flags & CTX__F_MERGED) ctx__detach(&((ctx__merged_t *)(void *)node)->proxy, dead);
+    ctx__detach(node, dead);
     if ((node->flags & CTX__F_VALUES) && node->values) ctx__record_release(node->values);
     if (node->event) {
         ctx__event_close(node->event);
@@ -1874,7 +2211,6 @@ static void ctx__node_free(ctx_t *node, ctx_t **dead) {
     }
     ctx__shards_free(node->shards);
     ctx__node_dealloc(node);
-    if (last) ctx__pin_drop(parent, dead);
 }
 
 static void ctx__bury(ctx_t *dead) {
@@ -1893,10 +2229,10 @@ static void ctx__unpin(ctx_t *node) {
 
 static void ctx__list_orphan(ctx_t *node, ctx__list_t *list, ctx_t **dead) {
     bool idle;
-    ctx__lock(&list->mu);
+    ctx__enter(&list->mu);
     list->orphan = 1;
     idle = ctx__list_idle(node, list);
-    ctx__unlock(&list->mu);
+    ctx__leave(&list->mu);
     if (idle) ctx__pin_drop(node, dead);
 }
 
@@ -1905,7 +2241,7 @@ static CTX__COLD void ctx__unowned(ctx_t *node) {
     ctx_t *dead = NULL;
     unsigned i;
     if (node->flags & CTX__F_NOTIFY) ctx__notify_ended(node);
-    if (node->list.attached) {
+    if (CTX__LOAD(&node->list.attached, ACQUIRE)) {
         ctx__shard_t *shards = CTX__LOAD(&node->shards, ACQUIRE);
         for (i = 0; shards && i < ctx__shard_count; i++) ctx__list_orphan(node, &shards[i].list, &dead);
         ctx__list_orphan(node, &node->list, &dead);
@@ -1914,29 +2250,30 @@ static CTX__COLD void ctx__unowned(ctx_t *node) {
     ctx__bury(dead);
 }
 
-/* -- the first phase of canceling: marking -- */
-
-typedef struct ctx__walk {
-    struct ctx__walk *next;
-    uint32_t number;
-} ctx__walk_t;
-static ctx__walk_t *ctx__walks;   /* [ctx__walks_mu] the walks that have entered a merged node */
-static uint32_t ctx__walks_begun; /* [ctx__walks_mu] */
-static uint32_t ctx__walks_mu;
+/* -- walks -- */
 
 typedef struct {
-    ctx__walk_t walk;
-    ctx_t *top;           /* its lock is held throughout */
-    ctx_t *first, *last;  /* nodes won that have something attached, linked by work, pinned */
-    bool announced;       /* walk stands in ctx__walks */
-    bool met_another;     /* came to a merged node that another walk had marked */
-} ctx__cascade_t;
+    ctx_t *first, *last; /* nodes marked here that have something attached, linked by work, pinned */
+    bool announced;
+    bool met;            /* came to a node that another walk had marked, and may not be over */
+} ctx__walk_t;
 
-static void ctx__cascade_push(ctx__cascade_t *cascade, ctx_t *node) {
+static struct {
+    uint32_t epoch; /* [atomic] odd; counted on by those that wait, so that later walks are told from earlier ones */
+    uint32_t met;   /* [atomic] walks that have met another */
+} ctx__walks = { 1, 0 };
+
+/* Before anything is marked: the store is released by the compare-and-swap that marks. */
+static void ctx__walk_announce(ctx__walk_t *walk) {
+    if (!walk->announced) CTX__STORE(&ctx__self.walk, CTX__LOAD(&ctx__walks.epoch, ACQUIRE), RELAXED);
+    walk->announced = true;
+}
+
+static void ctx__walk_push(ctx__walk_t *walk, ctx_t *node) {
     node->work = NULL;
-    if (cascade->last) cascade->last->work = node;
-    else cascade->first = node;
-    cascade->last = node;
+    if (walk->last) walk->last->work = node;
+    else walk->first = node;
+    walk->last = node;
 }
 
 /* Anything attached, or being attached? Comes after `why` was set. */
@@ -1944,288 +2281,341 @@ static inline bool ctx__attached(ctx_t *node) {
     return CTX__LOAD(&node->list.mu, SEQ_CST) || CTX__LOAD(&node->list.attached, ACQUIRE);
 }
 
-/* Set `why` if nothing did before; `err` is set on return either way. */
-static inline bool ctx__mark(ctx_t *node, const ctx__why_t *why) {
+/* Set `why` if nothing did before. Returns NULL, or what another thread has set. `err` is set on return either way. */
+static inline const ctx__why_t *ctx__mark(ctx_t *node, const ctx__why_t *why) {
     const ctx__why_t *seen = NULL;
-    bool won = CTX__CAS(&node->why, &seen, why, SEQ_CST, SEQ_CST);
-    CTX__STORE(&node->head.err, won ? why->err : seen->err, RELEASE);
-    return won;
+    if (CTX__CAS(&node->why, &seen, why, SEQ_CST, SEQ_CST)) seen = NULL;
+    CTX__STORE(&node->head.err, (int)(seen ? seen : why)->err, RELEASE);
+    return seen;
 }
 
 /* [list mu of child's parent] */
-static inline void ctx__mark_child(ctx__cascade_t *cascade, ctx_t *child, const ctx__why_t *why) {
-    bool won = ctx__mark(child, why);
+static void ctx__mark_child(ctx__walk_t *walk, ctx_t *child, const ctx__why_t *why) {
+    const ctx__why_t *seen = ctx__mark(child, why);
     if (!ctx__attached(child)) return;
-    if (won) {
-        if (ctx__pin(child)) ctx__cascade_push(cascade, child);
-    } else {
-        if (child->flags & CTX__F_MERGED) cascade->met_another = true;
-        ctx__lock(&child->list.mu);
-        ctx__unlock(&child->list.mu);
+    if (!seen && (child->flags & CTX__F_PROXY)) {
+        child = &CTX__CONTAINER(child, ctx__merged_t, proxy)->node;
+        seen = ctx__mark(child, why);
     }
+    if (seen) walk->met = walk->met || !CTX__LOAD(&seen->walked, ACQUIRE);
+    else if (ctx__pin(child)) ctx__walk_push(walk, child);
 }
 
-/* [list mu of b] Mark a merged node from its second side: see the opening comment. */
-static void ctx__mark_merged(ctx__cascade_t *cascade, ctx_t *node, const ctx__why_t *why) {
-    bool won;
-    if (!cascade->announced) {
-        cascade->announced = true;
-        ctx__lock(&ctx__walks_mu);
-        cascade->walk.next = ctx__walks;
-        cascade->walk.number = ++ctx__walks_begun;
-        ctx__walks = &cascade->walk;
-        ctx__unlock(&ctx__walks_mu);
-    }
-    ctx__lock(&node->list.mu);
-    won = !ctx__why(node);
-    if (won) {
-        node->own = *why;
-        won = ctx__mark(node, &node->own);
-    }
-    ctx__unlock(&node->list.mu);
-    if (!won) {
-        cascade->met_another = true;
-        return;
-    }
-    node->entered = 1;
-    if (ctx__attached(node) && ctx__pin(node)) ctx__cascade_push(cascade, node);
-}
-
-static void ctx__merge_fire(void *arg);
-
-static void ctx__mark_list(ctx__cascade_t *cascade, ctx_t *node, ctx__list_t *list, bool locked) {
-    const ctx__why_t *why = ctx__why(node);
+static void ctx__mark_list(ctx__walk_t *walk, ctx__list_t *list, const ctx__why_t *why) {
     ctx_t *child;
-    ctx_on_done_t *reg;
-    if (!locked) ctx__lock(&list->mu);
+    ctx__lock(&list->mu);
     for (child = list->first; child; child = child->next) {
         if (child->next) __builtin_prefetch(child->next);
-        ctx__mark_child(cascade, child, why);
+        ctx__mark_child(walk, child, why);
     }
-    if (!list->shard && (reg = node->after) != NULL) {
-        do {
-            if (reg->fn == ctx__merge_fire) ctx__mark_merged(cascade, (ctx_t *)reg->arg, why);
-            reg = reg->next;
-        } while (reg != node->after);
-    }
-    if (!locked) ctx__unlock(&list->mu);
+    ctx__unlock(&list->mu);
 }
 
-/* [top->list.mu] Mark everything below `top`, which is marked. */
-static void ctx__cascade_walk(ctx__cascade_t *cascade) {
+/* [inside] Mark everything below the nodes of the walk. Then nobody needs to wait for it. */
+static void ctx__walk_below(ctx__walk_t *walk) {
     ctx_t *node;
-    for (node = cascade->first; node; node = node->work) {
+    if (!walk->announced) return;
+    for (node = walk->first; node; node = node->work) {
+        const ctx__why_t *why = ctx__why(node);
         ctx__shard_t *shards;
         unsigned i;
-        ctx__mark_list(cascade, node, &node->list, node == cascade->top);
+        ctx__mark_list(walk, &node->list, why);
         shards = CTX__LOAD(&node->shards, ACQUIRE);
-        for (i = 0; shards && i < ctx__shard_count; i++) ctx__mark_list(cascade, node, &shards[i].list, false);
+        for (i = 0; shards && i < ctx__shard_count; i++) ctx__mark_list(walk, &shards[i].list, why);
     }
+    if (walk->met) CTX__ADD(&ctx__walks.met, 1u, ACQ_REL);
+    CTX__STORE(&ctx__self.walk, 0u, RELEASE); /* pairs with the load in ctx__walks_busy() */
 }
 
-/* [ctx__walks_mu] Is a walk up to number `last` still under way? */
+/* Is a walk of epoch `last` or before under way? */
 static bool ctx__walks_busy(uint32_t last) {
-    ctx__walk_t *walk;
-    for (walk = ctx__walks; walk; walk = walk->next)
-        if ((int32_t)(walk->number - last) <= 0) return true;
-    return false;
+    const ctx__link_t *link;
+    bool busy = false, forks = CTX__LOAD(&ctx__gate.forking, ACQUIRE) == &ctx__self; /* and so has the lock */
+    if (!forks) ctx__lock(&ctx__gate.mu);
+    for (link = ctx__gate.threads; link && !busy; link = link->next) {
+        uint32_t walk = CTX__LOAD(&CTX__CONTAINER(link, ctx__thread_t, link)->walk, ACQUIRE);
+        busy = walk && (int32_t)(walk - last) <= 0;
+    }
+    if (!forks) ctx__unlock(&ctx__gate.mu);
+    return busy;
 }
 
-/* Leave ctx__walks, and wait for the walks in it if one of them got somewhere first. No lock is held. */
-static CTX__COLD void ctx__cascade_meet(ctx__cascade_t *cascade) {
+/* Wait for the walks that are announced now, and for those which they rely on. Nothing is held. */
+static CTX__COLD void ctx__walks_wait(void) {
     unsigned turn = 0;
-    bool busy = cascade->met_another;
-    ctx__walk_t **at;
-    uint32_t last;
-    ctx__lock(&ctx__walks_mu);
-    if (cascade->announced) {
-        for (at = &ctx__walks; *at != &cascade->walk; at = &(*at)->next) {}
-        *at = cascade->walk.next;
-    }
-    last = ctx__walks_begun;
-    busy = busy && ctx__walks_busy(last);
-    ctx__unlock(&ctx__walks_mu);
-    while (busy) {
-        ctx__relax(&turn);
-        ctx__lock(&ctx__walks_mu);
-        busy = ctx__walks_busy(last);
-        ctx__unlock(&ctx__walks_mu);
-    }
+    uint32_t met, last;
+    do {
+        met = CTX__LOAD(&ctx__walks.met, ACQUIRE);
+        last = CTX__ADD(&ctx__walks.epoch, 2u, ACQ_REL);
+        while (ctx__walks_busy(last)) ctx__relax(&turn);
+    } while (CTX__LOAD(&ctx__walks.met, ACQUIRE) != met);
 }
 
-/* -- the second phase: callbacks -- */
+/* -- callbacks -- */
 
 enum { CTX__REG_IDLE, CTX__REG_LINKED, CTX__REG_STOPPING, CTX__REG_FIRED, CTX__REG_DONE };
 enum { CTX__REG_WAKER = 1, CTX__REG_OWN = 2, CTX__REG_THREAD = 4 }; /* flags; OWN: the library's, on the heap */
 
 typedef struct ctx__stopper {
     struct ctx__stopper *next;
+    ctx__thread_t *thread;
     ctx__parker_t parker;
 } ctx__stopper_t;
 
+/* A callback that is running. */
 typedef struct ctx__frame {
-    struct ctx__frame *next;
-    const ctx_on_done_t *reg;
-    const ctx__thread_t *thread;
-    ctx__stopper_t *stoppers; /* who waits for the end */
+    struct ctx__frame *next;    /* [stripe] */
+    const ctx_on_done_t *reg;   /* [stripe] NULL once that is registered anew */
+    const ctx__thread_t *thread; /* [const] */
+    ctx__stopper_t *stoppers;   /* [stripe] who waits for the end */
 } ctx__frame_t;
 
 typedef struct {
     CTX__ALIGNED uint32_t mu;
-    ctx__frame_t *frames; /* [mu] callbacks that are running */
+    ctx__frame_t *frames; /* [mu; atomic for the look in ctx__reg_add()] */
 } ctx__stripe_t;
-
-#define CTX__STRIPES 16
 static ctx__stripe_t ctx__stripes[CTX__STRIPES];
+static uint32_t ctx__stops; /* the lock of who waits for whom; before a stripe's */
 
-static ctx__stripe_t *ctx__stripe_of(const ctx_on_done_t *reg) {
-    return &ctx__stripes[((uintptr_t)reg >> 6 ^ (uintptr_t)reg >> 11) % CTX__STRIPES];
-}
+static ctx__stripe_t *ctx__stripe_of(const ctx_on_done_t *reg) { return &ctx__stripes[ctx__stripe_index(reg)]; }
 
 /* [ctx->list.mu] */
 static void ctx__reg_link(ctx_t *ctx, ctx_on_done_t *reg) {
-    ctx_on_done_t *head = ctx->after;
+    ctx_on_done_t *head = ctx->on_done;
+    if (!ctx->watched) ctx->watched = ctx__watched_add(&ctx->watch);
     if (!head) {
         reg->next = reg->prev = reg;
-        ctx->after = reg;
+        ctx->on_done = reg;
         return;
     }
     reg->next = head;
     reg->prev = head->prev;
     reg->prev->next = reg->next->prev = reg;
-    if (reg->flags & CTX__REG_WAKER) ctx->after = reg;
+    if (reg->flags & CTX__REG_WAKER) ctx->on_done = reg;
 }
 
 /* [ctx->list.mu] */
 static void ctx__reg_unlink_locked(ctx_t *ctx, ctx_on_done_t *reg) {
-    if (ctx->after == reg) ctx->after = reg->next == reg ? NULL : reg->next;
+    if (ctx->on_done == reg) ctx->on_done = reg->next == reg ? NULL : reg->next;
     reg->next->prev = reg->prev;
     reg->prev->next = reg->next;
 }
 
-/* From `state` to FIRED with the frame in place, so that a stopper who sees FIRED finds it. False: a stopper was
-   first. */
-static bool ctx__frame_enter(ctx__frame_t *frame, ctx_on_done_t *reg, int state) {
+/* [stripe] */
+static bool ctx__reg_is_linked(const ctx_on_done_t *reg) {
+    int state = CTX__LOAD(&reg->state, ACQUIRE);
+    return state == CTX__REG_LINKED || state == CTX__REG_STOPPING;
+}
+
+/* The frame whose run is that of reg's latest registration. [stripe] */
+static ctx__frame_t *ctx__frame_find(const ctx__stripe_t *stripe, const ctx_on_done_t *reg) {
+    ctx__frame_t *frame = stripe->frames;
+    while (frame && frame->reg != reg) frame = frame->next;
+    return frame;
+}
+
+/* [stripe] `reg` is registered anew, or runs at once: an older run, this thread's own, is not found any more. */
+static void ctx__frame_forget(ctx__stripe_t *stripe, ctx_on_done_t *reg, int state) {
+    ctx__frame_t *frame = ctx__frame_find(stripe, reg);
+    if (frame) frame->reg = NULL;
+    CTX__STORE(&reg->state, state, RELEASE);
+}
+
+/* From LINKED to FIRED, or with `unlinked` from any state, with the frame in place: a thread that sees FIRED finds it
+   until the run is over. False: a thread that stops it was first. */
+static bool ctx__frame_enter(ctx__frame_t *frame, ctx_on_done_t *reg, bool unlinked) {
     ctx__stripe_t *stripe = ctx__stripe_of(reg);
-    bool won;
+    int state = CTX__REG_LINKED;
+    bool won = true;
     frame->reg = reg;
     frame->thread = &ctx__self;
     frame->stoppers = NULL;
-    ctx__lock(&stripe->mu);
-    won = CTX__CAS(&reg->state, &state, CTX__REG_FIRED, ACQ_REL, RELAXED);
+    ctx__enter(&stripe->mu);
+    if (unlinked) ctx__frame_forget(stripe, reg, CTX__REG_FIRED);
+    else won = CTX__CAS(&reg->state, &state, CTX__REG_FIRED, ACQ_REL, RELAXED);
     if (won) {
         frame->next = stripe->frames;
-        stripe->frames = frame;
+        CTX__STORE(&stripe->frames, frame, RELAXED);
     }
-    ctx__unlock(&stripe->mu);
+    ctx__leave(&stripe->mu);
     return won;
 }
 
-static void ctx__frame_leave(ctx__frame_t *frame) {
-    ctx__stripe_t *stripe = ctx__stripe_of(frame->reg);
+/* `reg` may be gone: its address picks the stripe. */
+static void ctx__frame_leave(ctx__frame_t *frame, const ctx_on_done_t *reg) {
+    ctx__stripe_t *stripe = ctx__stripe_of(reg);
     ctx__frame_t **at;
-    ctx__stopper_t *stopper;
-    ctx__lock(&stripe->mu);
+    ctx__stopper_t *stopper, *next;
+    ctx__enter(&stripe->mu);
     for (at = &stripe->frames; *at != frame; at = &(*at)->next) {}
-    *at = frame->next;
+    CTX__STORE(at, frame->next, RELAXED);
     stopper = frame->stoppers;
-    ctx__unlock(&stripe->mu);
-    while (stopper) {
-        ctx__stopper_t *next = stopper->next; /* the unparked thread takes its stopper along */
+    ctx__leave(&stripe->mu);
+    if (!stopper) return;
+    ctx__enter(&ctx__stops);
+    for (; stopper; stopper = next) {
+        next = stopper->next; /* the thread that is unparked takes its stopper along */
+        stopper->thread->waits_for = NULL;
         ctx__unpark(&stopper->parker);
-        stopper = next;
     }
+    ctx__leave(&ctx__stops);
 }
 
-/* Take the next callback that nobody is stopping. With `wakers`, only those. */
-static ctx_on_done_t *ctx__reg_claim_locked(ctx_t *node, bool wakers, ctx__frame_t *frame) {
-    ctx_on_done_t *reg = node->after;
+/* Wait until the run of `reg` that has begun is over. True: look again, for it has waited, or `reg` is linked anew.
+   False: there is nothing to wait for, or the run is this thread's own, or waits for it. */
+static bool ctx__frame_wait(const ctx_on_done_t *reg) {
+    ctx__stripe_t *stripe = ctx__stripe_of(reg);
+    ctx__thread_t *me = ctx__me();
+    const ctx__thread_t *thread;
+    ctx__stopper_t stopper;
+    ctx__frame_t *frame;
+    bool linked;
+    stopper.thread = me;
+    ctx__parker_init(&stopper.parker);
+    ctx__enter(&ctx__stops);
+    ctx__lock(&stripe->mu);
+    frame = ctx__frame_find(stripe, reg);
+    linked = !frame && ctx__reg_is_linked(reg);
+    for (thread = frame ? frame->thread : NULL; thread && thread != me; thread = thread->waits_for) {}
+    if (frame && !thread) {
+        me->waits_for = frame->thread;
+        stopper.next = frame->stoppers;
+        frame->stoppers = &stopper;
+    }
+    ctx__unlock(&stripe->mu);
+    ctx__leave(&ctx__stops);
+    if (frame && !thread) ctx__park_real(&stopper.parker, CTX_NO_DEADLINE);
+    return linked || (frame && !thread);
+}
+
+/* Take the next callback that nobody is stopping. With `wakers`, only those. [list.mu] */
+static ctx_on_done_t *ctx__reg_claim(ctx_t *node, bool wakers, ctx__frame_t *frame) {
+    ctx_on_done_t *reg = node->on_done;
     if (!reg) return NULL;
     do {
         bool waker = (reg->flags & CTX__REG_WAKER) != 0;
         int linked = CTX__REG_LINKED;
         if (wakers && !waker) return NULL;
         if (waker ? CTX__CAS(&reg->state, &linked, CTX__REG_FIRED, ACQ_REL, RELAXED)
-                  : ctx__frame_enter(frame, reg, CTX__REG_LINKED)) {
+                  : ctx__frame_enter(frame, reg, false)) {
             ctx__reg_unlink_locked(node, reg);
             return reg;
         }
         reg = reg->next;
-    } while (reg != node->after);
+    } while (reg != node->on_done);
     return NULL;
 }
 
-/* Run the callbacks of a pinned node that is done. */
-static void ctx__reg_run(ctx_t *node, bool wakers, ctx_t **dead) {
+/* Run the callbacks of a pinned node that is done. Returns whether any are left. */
+static bool ctx__reg_run(ctx_t *node, bool wakers, ctx_t **dead) {
     for (;;) {
         ctx__frame_t frame;
         ctx_on_done_t *reg;
-        bool last;
-        ctx__lock(&node->list.mu);
-        reg = ctx__reg_claim_locked(node, wakers, &frame);
+        ctx__event_t *event;
+        bool last, left;
+        ctx__enter(&node->list.mu);
+        reg = ctx__reg_claim(node, wakers, &frame);
         last = reg && node->list.orphan && ctx__list_idle(node, &node->list);
-        if (wakers && !reg && node->event) ctx__event_set(node->event);
-        ctx__unlock(&node->list.mu);
-        if (!reg) return;
+        left = node->on_done != NULL;
+        event = wakers ? node->event : NULL;
+        ctx__leave(&node->list.mu);
+        if (!reg && event) ctx__event_set(event);
+        if (!reg) return left;
         if (reg->flags & CTX__REG_WAKER) {
             reg->fn(reg->arg);
             CTX__STORE(&reg->state, CTX__REG_DONE, RELEASE);
         } else {
-            reg->fn(reg->arg);
-            ctx__frame_leave(&frame);
+            ctx__call_out(reg->fn, reg->arg);
+            ctx__frame_leave(&frame, reg);
         }
         if (last) ctx__pin_drop(node, dead);
     }
 }
 
-static void ctx__cascade_notify(ctx__cascade_t *cascade) {
+/* -- canceling -- */
+
+typedef struct ctx__calling {
+    ctx_t *first; /* linked by work */
+    struct ctx__calling *outer;
+} ctx__calling_t;
+
+/* Run the callbacks of nodes that are done, and give their pins back. A callback may fork, and the child go on here. */
+static void ctx__walk_call(ctx_t *first) {
     ctx_t *node, *next, *dead = NULL;
-    for (node = cascade->first; node; node = node->work) ctx__reg_run(node, true, &dead);
-    for (node = cascade->first; node; node = node->work) ctx__reg_run(node, false, &dead);
-    for (node = cascade->first; node; node = next) {
+    ctx__calling_t calling = { first, ctx__self.calling };
+    ctx__self.calling = &calling;
+    for (node = first; node; node = node->work) ctx__reg_run(node, false, &dead);
+    ctx__self.calling = calling.outer;
+    for (node = first; node; node = next) {
         next = node->work;
         ctx__pin_drop(node, &dead);
     }
     ctx__bury(dead);
 }
 
-/* Without a `what` the text is the one that the deadline was given. */
-static bool ctx__cancel(ctx_t *node, int err, int code, const char *what) {
-    ctx__cascade_t cascade;
-    bool won = false;
-    if (node->flags & CTX__F_STATIC) return false;
-    memset(&cascade, 0, sizeof cascade);
-    ctx__lock(&node->list.mu);
-    if (!ctx__done(node)) {
-        node->own.err = err;
-        node->own.code = code;
-        if (what) node->own.what = what;
-        else if (!node->own.what) node->own.what = "deadline exceeded";
-        won = ctx__mark(node, &node->own);
-    }
-    if (won && node->list.attached) {
-        CTX__ADD(&node->pins, 1u, RELAXED);
-        cascade.top = node;
-        ctx__cascade_push(&cascade, node);
-        ctx__cascade_walk(&cascade);
-    }
+/* [top->list.mu] Mark the node at the top of a walk. Without a `what` the text is the one that the deadline was given.
+   False: it was done before. */
+static bool ctx__walk_top(ctx__walk_t *walk, ctx_t *top, int err, int code, const char *what) {
+    if (ctx__done(top)) return false;
+    if (top->list.attached) ctx__walk_announce(walk);
+    top->own.err = (int16_t)err;
+    top->own.code = code;
+    top->own.walked = !top->list.attached;
+    if (what) top->own.what = what;
+    else if (!top->own.what) top->own.what = "deadline exceeded";
+    if (ctx__mark(top, &top->own)) return false;
+    if (top->list.attached && ctx__pin(top)) ctx__walk_push(walk, top);
+    return true;
+}
+
+/* Everything below is marked: now it is told. */
+static void ctx__walk_tell(ctx__walk_t *walk, bool later) {
+    ctx_t *node, *dead = NULL;
+    bool left = false;
+    if (!walk->first) return;
+    for (node = walk->first; node; node = node->work) left = ctx__reg_run(node, true, &dead) || left;
+    ctx__bury(dead);
+    if (left && later) ctx__runtime_hand_over(walk->first, walk->last);
+    else ctx__walk_call(walk->first);
+}
+
+/* Nothing is held. After that everything below `node` is done. */
+static void ctx__walk_settle(const ctx__walk_t *walk, ctx_t *node, bool won) {
+    const ctx__why_t *why = ctx__why(node);
+    if (won ? walk->met : !CTX__LOAD(&why->walked, ACQUIRE)) ctx__walks_wait();
+    if (won && walk->announced) CTX__STORE(&node->own.walked, 1, RELEASE);
+}
+
+/* `later`: leave the callbacks to the runtime thread. True: this call did it. */
+static bool ctx__cancel(ctx_t *node, int err, int code, const char *what, bool later) {
+    const ctx__why_t *why = ctx__why(node);
+    ctx__walk_t walk;
+    bool won;
+    if ((why && CTX__LOAD(&why->walked, ACQUIRE) && ctx__done(node)) || (node->flags & CTX__F_STATIC)) return false;
+    memset(&walk, 0, sizeof walk);
+    ctx__enter(&node->list.mu);
+    won = ctx__walk_top(&walk, node, err, code, what);
     ctx__unlock(&node->list.mu);
-    if (CTX__UNLIKELY(cascade.announced || cascade.met_another)) ctx__cascade_meet(&cascade);
-    if (cascade.first) ctx__cascade_notify(&cascade);
+    ctx__walk_below(&walk);
+    ctx__outside(&ctx__self);
+    ctx__walk_settle(&walk, node, won);
+    ctx__walk_tell(&walk, later);
     return won;
 }
+
+/* -- makers -- */
 
 static inline ctx_t *ctx__node_init(ctx_t *node, ctx_t *parent, ctx_time_t deadline, const char *name,
                                     const char *site) {
     node->head.err = 0;
-    node->flags = node->entered = 0;
+    node->flags = node->watched = 0;
     node->list.mu = 0;
     node->list.orphan = node->list.contended = node->list.attached = node->list.shard = 0;
     node->list.first = NULL;
     node->shards = NULL;
     node->parent = parent;
     node->refs = node->pins = 1;
-    node->after = NULL;
+    node->on_done = NULL;
     node->timer.deadline = deadline;
     node->timer.armed = 0;
     node->timer.kind = CTX__TIMER_NODE;
@@ -2247,7 +2637,6 @@ typedef struct {
 } ctx__make_t;
 
 static void ctx__record_retain(ctx__record_t *record);
-static bool ctx__reg_or_run(ctx_on_done_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags);
 
 static CTX__COLD ctx_t *ctx__make_failed(const ctx__make_t *make, int err) {
     if (make->record) ctx__record_release(make->record);
@@ -2259,12 +2648,12 @@ static CTX__COLD ctx_t *ctx__make_failed(const ctx__make_t *make, int err) {
 static CTX__INLINE ctx_t *ctx__make_inline(ctx_t *parent, ctx_t *node, const ctx__make_t *make) {
     ctx_t *tree = make->detach ? &ctx__root : parent;
     ctx_time_t limit = tree->timer.deadline;
-    bool timed = make->deadline < limit;
+    bool timed = make->deadline < limit, kick = false, contended;
     if (timed) {
         int rc = ctx__timer_ready();
         if (CTX__UNLIKELY(rc)) return ctx__make_failed(make, rc);
     }
-    if (!node) node = ctx__node_alloc();
+    if (!node) node = (ctx_t *)ctx__cache_take(CTX__CACHE_NODES, sizeof *node);
     if (CTX__UNLIKELY(!node)) return ctx__make_failed(make, CTX_NO_MEMORY);
     ctx__node_init(node, tree, timed ? make->deadline : limit, make->name ? make->name : parent->name, make->site);
     node->own.what = make->deadline_cause;
@@ -2279,8 +2668,11 @@ static CTX__INLINE ctx_t *ctx__make_inline(ctx_t *parent, ctx_t *node, const ctx
             node->flags |= CTX__F_VALUES;
         }
     }
-    ctx__attach(tree, node);
-    if (timed && !ctx_err(node)) ctx__timer_add(&node->timer, make->deadline);
+    contended = ctx__attach(tree, node);
+    if (timed && !ctx_err(node)) kick = ctx__timer_arm(&node->timer, make->deadline);
+    ctx__outside(&ctx__self);
+    if (CTX__UNLIKELY(kick)) ctx__runtime_kick();
+    if (CTX__UNLIKELY(contended)) ctx__shards_make(tree);
     return node;
 }
 
@@ -2295,8 +2687,8 @@ static CTX__INLINE ctx_t *ctx__make_timed(ctx_t *parent, ctx__make_t *make, ctx_
     if (CTX__UNLIKELY(deadline <= now)) make->deadline = CTX_NO_DEADLINE;
     node = ctx__make_inline(parent, NULL, make);
     if (CTX__UNLIKELY(deadline <= now && !(node->flags & CTX__F_STATIC))) {
-        node->timer.deadline = ctx__min(deadline, node->timer.deadline);
-        ctx__cancel(node, CTX_DEADLINE_EXCEEDED, CTX_DEADLINE_EXCEEDED, NULL);
+        if (deadline < node->timer.deadline) node->timer.deadline = deadline;
+        ctx__cancel(node, CTX_DEADLINE_EXCEEDED, CTX_DEADLINE_EXCEEDED, NULL, false);
     }
     return node;
 }
@@ -2344,23 +2736,22 @@ CTXCANCEL_API ctx_t *ctx_with_cancel_at(ctx_t *parent, const char *site) {
     return bad ? bad : ctx__make_inline(parent, NULL, &make);
 }
 
-CTXCANCEL_API ctx_t *ctx_with_deadline_at(ctx_t *parent, ctx_time_t deadline, const char *site) {
-    ctx_t *bad = ctx__bad_parent(parent);
+static CTX__INLINE ctx_t *ctx__with_deadline(ctx_t *parent, ctx_time_t deadline, ctx_time_t now, const char *site) {
     ctx__make_t make = ctx__make_plain;
     make.site = site;
     make.deadline = deadline;
-    return bad ? bad : ctx__make_timed(parent, &make, ctx_now());
+    return ctx__make_timed(parent, &make, now);
+}
+
+CTXCANCEL_API ctx_t *ctx_with_deadline_at(ctx_t *parent, ctx_time_t deadline, const char *site) {
+    ctx_t *bad = ctx__bad_parent(parent);
+    return bad ? bad : ctx__with_deadline(parent, deadline, ctx_now(), site);
 }
 
 CTXCANCEL_API ctx_t *ctx_with_timeout_at(ctx_t *parent, ctx_dur_t timeout, const char *site) {
     ctx_t *bad = ctx__bad_parent(parent);
-    ctx__make_t make = ctx__make_plain;
-    ctx_time_t now;
-    if (bad) return bad;
-    now = ctx_now();
-    make.site = site;
-    make.deadline = ctx_time_add(now, timeout);
-    return ctx__make_timed(parent, &make, now);
+    ctx_time_t now = ctx_now();
+    return bad ? bad : ctx__with_deadline(parent, ctx_time_add(now, timeout), now, site);
 }
 
 CTXCANCEL_API ctx_t *ctx_with_value_at(ctx_t *parent, const ctx_key_t *key, const void *value, const char *site) {
@@ -2381,38 +2772,28 @@ CTXCANCEL_API ctx_t *ctx_without_cancel_at(ctx_t *parent, const char *site) {
     return bad ? bad : ctx__make(parent, NULL, &make);
 }
 
-/* Runs when b is done. The walk from b has marked the node unless another was first: then b's canceler must not
-   return before that one has marked everything below, so wait for each lock above that it may hold. */
-static void ctx__merge_fire(void *arg) {
-    ctx__merged_t *merged = (ctx__merged_t *)arg;
-    ctx_t *node = &merged->node;
-    if (!ctx__pin(node)) return;
-    if (!ctx__why(node)) { /* b was done before the merge: there was no walk */
-        const ctx__why_t *why = ctx__why(merged->reg.ctx);
-        ctx__cancel(node, why->err, why->code, why->what);
-    } else if (!node->entered) {
-        ctx_t *up;
-        for (up = node; up && ctx__why(up); up = up->parent) {
-            ctx__lock(&up->list.mu);
-            ctx__unlock(&up->list.mu);
-        }
-    }
-    ctx__unpin(node);
-}
-
 CTXCANCEL_API ctx_t *ctx_merge_at(ctx_t *a, ctx_t *b, const char *site) {
-    ctx_t *bad = ctx__bad_parent(a), *node;
+    ctx_t *bad = ctx__bad_parent(a), *node, *proxy;
+    const ctx__why_t *why;
     ctx__make_t make = ctx__make_plain;
     ctx__merged_t *merged;
+    bool contended;
     if (!bad) bad = ctx__bad_parent(b);
     if (bad) return bad;
-    merged = (ctx__merged_t *)ctx__alloc(sizeof *merged);
+    merged = ctx__me()->linked ? (ctx__merged_t *)CTXCANCEL_MALLOC(sizeof *merged) : NULL;
     if (!merged) return ctx__failed(CTX_NO_MEMORY);
+    proxy = ctx__node_init(&merged->proxy, b, CTX_NO_DEADLINE, NULL, NULL);
+    proxy->flags = CTX__F_PROXY;
+    proxy->list.attached = 1; /* so that a walk looks closer */
     make.site = site;
     make.flags = CTX__F_MERGED;
     node = ctx__make(a, &merged->node, &make);
-    node->timer.deadline = ctx__min(a->timer.deadline, b->timer.deadline);
-    ctx__reg_or_run(&merged->reg, b, ctx__merge_fire, node, CTX__REG_OWN);
+    if (b->timer.deadline < node->timer.deadline) node->timer.deadline = b->timer.deadline;
+    contended = ctx__attach(b, proxy);
+    ctx__outside(&ctx__self);
+    if (contended) ctx__shards_make(b);
+    why = ctx__why(proxy);
+    if (why) ctx__cancel(node, why->err, why->code, why->what, false);
     return node;
 }
 
@@ -2420,31 +2801,31 @@ CTXCANCEL_API bool ctx_cancel(ctx_t *ctx) { return ctx_cancel_cause(ctx, 0, NULL
 
 CTXCANCEL_API bool ctx_cancel_cause(ctx_t *ctx, int code, const char *what) {
     CTXCANCEL_ASSERT(ctx != NULL);
-    if (!ctx || ctx_err(ctx)) return false;
+    if (!ctx) return false;
     if (!code) code = CTX_CANCELED;
-    if (!what) what = ctx_strerror(code);
-    return ctx__cancel(ctx, code == CTX_DEADLINE_EXCEEDED ? code : CTX_CANCELED, code, what);
+    if (!what) what = ctx__own_text(code);
+    if (!what) what = ctx__own_text(CTX_CANCELED);
+    return ctx__cancel(ctx, code == CTX_DEADLINE_EXCEEDED ? code : CTX_CANCELED, code, what, false);
 }
 
 /* The way out of nearly every context: the owner ends the only reference and nothing is attached. Then nobody can see
-   the node but through its parent's list, so under that list's lock it is simply taken out: no canceling, no counts.
-   */
+   the node but through its parent's list, so under that list's lock it is simply taken out: no canceling, no counts. */
 static inline bool ctx__end_alone(ctx_t *node) {
-    ctx__list_t *list;
-    bool alone, last;
     ctx_t *parent = node->parent;
-    if (CTX__LOAD(&node->refs, ACQUIRE) != 1 || CTX__LOAD(&node->pins, ACQUIRE) != 1 ||
-        (node->flags & CTX__F_BIG) || node->event)
+    ctx__list_t *list;
+    bool alone, last = false;
+    if (CTX__LOAD(&node->refs, ACQUIRE) != 1 || CTX__LOAD(&node->pins, ACQUIRE) != 1 || (node->flags & CTX__F_BIG) ||
+        node->event)
         return false;
     list = ctx__list_of(parent, node->shard);
-    ctx__lock(&list->mu);
-    alone = CTX__LOAD(&node->pins, ACQUIRE) == 1; /* a cascade or the timer pins under this lock */
-    last = false;
+    ctx__enter(&list->mu);
+    if (CTX__LOAD(&node->timer.armed, ACQUIRE)) ctx__timer_disarm(&node->timer);
+    alone = CTX__LOAD(&node->pins, ACQUIRE) == 1; /* a walk pins under this lock, the runtime thread until disarmed */
     if (alone) {
         ctx__unlink_locked(node);
         last = CTX__UNLIKELY(list->orphan) && ctx__list_idle(parent, list);
     }
-    ctx__unlock(&list->mu);
+    ctx__leave(&list->mu);
     if (!alone) return false;
     if ((node->flags & CTX__F_VALUES) && node->values) ctx__record_release(node->values);
     ctx__node_dealloc(node);
@@ -2455,10 +2836,10 @@ static inline bool ctx__end_alone(ctx_t *node) {
 CTXCANCEL_API void ctx_end(ctx_t *ctx) {
     if (!ctx || (ctx->flags & CTX__F_STATIC)) return;
     CTXCANCEL_ASSERT(CTX__LOAD(&ctx->refs, RELAXED) != 0); /* ended before */
-    if (CTX__LOAD(&ctx->timer.armed, ACQUIRE)) ctx__timer_remove(&ctx->timer);
     if (ctx__end_alone(ctx)) return;
     if (ctx->flags & CTX__F_NOTIFY) ctx__notify_ended(ctx);
     ctx_cancel(ctx);
+    if (CTX__LOAD(&ctx->timer.armed, ACQUIRE)) ctx__timer_remove(&ctx->timer);
     ctx_release(ctx);
 }
 
@@ -2482,9 +2863,7 @@ CTXCANCEL_API void ctx_release(ctx_t *ctx) {
 
 CTXCANCEL_API ctx_cause_t ctx_cause(const ctx_t *ctx) {
     const ctx__why_t *why = ctx_err(ctx) ? ctx__why(ctx) : NULL;
-    ctx_cause_t cause;
-    cause.code = why ? why->code : 0;
-    cause.what = why ? why->what : NULL;
+    ctx_cause_t cause = { why ? why->code : 0, why ? why->what : NULL };
     return cause;
 }
 
@@ -2497,7 +2876,7 @@ CTXCANCEL_API ctx_dur_t ctx_remaining(const ctx_t *ctx) {
     ctx_time_t deadline = ctx_deadline(ctx), now;
     if (deadline == CTX_NO_DEADLINE) return CTX_FOREVER;
     now = ctx_now();
-    return deadline > now ? deadline - now : 0;
+    return deadline <= now ? 0 : now < 0 && deadline > INT64_MAX + now ? INT64_MAX : deadline - now;
 }
 
 CTXCANCEL_API const char *ctx_name(const ctx_t *ctx) {
@@ -2515,33 +2894,46 @@ CTXCANCEL_API bool ctx_sampled(const ctx_t *ctx) {
     return (ctx->flags & CTX__F_SAMPLED) != 0;
 }
 
-/* False if the context is done already; then `reg` is not linked. */
-static bool ctx__reg_add(ctx_on_done_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags) {
-    bool live;
+/* -- registering and stopping -- */
+
+/* False if the context is done already; then `reg` is not linked, and its state is what it was. */
+static inline bool ctx__reg_add(ctx_on_done_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags) {
+    ctx__stripe_t *stripe = ctx__stripe_of(reg);
+    bool older = CTX__LOAD(&stripe->frames, RELAXED) != NULL, live; /* if there is one of `reg` it is this thread's */
     reg->fn = fn;
     reg->arg = arg;
     reg->ctx = ctx;
     reg->flags = flags + (int)(ctx__me()->index * CTX__REG_THREAD);
-    CTX__STORE(&reg->state, CTX__REG_IDLE, RELAXED);
     if (ctx->flags & CTX__F_FAILED) return false;
-    ctx__lock(&ctx->list.mu);
+    ctx__enter(&ctx->list.mu);
     live = !ctx__done(ctx);
     if (live) {
         ctx__list_attach(ctx, &ctx->list);
         ctx__reg_link(ctx, reg);
-        CTX__STORE(&reg->state, CTX__REG_LINKED, RELEASE);
+        if (CTX__UNLIKELY(older)) {
+            ctx__lock(&stripe->mu);
+            ctx__frame_forget(stripe, reg, CTX__REG_LINKED);
+            ctx__unlock(&stripe->mu);
+        } else {
+            CTX__STORE(&reg->state, CTX__REG_LINKED, RELEASE);
+        }
     }
-    ctx__unlock(&ctx->list.mu);
+    ctx__leave(&ctx->list.mu);
     return live;
+}
+
+/* The context was done already: the callback runs here. */
+static CTX__COLD void ctx__reg_run_now(ctx_on_done_t *reg, void (*fn)(void *arg), void *arg) {
+    ctx__frame_t frame;
+    ctx__frame_enter(&frame, reg, true);
+    ctx__call_out(fn, arg);
+    ctx__frame_leave(&frame, reg);
 }
 
 /* ctx_on_done() without a look at the timers. */
 static bool ctx__reg_or_run(ctx_on_done_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg, int flags) {
-    ctx__frame_t frame;
     if (ctx__reg_add(reg, ctx, fn, arg, flags)) return true;
-    ctx__frame_enter(&frame, reg, CTX__REG_IDLE);
-    fn(arg);
-    ctx__frame_leave(&frame);
+    ctx__reg_run_now(reg, fn, arg);
     return false;
 }
 
@@ -2551,67 +2943,70 @@ CTXCANCEL_API bool ctx_on_done(ctx_on_done_t *reg, ctx_t *ctx, void (*fn)(void *
     return ctx__reg_or_run(reg, ctx, fn, arg, 0);
 }
 
-/* Take a linked callback out, if no canceler has claimed it. */
-static bool ctx__reg_unlink(ctx_on_done_t *reg, ctx_t **dead) {
+/* Another thread has taken it, and is about to unlink it: wait for that. The state that follows. */
+static CTX__COLD int ctx__reg_settled(const ctx_on_done_t *reg) {
+    unsigned turn = 0;
+    while (CTX__LOAD(&reg->state, ACQUIRE) == CTX__REG_STOPPING) ctx__relax(&turn);
+    return CTX__LOAD(&reg->state, ACQUIRE);
+}
+
+/* Take a registration out unless its run has begun. Does not wait for a run. True: it will never run. */
+static inline bool ctx__reg_stop(ctx_on_done_t *reg, ctx_t **dead) {
     int state = CTX__REG_LINKED;
-    ctx_t *ctx;
+    ctx_t *ctx = NULL;
     bool last;
-    if (!CTX__CAS(&reg->state, &state, CTX__REG_STOPPING, ACQ_REL, ACQUIRE)) {
-        ctx__stripe_t *stripe = ctx__stripe_of(reg);
-        ctx__stopper_t stopper;
-        ctx__frame_t *frame, *found = NULL;
-        unsigned turn = 0;
-        bool mine = false;
-        if (state == CTX__REG_IDLE) return true;
-        while (state == CTX__REG_STOPPING) { /* another stopper is at it */
-            ctx__relax(&turn);
-            state = CTX__LOAD(&reg->state, ACQUIRE);
-            if (state == CTX__REG_IDLE) return true;
-        }
-        stopper.parker.state = CTX__EMPTY;
-        ctx__lock(&stripe->mu);
-        for (frame = stripe->frames; frame; frame = frame->next) {
-            if (frame->reg != reg) continue;
-            found = frame;
-            if (frame->thread == &ctx__self) mine = true; /* called from inside the callback */
-        }
-        if (found && !mine) {
-            stopper.next = found->stoppers;
-            found->stoppers = &stopper;
-        }
-        ctx__unlock(&stripe->mu);
-        if (found && !mine) ctx__park_real(&stopper.parker, CTX_NO_DEADLINE);
-        return false;
+    while (CTX__UNLIKELY(!CTX__CAS(&reg->state, &state, CTX__REG_STOPPING, ACQ_REL, ACQUIRE))) {
+        state = ctx__reg_settled(reg);
+        if (state == CTX__REG_STOPPING) state = CTX__REG_LINKED; /* taken again: try again */
+        if (state != CTX__REG_LINKED) return state == CTX__REG_IDLE;
     }
     ctx = reg->ctx;
-    ctx__lock(&ctx->list.mu);
+    ctx__enter(&ctx->list.mu);
     ctx__reg_unlink_locked(ctx, reg);
     last = ctx->list.orphan && ctx__list_idle(ctx, &ctx->list);
-    ctx__unlock(&ctx->list.mu);
-    CTX__STORE(&reg->state, CTX__REG_IDLE, RELEASE);
+    CTX__STORE(&reg->state, CTX__REG_IDLE, RELEASE); /* under the lock: a fork finds it linked or idle */
+    ctx__leave(&ctx->list.mu);
     if (last) ctx__pin_drop(ctx, dead);
     return true;
 }
 
-CTXCANCEL_API bool ctx_on_done_stop(ctx_on_done_t *reg) {
+/* It has run or is running: wait for that. If the callback has registered `reg` anew, it is stopped then. */
+static CTX__COLD bool ctx__reg_wait(ctx_on_done_t *reg) {
     ctx_t *dead = NULL;
-    bool stopped;
-    CTXCANCEL_ASSERT(reg != NULL);
-    stopped = ctx__reg_unlink(reg, &dead);
+    bool stopped = false;
+    while (!stopped && ctx__frame_wait(reg)) stopped = ctx__reg_stop(reg, &dead);
     ctx__bury(dead);
     return stopped;
 }
 
-CTXCANCEL_API int ctx__leaf_settle(ctx_leaf_t *leaf, int err) {
-    int before = 0;
-    CTX__CAS(&leaf->err, &before, err, ACQ_REL, ACQUIRE);
-    return before ? before : err;
+CTXCANCEL_API bool ctx_on_done_stop(ctx_on_done_t *reg) {
+    ctx_t *dead = NULL;
+    CTXCANCEL_ASSERT(reg != NULL);
+    if (CTX__UNLIKELY(!ctx__reg_stop(reg, &dead))) return ctx__reg_wait(reg);
+    if (CTX__UNLIKELY(dead != NULL)) ctx__bury(dead);
+    return true;
+}
+
+CTXCANCEL_API ctx_on_done_state_t ctx_on_done_try_stop(ctx_on_done_t *reg) {
+    ctx__stripe_t *stripe = ctx__stripe_of(reg);
+    ctx_t *dead = NULL;
+    bool stopped, running = false, linked = true;
+    while (!(stopped = ctx__reg_stop(reg, &dead)) && linked) {
+        ctx__enter(&stripe->mu);
+        running = ctx__frame_find(stripe, reg) != NULL;
+        linked = !running && ctx__reg_is_linked(reg); /* by its callback, just now */
+        ctx__leave(&stripe->mu);
+    }
+    ctx__bury(dead);
+    return stopped ? CTX_ON_DONE_STOPPED : running ? CTX_ON_DONE_RUNNING : CTX_ON_DONE_RAN;
 }
 
 /* == 4. values ==================================================== */
 
-/* A context points to one record that holds every value in sight: an immutable, counted table, so a look-up costs the
-   same wherever it is asked and a child inherits by pointer. Setting a value copies the record and adds to it; contexts
+/* A record of values never changes once a context shows it, and lives as long as a context that does.
+
+   A context points to one record that holds every value in sight: a counted table, so a look-up costs the same wherever
+   it is asked and a child inherits by pointer. Setting a value copies the record and adds to it; contexts
    are read far more often than they get values. The table is open-addressed by the key's address, at most half full,
    except for the single value of the usual case, whose table has one slot. Values follow the table, each aligned. */
 
@@ -2644,25 +3039,12 @@ static ctx__slot_t *ctx__record_slots(const ctx__record_t *record) {
 
 /* Most records hold one struct: those of up to CTX__RECORD_SMALL bytes are recycled by each thread like nodes. */
 static void *ctx__record_alloc(size_t size) {
-    ctx__thread_t *me = ctx__me();
-    void *block = me->records;
-    if (size > CTX__RECORD_SMALL) return CTXCANCEL_MALLOC(size);
-    if (!block) return CTXCANCEL_MALLOC(CTX__RECORD_SMALL);
-    me->records = *(void **)block;
-    me->cached_records--;
-    return block;
+    return size > CTX__RECORD_SMALL ? CTXCANCEL_MALLOC(size) : ctx__cache_take(CTX__CACHE_RECORDS, CTX__RECORD_SMALL);
 }
 
 static void ctx__record_free(ctx__record_t *record) {
-    ctx__thread_t *me = ctx__me();
-    if (ctx__record_head(record->mask + 1) + record->bytes > CTX__RECORD_SMALL ||
-        (int)me->cached_records >= CTX__CACHE_MAX) {
-        CTXCANCEL_FREE(record);
-        return;
-    }
-    *(void **)(void *)record = me->records;
-    me->records = record;
-    me->cached_records++;
+    if (ctx__record_head(record->mask + 1) + record->bytes > CTX__RECORD_SMALL) CTXCANCEL_FREE(record);
+    else ctx__cache_give(CTX__CACHE_RECORDS, record);
 }
 
 /* The slot of `key`, or the free one where it would go, or NULL when the table is full without it. */
@@ -2731,28 +3113,34 @@ CTXCANCEL_API const void *ctx_value(const ctx_t *ctx, const ctx_key_t *key) {
 
 /* == 5. timers ==================================================== */
 
-/* Hierarchical timing wheels with intrusive links: adding and removing are constant time and touch no memory but the
+/* Until its node is done a deadline is in a wheel, or in the hands of one thread that is inside the gate.
+
+   Hierarchical timing wheels with intrusive links: adding and removing are constant time and touch no memory but the
    timer's. A wheel has 8 levels of 64 slots; a slot of level n spans 64^n ticks of 2^16 ns. A timer stands at the
    level of the highest group of 6 bits in which its tick differs from the wheel's own, so within a level slots are in
    order of time and below a higher level everything is sooner. When the wheel's tick enters a slot of a higher level
    its timers move down. At level 0 the exact deadline decides: never early, and as late as the thread wakes.
 
-   There are a few wheels, picked by thread, so that threads do not meet at one lock. Each remembers in `wake_at` when
-   the runtime thread means to look at it again; who adds an earlier deadline lowers it and kicks the thread, whose
-   futex word counts kicks: it reads the count, looks at every wheel, then sleeps unless the count has moved. Removing
-   never wakes it.
+   A thread that waits does not depend on the runtime thread for its own deadline, which would cost a second turn of the
+   scheduler: it sleeps until the deadline and then ends the context that has expired.
+
+   There are a few wheels, picked by thread, so that threads do not meet at one lock, and one for the sleepers of the
+   fake clock, whose alarms are on their own stacks: the child of a fork empties it. Each remembers in `wake_at` when
+   the runtime thread means to look at it again. A thread that adds an earlier deadline lowers `wake_at` and kicks. The
+   runtime thread reads the count of kicks, checks every wheel, then sleeps only if the count has not moved. Removing
+   never wakes it. A long callback on the runtime thread delays the deadlines of contexts that nobody waits for.
 
    A timer may be pushed later while armed without moving (`deadline` says the truth, the slot is a lower bound),
    which is what a pool's worker does for each task. A due timer is taken out and its node pinned under the wheel's
-   lock; nodes are then canceled, in the order of their deadlines, with no lock held. With the fake clock nobody
-   sleeps: the same wheels are turned by ctx_clock_advance(). */
+   lock; then one walk marks all nodes that are due, in the order of their deadlines. All of this happens inside the
+   gate, so a fork finds a timer in its wheel or its node done. With the fake clock nobody sleeps: the same wheels are
+   turned by ctx_clock_advance(). */
 
 #define CTX__TICK_BITS 16
 #define CTX__SLOT_BITS 6
 #define CTX__SLOTS 64
 #define CTX__LEVELS 8
 #define CTX__WHEELS 16
-#define CTX__FIRING 0xff /* the level of a due timer while it is being fired */
 
 typedef struct {
     CTX__ALIGNED uint32_t mu;
@@ -2764,7 +3152,7 @@ typedef struct {
     ctx__timer_t *slots[CTX__LEVELS][CTX__SLOTS]; /* [mu] */
 } ctx__wheel_t;
 
-static ctx__wheel_t ctx__wheels[CTX__WHEELS];
+static ctx__wheel_t ctx__wheels[CTX__WHEELS + 1]; /* the last is for sleepers */
 static unsigned ctx__wheel_count = 1; /* [const] after ctx__once; a power of two */
 
 /* A sleeper's timer: only the fake clock needs it, real sleepers leave it to the system. */
@@ -2784,16 +3172,26 @@ typedef struct {
 typedef struct ctx__nag ctx__nag_t;
 
 /* Guards the start and the end of the library's own threads, and what section 13 keeps: a mutex, since it is held over
-   system calls. Outermost. */
-static pthread_mutex_t ctx__life = PTHREAD_MUTEX_INITIALIZER;
+   system calls. Outermost, and inside the gate. */
+static uint32_t ctx__life;
+
+static void ctx__life_lock(void) {
+    ctx__inside();
+    ctx__mutex_lock(&ctx__life);
+}
+
+static void ctx__life_unlock(void) {
+    ctx__mutex_unlock(&ctx__life);
+    ctx__outside(&ctx__self);
+}
 
 static struct {
     uint32_t kicks;    /* [atomic] the word that the thread sleeps on */
     uint32_t running;  /* [atomic, set under ctx__life] */
     uint32_t era;      /* [atomic, set under ctx__life] a thread of an earlier one ends */
-    uint32_t mu;       /* due timers; nags; the shared done descriptor */
+    uint32_t mu;       /* pending; nags; the shared done descriptor */
     pthread_t thread;  /* [ctx__life] */
-    ctx__timer_t *due; /* [mu] taken out of the wheels, soonest first, until fired */
+    ctx_t *pending, *pending_last; /* [mu] nodes whose callbacks it has to run, linked by work, pinned */
     ctx__nag_t *nags;  /* [mu] section 7 */
 } ctx__runtime;
 
@@ -2920,53 +3318,15 @@ static ctx__timer_t *ctx__due_sort(ctx__timer_t *due) {
     return all;
 }
 
-/* Take the soonest due timer that nobody fires yet. It stays in the list until it has fired: the child of a fork goes
-   on from there. */
-static ctx__timer_t *ctx__due_claim(void) {
-    ctx__timer_t *timer;
-    ctx__lock(&ctx__runtime.mu);
-    for (timer = ctx__runtime.due; timer && timer->level == CTX__FIRING; timer = timer->next) {}
-    if (timer) timer->level = CTX__FIRING;
-    ctx__unlock(&ctx__runtime.mu);
-    return timer;
-}
+/* The wheels in use, one after the other; the sleepers' comes last. */
+static unsigned ctx__wheel_after(unsigned i) { return i + 1 == ctx__wheel_count ? CTX__WHEELS : i + 1; }
 
-static void ctx__due_done(ctx__timer_t *timer) {
-    ctx__timer_t **at;
-    ctx__lock(&ctx__runtime.mu);
-    for (at = &ctx__runtime.due; *at != timer; at = &(*at)->next) {}
-    *at = timer->next;
-    ctx__unlock(&ctx__runtime.mu);
-}
-
-/* Cancel the nodes of due timers, and make the calls, soonest first. No lock is held. */
-static void ctx__due_fire(ctx__timer_t *due) {
-    ctx__timer_t *timer;
-    due = ctx__due_sort(due);
-    ctx__lock(&ctx__runtime.mu);
-    ctx__runtime.due = ctx__due_merge(ctx__runtime.due, due);
-    ctx__unlock(&ctx__runtime.mu);
-    while ((timer = ctx__due_claim()) != NULL) {
-        ctx_t *node;
-        if (timer->kind == CTX__TIMER_CALL) {
-            ctx__call_t *call = CTX__CONTAINER(timer, ctx__call_t, timer);
-            ctx__due_done(timer); /* first, for the call may arm it again */
-            call->fn(call->owner);
-            continue;
-        }
-        node = CTX__CONTAINER(timer, ctx_t, timer);
-        ctx__cancel(node, CTX_DEADLINE_EXCEEDED, CTX_DEADLINE_EXCEEDED, NULL);
-        ctx__due_done(timer);
-        ctx__unpin(node);
-    }
-}
-
-/* Turn all wheels to `now`. What is due, and when to look again. `fake` is the clock that `now` was read from: a
-   wheel that has been given to the other one meanwhile is left alone. */
+/* [inside] Turn all wheels to `now`. What is due, and when to look again. `fake` is the clock that `now` was read from:
+   a wheel that has been given to the other one meanwhile is left alone. */
 static ctx_time_t ctx__wheels_turn(ctx_time_t now, bool fake, ctx__timer_t **due) {
     ctx_time_t next = CTX_NO_DEADLINE;
     unsigned i;
-    for (i = 0; i < ctx__wheel_count; i++) {
+    for (i = 0; i <= CTX__WHEELS; i = ctx__wheel_after(i)) {
         ctx__wheel_t *wheel = &ctx__wheels[i];
         ctx__lock(&wheel->mu);
         if (ctx__clock_is_fake() == fake) {
@@ -2980,40 +3340,125 @@ static ctx_time_t ctx__wheels_turn(ctx_time_t now, bool fake, ctx__timer_t **due
     return next;
 }
 
+/* [inside] Mark the nodes that are due, and everything below them, in one walk. Takes the calls out of `due`. */
+static ctx__timer_t *ctx__due_mark(ctx__timer_t **due, ctx__walk_t *walk) {
+    ctx__timer_t *calls = NULL, **last_call = &calls, **last_node = due, *timer, *next;
+    for (timer = *due; timer; timer = next) {
+        next = timer->next;
+        if (timer->kind == CTX__TIMER_CALL) {
+            *last_call = timer;
+            last_call = &timer->next;
+        } else {
+            ctx_t *node = CTX__CONTAINER(timer, ctx_t, timer);
+            ctx__lock(&node->list.mu);
+            timer->level = ctx__walk_top(walk, node, CTX_DEADLINE_EXCEEDED, CTX_DEADLINE_EXCEEDED, NULL);
+            ctx__unlock(&node->list.mu);
+            *last_node = timer;
+            last_node = &timer->next;
+        }
+    }
+    *last_call = *last_node = NULL;
+    ctx__walk_below(walk);
+    return calls;
+}
+
+/* Turn the wheels to `now`, and do what is due: cancel nodes, then make the calls, soonest first. True if anything was;
+   `*look` says when to look again. */
+static bool ctx__timers_fire(ctx_time_t now, bool fake, ctx_time_t *look) {
+    ctx__thread_t *me = ctx__inside();
+    ctx__timer_t *due = NULL, *calls, *timer, *next;
+    ctx__walk_t walk;
+    memset(&walk, 0, sizeof walk);
+    *look = ctx__wheels_turn(now, fake, &due);
+    if (!due) {
+        ctx__outside(me);
+        return false;
+    }
+    due = ctx__due_sort(due);
+    calls = ctx__due_mark(&due, &walk);
+    ctx__outside(me);
+    for (timer = due; timer; timer = timer->next)
+        ctx__walk_settle(&walk, CTX__CONTAINER(timer, ctx_t, timer), timer->level != 0);
+    ctx__walk_tell(&walk, false);
+    for (timer = calls; timer; timer = next) {
+        ctx__call_t *call = CTX__CONTAINER(timer, ctx__call_t, timer);
+        next = timer->next; /* the call may arm it again */
+        call->fn(call->owner);
+    }
+    for (timer = due; timer; timer = next) {
+        next = timer->next;
+        ctx__unpin(CTX__CONTAINER(timer, ctx_t, timer));
+    }
+    return true;
+}
+
 static void ctx__runtime_kick(void) {
     CTX__ADD(&ctx__runtime.kicks, 1u, RELEASE);
     ctx__futex_wake(&ctx__runtime.kicks, 1);
 }
 
 static bool ctx__nag_all(void); /* section 7 */
+static bool ctx__timers_armed(void);
+
+/* Leave the callbacks of nodes that are done to the runtime thread. */
+static void ctx__runtime_hand_over(ctx_t *first, ctx_t *last) {
+    ctx__enter(&ctx__runtime.mu);
+    if (ctx__runtime.pending) ctx__runtime.pending_last->work = first;
+    else CTX__STORE(&ctx__runtime.pending, first, RELAXED);
+    ctx__runtime.pending_last = last;
+    ctx__leave(&ctx__runtime.mu);
+    ctx__timer_ready(); /* if there is no thread now, a later use of a deadline starts one */
+    ctx__runtime_kick();
+}
+
+static void ctx__runtime_call_pending(void) {
+    ctx_t *first;
+    ctx__enter(&ctx__runtime.mu);
+    first = ctx__runtime.pending;
+    CTX__STORE(&ctx__runtime.pending, (ctx_t *)NULL, RELAXED);
+    ctx__leave(&ctx__runtime.mu);
+    ctx__walk_call(first);
+}
+
+/* In a process that one of its callbacks has forked this thread may be the only one. When it has nothing left to do it
+   ends, and the process with it. A thread that comes later starts another. */
+static bool ctx__runtime_retires(ctx__thread_t *me) {
+    bool alone = !ctx__timers_armed() && !CTX__LOAD(&ctx__runtime.pending, RELAXED);
+    ctx__lock(&ctx__gate.mu);
+    alone = alone && ctx__gate.threads == &me->link && !me->link.next;
+    if (alone) CTX__STORE(&ctx__runtime.running, 0u, RELEASE);
+    ctx__unlock(&ctx__gate.mu);
+    return alone;
+}
 
 static void *ctx__runtime_main(void *arg) {
     uint32_t era = (uint32_t)(uintptr_t)arg;
+    ctx__thread_t *me = ctx__me();
+    unsigned forks = ctx__forks;
     ctx__thread_name("ctx-runtime");
     ctx__thread_sharp_timers();
-    if (!ctx__clock_is_fake()) ctx__due_fire(NULL); /* what a fork cut short */
+    me->runtime = true;
     for (;;) {
         uint32_t kicks = CTX__LOAD(&ctx__runtime.kicks, ACQUIRE);
-        ctx__timer_t *due = NULL;
         ctx_time_t next = CTX_NO_DEADLINE, now = ctx__clock_read();
         if (CTX__LOAD(&ctx__runtime.era, ACQUIRE) != era) return NULL;
-        if (!ctx__clock_is_fake()) next = ctx__wheels_turn(now, false, &due);
+        if (CTX__LOAD(&ctx__runtime.pending, RELAXED)) ctx__runtime_call_pending(); /* and look again when kicked */
+        if (!ctx__clock_is_fake() && ctx__timers_fire(now, false, &next)) continue;
         if (ctx__nag_all()) next = ctx__min(next, now + CTX_MS(1));
-        if (due) ctx__due_fire(due);
-        else if (next > now) ctx__futex_wait(&ctx__runtime.kicks, kicks, next);
+        if (ctx__forks != forks && ctx__runtime_retires(me)) return NULL;
+        if (next > now) ctx__futex_wait(&ctx__runtime.kicks, kicks, next);
     }
 }
 
-/* Make sure that the runtime thread runs. 0, or a negative error. */
+/* Make sure that the runtime thread runs. Returns 0, or CTX_NO_MEMORY. */
 static CTX__COLD int ctx__runtime_start(void) {
     int rc = 0;
-    ctx__me();
-    pthread_mutex_lock(&ctx__life);
+    ctx__life_lock();
     if (!ctx__runtime.running) {
         rc = ctx__thread_start(&ctx__runtime.thread, ctx__runtime_main, (void *)(uintptr_t)ctx__runtime.era);
         if (!rc) CTX__STORE(&ctx__runtime.running, 1u, RELEASE);
     }
-    pthread_mutex_unlock(&ctx__life);
+    ctx__life_unlock();
     return rc;
 }
 
@@ -3027,9 +3472,9 @@ static void ctx__timer_revive(const ctx_t *ctx) {
     if (ctx->timer.deadline != CTX_NO_DEADLINE) ctx__timer_ready();
 }
 
-/* Arm a timer that is not armed. */
-static void ctx__timer_add(ctx__timer_t *timer, ctx_time_t deadline) {
-    unsigned i = ctx__me()->index & (ctx__wheel_count - 1);
+/* [inside] Arm a timer that is not armed. True: the runtime thread is to be kicked. */
+static bool ctx__timer_arm(ctx__timer_t *timer, ctx_time_t deadline) {
+    unsigned i = timer->kind == CTX__TIMER_ALARM ? CTX__WHEELS : ctx__self.index & (ctx__wheel_count - 1);
     ctx__wheel_t *wheel = &ctx__wheels[i];
     bool kick;
     ctx__lock(&wheel->mu);
@@ -3044,11 +3489,18 @@ static void ctx__timer_add(ctx__timer_t *timer, ctx_time_t deadline) {
         wheel->started = 1;
     }
     ctx__unlock(&wheel->mu);
+    return kick;
+}
+
+static void ctx__timer_add(ctx__timer_t *timer, ctx_time_t deadline) {
+    ctx__thread_t *me = ctx__inside();
+    bool kick = ctx__timer_arm(timer, deadline);
+    ctx__outside(me);
     if (CTX__UNLIKELY(kick)) ctx__runtime_kick();
 }
 
-/* False: it was not armed, or has just been taken out to fire. */
-static bool ctx__timer_remove(ctx__timer_t *timer) {
+/* [inside] False: it was not armed, or has just been taken out to fire. */
+static bool ctx__timer_disarm(ctx__timer_t *timer) {
     ctx__wheel_t *wheel = &ctx__wheels[timer->wheel];
     bool was;
     ctx__lock(&wheel->mu);
@@ -3062,43 +3514,78 @@ static bool ctx__timer_remove(ctx__timer_t *timer) {
     return was;
 }
 
+static bool ctx__timer_remove(ctx__timer_t *timer) {
+    ctx__thread_t *me = ctx__inside();
+    bool was = ctx__timer_disarm(timer);
+    ctx__outside(me);
+    return was;
+}
+
 /* Give an armed timer another deadline; later ones need no move. False: it has been taken out to fire. */
 static bool ctx__timer_move(ctx__timer_t *timer, ctx_time_t deadline) {
     ctx__wheel_t *wheel = &ctx__wheels[timer->wheel];
     bool was, sooner;
-    ctx__lock(&wheel->mu);
+    ctx__enter(&wheel->mu);
     was = timer->armed;
     sooner = was && deadline < timer->deadline;
     if (was && !sooner) timer->deadline = deadline;
-    ctx__unlock(&wheel->mu);
+    ctx__leave(&wheel->mu);
     if (!sooner) return was;
     if (!ctx__timer_remove(timer)) return false;
     ctx__timer_add(timer, deadline);
     return true;
 }
 
-/* Park until unparked (true) or until `until` on the library's clock (false). */
+/* The one whose deadline it is that a context has from its ancestors. The context keeps all of them. */
+static ctx_t *ctx__deadline_owner(ctx_t *ctx) {
+    ctx_time_t deadline = ctx->timer.deadline;
+    for (;;) {
+        ctx_t *b = ctx->flags & CTX__F_MERGED ? CTX__CONTAINER(ctx, ctx__merged_t, node)->proxy.parent : NULL;
+        if (ctx->parent && ctx->parent->timer.deadline == deadline) ctx = ctx->parent;
+        else if (b && b->timer.deadline == deadline) ctx = b;
+        else return ctx;
+    }
+}
+
+/* End the context that has expired, by a thread that waits below it. Callbacks are not for that thread, which may hold
+   anything: the runtime thread calls them. */
+static CTX__COLD void ctx__expire(ctx_t *ctx) {
+    ctx__cancel(ctx__deadline_owner(ctx), CTX_DEADLINE_EXCEEDED, CTX_DEADLINE_EXCEEDED, NULL, true);
+}
+
+/* Sleep once, until unparked, or until `until` on the library's clock, or without a reason. */
+static void ctx__park_once(ctx__parker_t *parker, ctx_time_t until) {
+    uint32_t state = CTX__EMPTY;
+    ctx__alarm_t alarm;
+    bool fake = until != CTX_NO_DEADLINE && ctx__clock_is_fake();
+    if (fake) { /* before PARKED: an alarm that goes off early finds the clock moved already */
+        memset(&alarm, 0, sizeof alarm);
+        alarm.parker = parker;
+        ctx__timer_add(&alarm.timer, until);
+    }
+    CTX__CAS(&parker->state, &state, (uint32_t)CTX__PARKED, SEQ_CST, ACQUIRE);
+    if (state != CTX__SET && (until == CTX_NO_DEADLINE || ctx_now() < until))
+        ctx__futex_wait(&parker->state, CTX__PARKED, fake ? CTX_NO_DEADLINE : until);
+    if (fake) ctx__timer_remove(&alarm.timer);
+}
+
+/* Park until unparked (true) or until `until` on the library's clock (false). When the context that is waited with
+   expires, end it: that unparks. With the fake clock ctx_clock_advance() does so, in the order of the deadlines. */
 static bool ctx__park(ctx__parker_t *parker, ctx_time_t until) {
     for (;;) {
-        uint32_t state = CTX__EMPTY;
-        ctx__alarm_t alarm;
-        bool fake = until != CTX_NO_DEADLINE && ctx__clock_is_fake();
-        if (fake) { /* before PARKED: an alarm that goes off early finds the clock moved already */
-            memset(&alarm, 0, sizeof alarm);
-            alarm.parker = parker;
-            ctx__timer_add(&alarm.timer, until);
-        }
-        CTX__CAS(&parker->state, &state, (uint32_t)CTX__PARKED, SEQ_CST, ACQUIRE);
-        if (state != CTX__SET && (until == CTX_NO_DEADLINE || ctx_now() < until))
-            ctx__futex_wait(&parker->state, CTX__PARKED, fake ? CTX_NO_DEADLINE : until);
-        if (fake) ctx__timer_remove(&alarm.timer);
-        state = CTX__LOAD(&parker->state, ACQUIRE);
-        if (state == CTX__SET) return true;
-        if (until != CTX_NO_DEADLINE && ctx_now() >= until) {
-            state = CTX__PARKED;
-            if (CTX__CAS(&parker->state, &state, (uint32_t)CTX__EMPTY, ACQ_REL, ACQUIRE) || state == CTX__EMPTY)
-                return false;
-        }
+        ctx_t *expires = ctx__clock_is_fake() ? NULL : parker->expires;
+        ctx_time_t deadline = expires ? expires->timer.deadline : CTX_NO_DEADLINE, now;
+        uint32_t state = CTX__PARKED;
+        ctx__park_once(parker, ctx__min(until, deadline));
+        if (CTX__LOAD(&parker->state, ACQUIRE) == CTX__SET) return true;
+        if (until == CTX_NO_DEADLINE && deadline == CTX_NO_DEADLINE) continue;
+        now = ctx_now();
+        if (now < until && now < deadline) continue;
+        /* Awake, so nobody needs to pay for waking this thread; unless somebody has just done so. */
+        if (!CTX__CAS(&parker->state, &state, (uint32_t)CTX__EMPTY, ACQ_REL, ACQUIRE) && state == CTX__SET) return true;
+        if (now >= until) return false;
+        parker->expires = NULL;
+        ctx__expire(expires);
     }
 }
 
@@ -3106,10 +3593,10 @@ static bool ctx__park(ctx__parker_t *parker, ctx_time_t until) {
 static void ctx__wheels_rebase(ctx_time_t now) {
     unsigned i, level, slot;
     ctx__me();
-    for (i = 0; i < ctx__wheel_count; i++) {
+    for (i = 0; i <= CTX__WHEELS; i = ctx__wheel_after(i)) {
         ctx__wheel_t *wheel = &ctx__wheels[i];
         ctx__timer_t *all = NULL, *timer, *none = NULL;
-        ctx__lock(&wheel->mu);
+        ctx__enter(&wheel->mu);
         for (level = 0; level < CTX__LEVELS; level++) {
             for (slot = 0; slot < CTX__SLOTS; slot++) {
                 while ((timer = wheel->slots[level][slot]) != NULL) {
@@ -3126,7 +3613,7 @@ static void ctx__wheels_rebase(ctx_time_t now) {
             if (timer->kind != CTX__TIMER_ALARM) ctx__wheel_place(wheel, timer);
             else ctx__timer_expire(wheel, timer, &none);
         }
-        ctx__unlock(&wheel->mu);
+        ctx__leave(&wheel->mu);
     }
 }
 
@@ -3134,9 +3621,9 @@ static bool ctx__timers_armed(void) {
     unsigned i;
     bool any = false;
     for (i = 0; i < ctx__wheel_count; i++) {
-        ctx__lock(&ctx__wheels[i].mu);
+        ctx__enter(&ctx__wheels[i].mu);
         any = any || ctx__wheels[i].armed;
-        ctx__unlock(&ctx__wheels[i].mu);
+        ctx__leave(&ctx__wheels[i].mu);
     }
     return any;
 }
@@ -3159,22 +3646,21 @@ CTXCANCEL_API void ctx_clock_advance(ctx_dur_t dur) {
     ctx_time_t now = ctx_now(), target = ctx_time_add(now, dur < 0 ? 0 : dur);
     CTXCANCEL_ASSERT(fake);
     if (!fake) return;
+    ctx__runtime_call_pending(); /* of a thread that advanced it when this process was forked */
     for (;;) {
-        ctx__timer_t *due = NULL;
-        ctx_time_t next = ctx__wheels_turn(now, true, &due);
-        if (due) {
-            ctx__due_fire(due);
-        } else {
-            if (now == target) return;
-            now = next > now ? ctx__min(next, target) : target;
-            CTX__STORE(&ctx__clock.now, now, SEQ_CST);
-        }
+        ctx_time_t next;
+        if (ctx__timers_fire(now, true, &next)) continue;
+        if (now == target) return;
+        now = next > now ? ctx__min(next, target) : target;
+        CTX__STORE(&ctx__clock.now, now, SEQ_CST);
     }
 }
 
 /* == 6. polling =================================================== */
 
-/* A poll counts calls and looks when the count is out. A tuned one aims at a look every 1/256 of the latency wanted and
+/* Between two looks at its context a poll costs a decrement and a branch; once it has seen an error it looks each time.
+
+   A poll counts calls and looks when the count is out. A tuned one aims at a look every 1/256 of the latency wanted and
    reads the clock at every 32nd look, so that a turn of the loop which suddenly takes 1000 times longer is still
    noticed within a few times the budget; a look that is not a tuning costs one load. */
 
@@ -3221,6 +3707,12 @@ CTXCANCEL_API int ctx__poll_look(ctx_poll_t *poll) {
     return 0;
 }
 
+CTXCANCEL_API int ctx__leaf_settle(ctx_leaf_t *leaf, int err) {
+    int before = 0;
+    CTX__CAS(&leaf->err, &before, err, ACQ_REL, ACQUIRE);
+    return before ? before : err;
+}
+
 CTXCANCEL_API const volatile int *ctx_flag(const ctx_t *ctx) {
     CTXCANCEL_ASSERT(ctx != NULL);
     return &ctx->head.err;
@@ -3228,8 +3720,10 @@ CTXCANCEL_API const volatile int *ctx_flag(const ctx_t *ctx) {
 
 /* == 7. waiting =================================================== */
 
-/* Who waits for a context registers a waker: a callback that unparks it. Wakers run before other callbacks and under
-   the rules of section 3. A waiter leaves by ctx__unwatch(), after which nobody will touch its parker for the
+/* A waiter leaves only when no other thread will touch its parker any more.
+
+   A thread that waits for a context registers a waker: a callback that unparks it. Wakers run before other callbacks
+   and under the rules of section 3. A waiter leaves by ctx__unwatch(), after which nobody will touch its parker for the
    context's sake: either the waker was taken out, or it has run to its last store (DONE), which follows the wake-up
    closely. */
 
@@ -3240,10 +3734,14 @@ typedef struct {
 
 static void ctx__watch_fire(void *parker) { ctx__unpark((ctx__parker_t *)parker); }
 
-/* Unpark `parker` when `ctx` is done. False: it is, and nothing was registered. */
+/* Unpark `parker` when `ctx` is done; a thread that parks on it ends `ctx` itself when that expires. False: it is done,
+   and nothing was registered. */
 static bool ctx__watch(ctx__watch_t *watch, ctx_t *ctx, ctx__parker_t *parker) {
+    ctx_t *other = parker->expires;
     watch->reg.state = CTX__REG_IDLE;
+    watch->reg.arg = parker;
     if (ctx == &ctx__root) return true; /* it never is */
+    if (ctx->timer.deadline < (other ? other->timer.deadline : CTX_NO_DEADLINE)) parker->expires = ctx;
     ctx__timer_revive(ctx);
     return ctx__reg_add(&watch->reg, ctx, ctx__watch_fire, parker, CTX__REG_WAKER);
 }
@@ -3251,6 +3749,7 @@ static bool ctx__watch(ctx__watch_t *watch, ctx_t *ctx, ctx__parker_t *parker) {
 static void ctx__unwatch(ctx__watch_t *watch) {
     int state = CTX__REG_LINKED;
     unsigned turn = 0;
+    ((ctx__parker_t *)watch->reg.arg)->expires = NULL;
     if (CTX__LOAD(&watch->reg.state, ACQUIRE) == CTX__REG_LINKED) {
         if (ctx_on_done_stop(&watch->reg)) return;
     }
@@ -3293,12 +3792,14 @@ static void ctx__waiters_wake(ctx__waiter_t **list) {
 
 /* Let go of `mu`, park until woken or until `until`, and take it again. True: woken. */
 static bool ctx__waiter_park(ctx__waiter_t **list, ctx__waiter_t *waiter, uint32_t *mu, ctx_time_t until) {
-    bool woken;
+    bool woken, inside = ctx__self.inside != 0;
     ctx__waiter_link(list, waiter);
     ctx__unlock(mu);
+    if (inside) ctx__outside(&ctx__self);
     woken = ctx__park(&waiter->parker, until);
     ctx__parker_reset(&waiter->parker);
-    ctx__lock(mu);
+    if (inside) ctx__enter(mu);
+    else ctx__lock(mu);
     ctx__waiter_unlink(waiter);
     return woken;
 }
@@ -3311,7 +3812,7 @@ static ctx_time_t ctx__from_now(ctx_dur_t dur) {
 static int ctx__wait_until(ctx_t *ctx, ctx_time_t until) {
     ctx__parker_t parker;
     ctx__watch_t watch;
-    parker.state = CTX__EMPTY;
+    ctx__parker_init(&parker);
     if (ctx__watch(&watch, ctx, &parker)) {
         ctx__park(&parker, until);
         ctx__unwatch(&watch);
@@ -3334,132 +3835,149 @@ CTXCANCEL_API int ctx_sleep(ctx_t *ctx, ctx_dur_t dur) {
 static ctx__event_t ctx__event_done = { -1, -1 }; /* [ctx__runtime.mu] for contexts that are done when first asked */
 
 static int ctx__done_fd_shared(void) {
+    ctx__event_t event;
     int rc = 0;
-    ctx__lock(&ctx__runtime.mu);
+    ctx__enter(&ctx__runtime.mu);
     if (ctx__event_done.fd < 0) {
-        rc = ctx__event_open(&ctx__event_done);
-        if (!rc) ctx__event_set(&ctx__event_done);
+        rc = ctx__event_open(&event);
+        if (!rc) {
+            ctx__event_set(&event);
+            ctx__event_done = event;
+        }
     }
     if (!rc) rc = ctx__event_done.fd;
-    ctx__unlock(&ctx__runtime.mu);
+    ctx__leave(&ctx__runtime.mu);
     return rc;
 }
 
-CTXCANCEL_API int ctx_done_fd(ctx_t *ctx) {
-    ctx__event_t *event = NULL;
+/* The descriptor of a context, if it has one: readable on return if the context is done. With `offer` it gets that one,
+   if it has none and is not done; `*taken` says whether it did. Else -1. */
+static int ctx__done_fd_get(ctx_t *ctx, ctx__event_t *offer, bool *taken) {
+    const ctx__event_t *event;
     bool done;
-    int rc = 0;
+    ctx__enter(&ctx->list.mu);
+    done = ctx__done(ctx);
+    if (!ctx->event && !done && offer) {
+        ctx__list_attach(ctx, &ctx->list);
+        if (!ctx->watched) ctx->watched = ctx__watched_add(&ctx->watch);
+        ctx->event = offer;
+        *taken = true;
+    }
+    event = ctx->event;
+    ctx__leave(&ctx->list.mu);
+    if (event && done) ctx__event_set(event); /* the thread that cancels may not have come to it */
+    return event ? event->fd : -1;
+}
+
+CTXCANCEL_API int ctx_done_fd(ctx_t *ctx) {
+    ctx__event_t *event;
+    bool taken = false;
+    int fd, rc;
     CTXCANCEL_ASSERT(ctx != NULL);
     if (ctx->flags & CTX__F_FAILED) return ctx__done_fd_shared();
     ctx__timer_revive(ctx);
-    ctx__lock(&ctx->list.mu);
-    done = ctx__done(ctx);
-    if (!ctx->event && !done) {
-        event = (ctx__event_t *)CTXCANCEL_MALLOC(sizeof *event);
-        rc = event ? ctx__event_open(event) : CTX_NO_MEMORY;
-        if (!rc) {
-            ctx__list_attach(ctx, &ctx->list);
-            ctx->event = event;
-            event = NULL;
-        }
-    }
-    if (!rc && ctx->event) rc = ctx->event->fd;
-    else if (!rc) rc = -1; /* done already: the shared one */
-    ctx__unlock(&ctx->list.mu);
-    if (event) CTXCANCEL_FREE(event);
-    return rc == -1 && done ? ctx__done_fd_shared() : rc;
+    fd = ctx__done_fd_get(ctx, NULL, NULL);
+    if (fd >= 0) return fd;
+    if (ctx__done(ctx)) return ctx__done_fd_shared();
+    event = (ctx__event_t *)CTXCANCEL_MALLOC(sizeof *event);
+    if (!event) return CTX_NO_MEMORY;
+    rc = ctx__event_open(event);
+    if (!rc) fd = ctx__done_fd_get(ctx, event, &taken);
+    if (taken) return fd;
+    if (!rc) ctx__event_close(event);
+    CTXCANCEL_FREE(event);
+    if (rc) return rc;
+    return fd >= 0 ? fd : ctx__done_fd_shared(); /* it has got another one meanwhile, or is done */
 }
 
-/* A waiter on a condition variable cannot be woken reliably without its mutex, which the canceler may hold itself. So
-   the callback only tries the mutex. If it got it, the waiter was inside its wait and the broadcast reached it. If
-   not, the waiter may be just before its wait: then the runtime thread goes on trying, every millisecond, until the
-   waiter is gone. */
+/* A waiter on a condition variable cannot be woken reliably without its mutex, which the thread that cancels may hold
+   itself: the waiter may be just before its wait. So it is woken again every millisecond by the runtime thread, until
+   it has gone. */
 struct ctx__nag {
     ctx__nag_t *next;
     pthread_cond_t *cond;
-    pthread_mutex_t *mutex;
     bool linked; /* [ctx__runtime.mu] */
+    ctx_on_done_t reg;
 };
-
-static bool ctx__nag_once(const ctx__nag_t *nag) {
-    bool locked = pthread_mutex_trylock(nag->mutex) == 0;
-    pthread_cond_broadcast(nag->cond);
-    if (locked) pthread_mutex_unlock(nag->mutex);
-    return locked;
-}
 
 /* By the runtime thread. True while there is somebody left to nag. */
 static bool ctx__nag_all(void) {
-    ctx__nag_t **at;
+    const ctx__nag_t *nag;
     bool any;
-    ctx__lock(&ctx__runtime.mu);
-    for (at = &ctx__runtime.nags; *at;) {
-        if (ctx__nag_once(*at)) {
-            (*at)->linked = false;
-            *at = (*at)->next;
-        } else {
-            at = &(*at)->next;
-        }
-    }
+    ctx__enter(&ctx__runtime.mu);
+    for (nag = ctx__runtime.nags; nag; nag = nag->next) pthread_cond_broadcast(nag->cond);
     any = ctx__runtime.nags != NULL;
-    ctx__unlock(&ctx__runtime.mu);
+    ctx__leave(&ctx__runtime.mu);
     return any;
 }
 
 static void ctx__nag_fire(void *arg) {
     ctx__nag_t *nag = (ctx__nag_t *)arg;
-    if (ctx__nag_once(nag)) return;
-    ctx__lock(&ctx__runtime.mu);
+    ctx__enter(&ctx__runtime.mu);
     nag->linked = true;
     nag->next = ctx__runtime.nags;
     ctx__runtime.nags = nag;
-    ctx__unlock(&ctx__runtime.mu);
+    pthread_cond_broadcast(nag->cond);
+    ctx__leave(&ctx__runtime.mu);
     ctx__runtime_kick();
 }
 
-static void ctx__nag_remove(ctx__nag_t *nag) {
-    ctx__nag_t **at;
-    ctx__lock(&ctx__runtime.mu);
+/* Also when the waiting thread is canceled. */
+static void ctx__nag_end(void *arg) {
+    ctx__nag_t *nag = (ctx__nag_t *)arg, **at;
+    ctx_on_done_stop(&nag->reg);
+    ctx__enter(&ctx__runtime.mu);
     if (nag->linked) {
         for (at = &ctx__runtime.nags; *at != nag; at = &(*at)->next) {}
         *at = nag->next;
     }
-    ctx__unlock(&ctx__runtime.mu);
+    ctx__leave(&ctx__runtime.mu);
 }
 
 CTXCANCEL_API int ctx_cond_wait(ctx_t *ctx, pthread_cond_t *cond, pthread_mutex_t *mutex) {
     ctx__nag_t nag;
-    ctx_on_done_t reg;
     int err = ctx_err(ctx), rc;
     if (err) return err;
     if (!cond || !mutex) return CTX_INVALID;
     if (!CTX__LOAD(&ctx__runtime.running, ACQUIRE) && (rc = ctx__runtime_start()) != 0) return rc;
-    nag.next = NULL;
+    memset(&nag, 0, sizeof nag);
     nag.cond = cond;
-    nag.mutex = mutex;
-    nag.linked = false;
-    if (!ctx__reg_add(&reg, ctx, ctx__nag_fire, &nag, 0)) return ctx_err(ctx);
-    rc = -pthread_cond_wait(cond, mutex);
-    ctx_on_done_stop(&reg);
-    ctx__nag_remove(&nag);
+    if (!ctx__reg_add(&nag.reg, ctx, ctx__nag_fire, &nag, 0)) return ctx_err(ctx);
+    pthread_cleanup_push(ctx__nag_end, &nag);
+    rc = -ctx__cond_wait(cond, mutex, ctx__clock_is_fake() ? CTX_NO_DEADLINE : ctx->timer.deadline);
+    pthread_cleanup_pop(1);
+    if (rc == -ETIMEDOUT) {
+        rc = 0;
+        if (ctx_now() >= ctx->timer.deadline) ctx__expire(ctx);
+    }
     err = ctx_err(ctx);
-    return err ? err : rc;
+    return rc ? rc : err;
 }
 
 /* == 8. semaphore ================================================= */
 
-/* One word holds the free permits, doubled, and a bit that says somebody waits. While the bit is clear, acquire is a
-   compare-and-swap and release an addition. While it is set only the holder of `mu` takes permits out of the word, on
-   behalf of the first waiter: that is what makes it first come, first served, and why try_acquire fails then. Waiters
-   stand on their own stacks in the order of arrival. A waiter that gives up leaves under `mu`: either it has been
-   granted by then, and keeps what it got, or it never will be. A release adds first and then hands out under `mu` if
-   it saw the bit; a newcomer sets the bit before it looks at the permits for the last time: one of the two sees the
-   other. */
+/* While somebody waits, permits go from release to the first waiter and to nobody else.
+
+   One word holds the free permits, doubled, and a bit that says somebody waits. While the bit is clear, acquire and
+   release are a compare-and-swap each. While it is set both go through `mu`, and only its holder takes permits out of
+   the word, on behalf of the first waiter: that is what makes it first come, first served, and why try_acquire fails
+   then. Waiters stand on their own stacks in the order of arrival. A waiter whose context is done when its turn comes
+   is passed over. One that gives up leaves under `mu`: either it has been granted by then, and keeps what it got, or it
+   never will be. A newcomer sets the bit before it looks at the permits for the last time, and a release adds to the
+   word in the same step in which it finds the bit clear, or under `mu` while somebody waits: one of the two sees the
+   other.
+
+     free: word = 2 * permits    --acquire finds too few-->    queued: word | 1, first .. last
+          ^------------------------the last waiter leaves-------------------------/
+
+   A release touches nothing once its permits are in the word or with a waiter and `mu` is free; a waiter takes `mu`
+   before it returns. So the thread that took the last permit may free the semaphore at once. */
 
 struct ctx__sem_waiter {
     ctx__sem_waiter_t *next, *prev; /* [mu] */
+    ctx_t *ctx;                     /* [const] */
     int64_t n;                      /* [const] */
-    bool granted;                   /* [mu] */
+    bool queued, granted;           /* [mu] */
     ctx__parker_t parker;           /* unparked under mu, so never after its owner has looked at `granted` */
 };
 
@@ -3474,24 +3992,37 @@ CTXCANCEL_API int ctx_sem_init(ctx_sem_t *sem, int64_t permits) {
     return 0;
 }
 
-/* Take `n` from the word: 1 done, 0 too few. `bit` is what the waiting bit must be. */
+/* Take `n` from the word. False: too few, or the waiting bit is not `bit`. */
 static inline bool ctx__sem_take(ctx_sem_t *sem, int64_t n, int64_t bit) {
-    int64_t state = CTX__LOAD(&sem->state, RELAXED);
+    int64_t state = CTX__LOAD(&sem->state, ACQUIRE);
     while ((state & CTX__SEM_WAIT) == bit && state >= n * 2)
-        if (CTX__CAS_WEAK(&sem->state, &state, state - n * 2, ACQUIRE, RELAXED))
-            return true;
+        if (n == 0 || CTX__CAS_WEAK(&sem->state, &state, state - n * 2, ACQUIRE, ACQUIRE)) return true;
     return false;
+}
+
+/* [mu] */
+static void ctx__sem_unlink(ctx_sem_t *sem, ctx__sem_waiter_t *waiter) {
+    if (waiter->prev) waiter->prev->next = waiter->next;
+    else sem->first = waiter->next;
+    if (waiter->next) waiter->next->prev = waiter->prev;
+    else sem->last = waiter->prev;
+    waiter->queued = false;
 }
 
 /* [mu] Serve the queue from its head as far as the permits go. */
 static void ctx__sem_hand_out(ctx_sem_t *sem) {
     ctx__sem_waiter_t *waiter;
-    while ((waiter = sem->first) != NULL && ctx__sem_take(sem, waiter->n, CTX__SEM_WAIT)) {
-        sem->first = waiter->next;
-        if (sem->first) sem->first->prev = NULL;
-        else sem->last = NULL;
-        waiter->granted = true;
-        ctx__unpark(&waiter->parker);
+    while ((waiter = sem->first) != NULL) {
+        bool took = ctx__sem_take(sem, waiter->n, CTX__SEM_WAIT);
+        bool done = ctx_err(waiter->ctx) != 0; /* after the permits have come; it has been woken, or will be */
+        if (!took && !done) break;
+        ctx__sem_unlink(sem, waiter);
+        if (!done) {
+            waiter->granted = true;
+            ctx__unpark(&waiter->parker);
+        } else if (took) {
+            CTX__ADD(&sem->state, waiter->n * 2, ACQ_REL);
+        }
     }
     if (!sem->first) CTX__AND(&sem->state, ~(int64_t)CTX__SEM_WAIT, RELEASE);
 }
@@ -3502,6 +4033,7 @@ static void ctx__sem_queue(ctx_sem_t *sem, ctx__sem_waiter_t *waiter) {
     if (sem->last) sem->last->next = waiter;
     else sem->first = waiter;
     sem->last = waiter;
+    waiter->queued = true;
     CTX__OR(&sem->state, (int64_t)CTX__SEM_WAIT, ACQ_REL);
     ctx__sem_hand_out(sem);
     ctx__unlock(&sem->mu);
@@ -3512,11 +4044,8 @@ static bool ctx__sem_leave(ctx_sem_t *sem, ctx__sem_waiter_t *waiter) {
     bool granted;
     ctx__lock(&sem->mu);
     granted = waiter->granted;
-    if (!granted) {
-        if (waiter->prev) waiter->prev->next = waiter->next;
-        else sem->first = waiter->next;
-        if (waiter->next) waiter->next->prev = waiter->prev;
-        else sem->last = waiter->prev;
+    if (waiter->queued) {
+        ctx__sem_unlink(sem, waiter);
         ctx__sem_hand_out(sem);
     }
     ctx__unlock(&sem->mu);
@@ -3527,6 +4056,7 @@ static CTX__COLD int ctx__sem_wait(ctx_sem_t *sem, ctx_t *ctx, int64_t n) {
     ctx__sem_waiter_t waiter;
     ctx__watch_t watch;
     memset(&waiter, 0, sizeof waiter);
+    waiter.ctx = ctx;
     waiter.n = n;
     if (!ctx__watch(&watch, ctx, &waiter.parker)) return ctx_err(ctx);
     ctx__sem_queue(sem, &waiter);
@@ -3540,24 +4070,36 @@ CTXCANCEL_API int ctx_sem_acquire(ctx_sem_t *sem, ctx_t *ctx, int64_t n) {
     CTXCANCEL_ASSERT(sem != NULL);
     if (!ctx || n < 0 || n > sem->total) return CTX_INVALID;
     err = ctx_err(ctx);
-    if (err || n == 0) return err;
-    return ctx__sem_take(sem, n, 0) ? 0 : ctx__sem_wait(sem, ctx, n);
+    if (err) return err;
+    if (!ctx__sem_take(sem, n, 0)) return ctx__sem_wait(sem, ctx, n);
+    err = ctx_err(ctx);
+    if (CTX__UNLIKELY(err)) ctx_sem_release(sem, n); /* it was done before the permits had come */
+    return err;
 }
 
 CTXCANCEL_API bool ctx_sem_try_acquire(ctx_sem_t *sem, int64_t n) {
     CTXCANCEL_ASSERT(sem != NULL);
-    if (n < 0 || n > sem->total) return false;
-    return n == 0 || ctx__sem_take(sem, n, 0);
+    return n >= 0 && n <= sem->total && ctx__sem_take(sem, n, 0);
 }
 
 CTXCANCEL_API void ctx_sem_release(ctx_sem_t *sem, int64_t n) {
-    int64_t before;
+    int64_t state, most;
     CTXCANCEL_ASSERT(sem != NULL && n >= 0 && n <= sem->total);
     if (n <= 0 || n > sem->total) return;
-    before = CTX__ADD(&sem->state, n * 2, ACQ_REL);
-    CTXCANCEL_ASSERT(before / 2 + n <= sem->total);
-    if (!(before & CTX__SEM_WAIT)) return;
-    ctx__lock(&sem->mu);
+    most = sem->total - n;
+    state = most * 2; /* what it is if nobody else holds any; the first try tells if not */
+    for (;;) {
+        while (!(state & CTX__SEM_WAIT)) {
+            CTXCANCEL_ASSERT(state / 2 <= most); /* more than was taken */
+            if (CTX__CAS_WEAK(&sem->state, &state, state + n * 2, RELEASE, RELAXED)) return;
+        }
+        ctx__lock(&sem->mu);
+        if (sem->first) break;
+        ctx__unlock(&sem->mu); /* the last waiter has given up, and cleared the bit */
+        state = CTX__LOAD(&sem->state, RELAXED);
+    }
+    state = CTX__ADD(&sem->state, n * 2, ACQ_REL);
+    CTXCANCEL_ASSERT(state / 2 <= most);
     ctx__sem_hand_out(sem);
     ctx__unlock(&sem->mu);
 }
@@ -4538,7 +5080,7 @@ static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t grace, 
         cut_at = ctx_now();
         pool->cut = true;
         ctx__unlock(&pool->in);
-        ctx__cancel(pool->ctx, CTX_CANCELED, CTX_DEADLINE_EXCEEDED, "pool drained");
+        ctx__cancel(pool->ctx, CTX_CANCELED, CTX_DEADLINE_EXCEEDED, "pool drained", false);
         ctx__pool_empty_out(pool);
         ctx__lock(&pool->in);
         ctx__pool_wait_settled(pool, ctx_time_add(cut_at, grace > 0 ? grace : 0));
@@ -4764,10 +5306,10 @@ static void ctx__runner_watch(ctx__runner_t *runner) {
         for (i = 0; i < 64 && !ctx__runner_told(runner); i++) ctx__cpu_pause();
     } while (!ctx__runner_told(runner) && ctx__clock_read() < until);
     runner->watch = ctx__runner_told(runner) ? CTX__RUNNER_WATCH : runner->watch / 2;
-    ctx__lock(&ctx__runners.mu);
+    ctx__enter(&ctx__runners.mu);
     runner->watches = false;
     ctx__runners.watching--;
-    ctx__unlock(&ctx__runners.mu);
+    ctx__leave(&ctx__runners.mu);
 }
 
 /* [mu] A look after sleeping. True: it goes on, to a job or to its end. */
@@ -4784,11 +5326,11 @@ static bool ctx__runner_rest(ctx__runner_t *runner, bool watch) {
     do {
         ctx__runner_t *wake;
         told = ctx__park_real(&runner->parker, ctx__clock_read() + CTX__RUNNER_IDLE);
-        ctx__lock(&ctx__runners.mu);
+        ctx__enter(&ctx__runners.mu);
         if (!told && runner->woken) { /* just now */
-            ctx__unlock(&ctx__runners.mu);
+            ctx__leave(&ctx__runners.mu);
             told = ctx__park_real(&runner->parker, CTX_NO_DEADLINE);
-            ctx__lock(&ctx__runners.mu);
+            ctx__enter(&ctx__runners.mu);
         }
         if (told) ctx__parker_reset(&runner->parker);
         on = ctx__runner_look(runner);
@@ -4798,7 +5340,7 @@ static bool ctx__runner_rest(ctx__runner_t *runner, bool watch) {
             ctx__runners.threads--;
             ctx__runner_unlink(runner);
         }
-        ctx__unlock(&ctx__runners.mu);
+        ctx__leave(&ctx__runners.mu);
         if (wake) ctx__unpark(&wake->parker);
     } while (!on && !retire);
     if (retire) pthread_detach(runner->thread);
@@ -4809,7 +5351,7 @@ static bool ctx__runner_rest(ctx__runner_t *runner, bool watch) {
 static bool ctx__runner_next(ctx__runner_t *runner) {
     ctx__runner_t *wake;
     bool took, watch = false;
-    ctx__lock(&ctx__runners.mu);
+    ctx__enter(&ctx__runners.mu);
     if (runner->job.run == ctx__go_work) ctx__go_left();
     took = ctx__runner_take(runner);
     if (!took) {
@@ -4819,7 +5361,7 @@ static bool ctx__runner_next(ctx__runner_t *runner) {
         ctx__runner_set_idle(runner);
     }
     wake = ctx__runner_pass_on();
-    ctx__unlock(&ctx__runners.mu);
+    ctx__leave(&ctx__runners.mu);
     if (wake) ctx__unpark(&wake->parker);
     return took || ctx__runner_rest(runner, watch);
 }
@@ -4854,13 +5396,13 @@ static CTX__COLD int ctx__runner_start(const ctx__job_t *job) {
 static void ctx__runner_look_out(void) {
     ctx_time_t until;
     if (!ctx__runners.loaded || ctx__cpus == 1) return; /* all are at work, on jobs that they have begun */
-    ctx__unlock(&ctx__runners.mu);
+    ctx__leave(&ctx__runners.mu);
     until = ctx__clock_read() + CTX__RUNNER_LOOK;
     do {
         int i;
         for (i = 0; i < 32; i++) ctx__cpu_pause();
     } while (!CTX__LOAD(&ctx__runners.idlers, RELAXED) && ctx__clock_read() < until);
-    ctx__lock(&ctx__runners.mu);
+    ctx__enter(&ctx__runners.mu);
 }
 
 /* Run a job on a thread of its own. 0, or CTX_NO_MEMORY. */
@@ -4869,7 +5411,7 @@ static int ctx__run(const ctx__job_t *job) {
     ctx__runner_t *runner, *wake = NULL;
     int rc;
     ctx__me();
-    ctx__lock(&ctx__runners.mu);
+    ctx__enter(&ctx__runners.mu);
     ctx__runners.going += counted;
     if (!ctx__runners.idle) ctx__runner_look_out();
     runner = ctx__runners.idle;
@@ -4879,15 +5421,15 @@ static int ctx__run(const ctx__job_t *job) {
         ctx__runner_load(runner, job);
         if (!ctx__runners.woken || runner->watches) wake = ctx__runner_wake(runner);
     }
-    ctx__unlock(&ctx__runners.mu);
+    ctx__leave(&ctx__runners.mu);
     if (wake) ctx__unpark(&wake->parker);
     if (runner) return 0;
     rc = ctx__runner_start(job);
     if (!rc) return 0;
-    ctx__lock(&ctx__runners.mu);
+    ctx__enter(&ctx__runners.mu);
     ctx__runners.threads--;
     if (counted) ctx__go_left();
-    ctx__unlock(&ctx__runners.mu);
+    ctx__leave(&ctx__runners.mu);
     return rc;
 }
 
@@ -4897,11 +5439,11 @@ static void ctx__runners_stop(void) {
     ctx_time_t until = ctx__clock_read() + CTX__RUNNER_SETTLE;
     ctx__runner_t *runner, *all, *next;
     unsigned turn = 0;
-    ctx__lock(&ctx__runners.mu);
+    ctx__enter(&ctx__runners.mu);
     while (ctx__runners.threads > ctx__runners.idlers && ctx__clock_read() < until) {
-        ctx__unlock(&ctx__runners.mu);
+        ctx__leave(&ctx__runners.mu);
         ctx__relax(&turn);
-        ctx__lock(&ctx__runners.mu);
+        ctx__enter(&ctx__runners.mu);
     }
     all = ctx__runners.idle;
     ctx__runners.idle = NULL;
@@ -4912,7 +5454,7 @@ static void ctx__runners_stop(void) {
         ctx__runners.threads--;
         ctx__runner_wake(runner);
     }
-    ctx__unlock(&ctx__runners.mu);
+    ctx__leave(&ctx__runners.mu);
     for (runner = all; runner; runner = next) {
         next = runner->next;
         ctx__unpark(&runner->parker);
@@ -4964,9 +5506,9 @@ CTXCANCEL_API int ctx_go(ctx_t *ctx, const char *name, ctx_task_fn fn, void *arg
 
 CTXCANCEL_API size_t ctx_go_count(void) {
     size_t n;
-    ctx__lock(&ctx__runners.mu);
+    ctx__enter(&ctx__runners.mu);
     n = ctx__runners.going;
-    ctx__unlock(&ctx__runners.mu);
+    ctx__leave(&ctx__runners.mu);
     return n;
 }
 
@@ -4980,7 +5522,7 @@ CTXCANCEL_API int ctx_go_wait(ctx_t *ctx) {
     memset(&waiter, 0, sizeof waiter);
     if (!ctx__watch(&watch, ctx, &waiter.parker)) return ctx_err(ctx);
     if (self && (self->job.run != ctx__go_work || self->waits)) self = NULL;
-    ctx__lock(&ctx__runners.mu);
+    ctx__enter(&ctx__runners.mu);
     if (self) {
         self->waits = true;
         ctx__runners.waiting++;
@@ -4993,7 +5535,7 @@ CTXCANCEL_API int ctx_go_wait(ctx_t *ctx) {
         self->waits = false;
         ctx__runners.waiting--;
     }
-    ctx__unlock(&ctx__runners.mu);
+    ctx__leave(&ctx__runners.mu);
     ctx__unwatch(&watch);
     return left ? ctx_err(ctx) : 0;
 }
@@ -6432,7 +6974,7 @@ CTXCANCEL_API int ctx_batch_drain(ctx_batch_t *batch, ctx_dur_t budget, ctx_batc
     ctx__unlock(&batch->mu);
     rc = empty ? 0 : CTX_DEADLINE_EXCEEDED;
     if (!empty) {
-        ctx_cancel_cause(batch->ctx, CTX_DEADLINE_EXCEEDED, "batcher closed");
+        ctx_cancel_cause(batch->ctx, CTX_DEADLINE_EXCEEDED, "batcher drained");
         ctx__lock(&batch->mu);
         empty = ctx__batch_wait_empty(batch, ctx__from_now(batch->desc.grace > 0 ? batch->desc.grace : 0));
         ctx__unlock(&batch->mu);
@@ -6449,11 +6991,13 @@ CTXCANCEL_API int ctx_batch_drain(ctx_batch_t *batch, ctx_dur_t budget, ctx_batc
 }
 
 CTXCANCEL_API void ctx_batch_free(ctx_batch_t *batch) {
-    bool drained;
+    bool drained = true;
     if (!batch) return;
-    ctx__lock(&batch->mu);
-    drained = batch->drained;
-    ctx__unlock(&batch->mu);
+    if (batch->forks == ctx__forks) { /* else the lock is the parent process's too */
+        ctx__lock(&batch->mu);
+        drained = batch->drained;
+        ctx__unlock(&batch->mu);
+    }
     if (!drained) ctx_batch_drain(batch, 0, NULL);
     ctx_on_done_stop(&batch->on_end);
     ctx__batch_unref(batch);
@@ -6587,7 +7131,10 @@ CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_f
 
 /* == 13. system =================================================== */
 
-/* Signals. The handler notes the signal and posts a semaphore, which is all that a handler may do; one thread waits
+/* While a context wants a signal the handler of this copy of the library stands, and with the last one the action that
+   stood before comes back.
+
+   Signals. The handler notes the signal and posts a semaphore, which is all that a handler may do; one thread waits
    there and cancels every context that asked for it. SA_RESETHAND has put the default action back by then. Per signal
    there is a count of contexts that want it and the action that stood before the first of them, which comes back with
    the last. All of it under ctx__life; canceling is done without. */
@@ -6600,10 +7147,16 @@ typedef struct ctx__notify {
     ctx_t *second;                 /* [const] canceled by the second signal, which then does not end the process */
     ctx_t *target;                 /* [signal thread] what the signal at hand cancels */
     struct ctx__notify *next_hit;  /* [signal thread] */
+    ctx__link_t link;              /* [ctx__life] pprev NULL: not live */
 } ctx__notify_t;
 
+/* One copy of the library in a process handles signals at a time, for the actions that each would put back are the
+   other's: the copies, static ones too, meet at this symbol. [atomic] */
+__attribute__((weak, visibility("default"))) extern void *ctx__signals_owner;
+__attribute__((weak, visibility("default"))) void *ctx__signals_owner = NULL;
+
 static struct {
-    ctx__notify_t **live;                /* [ctx__life] array of stb_ds.h */
+    ctx__link_t *live;                   /* [ctx__life] */
     unsigned count[CTX__SIGNALS];        /* [ctx__life] contexts that want it */
     unsigned kept[CTX__SIGNALS];         /* [ctx__life] of these, with a `second` */
     struct sigaction before[CTX__SIGNALS]; /* [ctx__life] while count is not 0 */
@@ -6661,21 +7214,21 @@ static void ctx__signal_handler(int signal) {
 
 static void ctx__signal_deliver(int signal) {
     ctx__notify_t *hit = NULL;
-    size_t i;
-    pthread_mutex_lock(&ctx__life);
-    for (i = 0; i < stbds_arrlenu(ctx__signals.live); i++) {
-        ctx__notify_t *notify = ctx__signals.live[i];
+    ctx__link_t *link;
+    ctx__life_lock();
+    for (link = ctx__signals.live; link; link = link->next) {
+        ctx__notify_t *notify = CTX__CONTAINER(link, ctx__notify_t, link);
         if (!ctx__notify_wants(notify, signal) || !ctx__pin(&notify->node)) continue;
         notify->target = NULL;
         if (notify->second && ctx__why(&notify->node)) notify->target = ctx_retain(notify->second);
         notify->next_hit = hit;
         hit = notify;
     }
-    pthread_mutex_unlock(&ctx__life);
+    ctx__life_unlock();
     while (hit) {
         ctx_t *node = &hit->node, *second = hit->target;
         hit = hit->next_hit;
-        ctx__cancel(second ? second : node, CTX_CANCELED, signal, ctx__signal_name(signal));
+        ctx__cancel(second ? second : node, CTX_CANCELED, signal, ctx__signal_name(signal), false);
         ctx_release(second);
         ctx__unpin(node);
     }
@@ -6721,37 +7274,47 @@ static int ctx__signal_hook(int signal, bool keep) {
     return 0;
 }
 
+/* [ctx__life] Becomes the copy that handles signals, unless another one is. */
+static bool ctx__signals_claim(void) {
+    void *nobody = NULL;
+    return CTX__CAS(&ctx__signals_owner, &nobody, (void *)&ctx__signals, ACQ_REL, ACQUIRE) || nobody == &ctx__signals;
+}
+
+/* [ctx__life] The last context of this copy has ended. */
+static void ctx__signals_yield(void) {
+    if (!ctx__signals.live) CTX__STORE(&ctx__signals_owner, (void *)NULL, RELEASE);
+}
+
 /* [ctx__life] */
 static int ctx__notify_hook(ctx__notify_t *notify) {
-    int signal, rc = ctx__signal_start();
-    if (rc) return rc;
-    if (!ctx__array_reserve((void **)&ctx__signals.live, sizeof *ctx__signals.live, 1)) return CTX_NO_MEMORY;
+    int signal, rc = ctx__signals_claim() ? ctx__signal_start() : CTX_ALREADY;
+    bool keep = notify->second != NULL;
+    if (rc == CTX_ALREADY) return rc;
     for (signal = 1; !rc && signal < CTX__SIGNALS; signal++)
-        if (ctx__notify_wants(notify, signal)) rc = ctx__signal_hook(signal, notify->second != NULL);
+        if (ctx__notify_wants(notify, signal) && ctx__signal_hook(signal, keep)) rc = CTX_INVALID;
     if (!rc) {
-        stbds_arrput(ctx__signals.live, notify);
+        ctx__link_in(&ctx__signals.live, &notify->link);
         return 0;
     }
     for (signal -= 2; signal > 0; signal--) /* the one before the last has failed */
-        if (ctx__notify_wants(notify, signal)) ctx__signal_unhook(signal, notify->second != NULL);
-    return CTX_INVALID;
+        if (ctx__notify_wants(notify, signal)) ctx__signal_unhook(signal, keep);
+    ctx__signals_yield();
+    return rc;
 }
 
 /* A notifying context was ended, or its last reference dropped. */
 static void ctx__notify_ended(ctx_t *node) {
     ctx__notify_t *notify = (ctx__notify_t *)(void *)node;
-    size_t i;
     int signal;
-    pthread_mutex_lock(&ctx__life);
-    for (i = 0; i < stbds_arrlenu(ctx__signals.live); i++) {
-        if (ctx__signals.live[i] != notify) continue;
-        stbds_arrdelswap(ctx__signals.live, i);
+    ctx__life_lock();
+    if (notify->link.pprev) {
+        ctx__link_out(&notify->link);
+        notify->link.pprev = NULL;
         for (signal = 1; signal < CTX__SIGNALS; signal++)
             if (ctx__notify_wants(notify, signal)) ctx__signal_unhook(signal, notify->second != NULL);
-        break;
+        ctx__signals_yield();
     }
-    if (stbds_arrlenu(ctx__signals.live) == 0) stbds_arrfree(ctx__signals.live);
-    pthread_mutex_unlock(&ctx__life);
+    ctx__life_unlock();
 }
 
 /* The context of ctx_notify_signals(). `second` may be NULL, and must outlive it else. */
@@ -6765,7 +7328,7 @@ static ctx_t *ctx__notify_make(ctx_t *parent, const int *signals, size_t n, cons
     if (!signals || !n) return ctx__failed(CTX_INVALID);
     for (i = 0; i < n; i++)
         if (signals[i] < 1 || signals[i] >= CTX__SIGNALS) return ctx__failed(CTX_INVALID);
-    notify = (ctx__notify_t *)ctx__alloc(sizeof *notify);
+    notify = ctx__me()->linked ? (ctx__notify_t *)ctx__alloc(sizeof *notify) : NULL;
     if (!notify) return ctx__failed(CTX_NO_MEMORY);
     for (i = 0; i < n; i++) notify->wants[signals[i] / 64] |= (uint64_t)1 << (signals[i] % 64);
     notify->second = second;
@@ -6773,9 +7336,9 @@ static ctx_t *ctx__notify_make(ctx_t *parent, const int *signals, size_t n, cons
     make.flags = CTX__F_NOTIFY;
     make.site = site;
     ctx__make(parent, &notify->node, &make);
-    pthread_mutex_lock(&ctx__life);
+    ctx__life_lock();
     rc = ctx__notify_hook(notify);
-    pthread_mutex_unlock(&ctx__life);
+    ctx__life_unlock();
     if (!rc) return &notify->node;
     ctx_end(&notify->node);
     return ctx__failed(rc);
@@ -6787,179 +7350,133 @@ CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, si
 
 /* -- fork --
 
-   The child has one thread and a copy of memory in which others may have stood anywhere. So before a fork every lock
-   of the library is taken, and in both processes given back after it: no structure is copied half-changed. The locks
-   of the tree are many and a cascade may hold some in an order of its own, so they are only tried: if one cannot be
-   had soon, all are given back and it starts over. A node whose locks were taken is marked, by which the way back
-   finds it.
+   No thread is inside the library while the process forks: the gate of section 1 sees to it. So in the child no lock
+   behind the gate is taken and what they guard is whole (locks of pools, semaphores, groups, channels and batchers may
+   be taken: the child must not use those). The child handler only takes out what belongs to threads that it has not:
+   their callbacks, waits and frames, the sleepers of the fake clock, the runners. It goes through the nodes that have
+   callbacks or a descriptor, and through no others, however many contexts there are.
 
-   The child keeps every context, deadline and descriptor. Callbacks and waits of other threads are forgotten there;
-   pools made before are closed, for their threads are the parent's. */
+     open --ctx__fork_prepare()--> closed, emptying --nobody inside--> fork --> open in both processes
 
-static bool ctx__fork_try(uint32_t *mu) {
-    unsigned i;
-    for (i = 0; i < 2000; i++) {
-        if (!CTX__EXCHANGE(mu, 1u, SEQ_CST)) return true;
-        ctx__cpu_pause();
-    }
-    return false;
-}
-
-static ctx_t *ctx__tree_first(ctx_t *node, unsigned shard) {
-    for (; shard <= (node->shards ? ctx__shard_count : 0); shard++) {
-        ctx_t *child = ctx__list_of(node, shard)->first;
-        if (child) return child;
-    }
-    return NULL;
-}
-
-/* What follows in pre-order; the locks of all before it are held. */
-static ctx_t *ctx__tree_next(ctx_t *node) {
-    ctx_t *next = ctx__tree_first(node, 0);
-    while (!next && node->parent) {
-        next = node->next ? node->next : ctx__tree_first(node->parent, node->shard + 1u);
-        node = node->parent;
-    }
-    return next;
-}
-
-static bool ctx__fork_try_node(ctx_t *node) {
-    unsigned i;
-    if (!ctx__fork_try(&node->list.mu)) return false;
-    for (i = 0; node->shards && i < ctx__shard_count; i++) {
-        if (ctx__fork_try(&node->shards[i].list.mu)) continue;
-        while (i-- > 0) ctx__unlock(&node->shards[i].list.mu);
-        ctx__unlock(&node->list.mu);
-        return false;
-    }
-    CTX__STORE(&node->list.contended, node->list.contended | CTX__FORK_MARK, RELAXED);
-    return true;
-}
-
-static bool ctx__fork_marked(const ctx_t *node) {
-    return (CTX__LOAD(&node->list.contended, RELAXED) & CTX__FORK_MARK) != 0;
-}
-
-/* The first child from `child` on, or in a later list, whose locks were taken for the fork. */
-static ctx_t *ctx__fork_taken(ctx_t *parent, ctx_t *child, unsigned shard) {
-    for (;;) {
-        for (; child; child = child->next)
-            if (ctx__fork_marked(child)) return child;
-        if (++shard > (parent->shards ? ctx__shard_count : 0)) return NULL;
-        child = ctx__list_of(parent, shard)->first;
-    }
-}
-
-static ctx_t *ctx__fork_deepest(ctx_t *node) {
-    ctx_t *child;
-    while ((child = ctx__fork_taken(node, node->list.first, 0)) != NULL) node = child;
-    return node;
-}
-
-/* In the child: forget the callbacks of threads that are gone, for their storage may go with their stacks. */
-static void ctx__fork_forget(ctx_t *node) {
-    ctx_on_done_t *all = node->after, *reg, *next;
-    node->after = NULL;
-    if (all) all->prev->next = NULL;
-    for (reg = all; reg; reg = next) {
-        next = reg->next;
-        if ((reg->flags & CTX__REG_OWN) || (unsigned)reg->flags / CTX__REG_THREAD == ctx__self.index)
-            ctx__reg_link(node, reg);
-        else
-            reg->state = CTX__REG_IDLE;
-    }
-}
-
-/* Give the tree's locks back, children before parents. */
-static void ctx__fork_release_tree(bool child) {
-    ctx_t *node = &ctx__root;
-    if (!ctx__fork_marked(node)) return;
-    node = ctx__fork_deepest(node);
-    for (;;) {
-        ctx_t *parent = node->parent, *next;
-        unsigned i;
-        if (child) ctx__fork_forget(node);
-        if (child && node->event) {
-            ctx__event_unshare(node->event);
-            if (node->why) ctx__event_set(node->event);
-        }
-        for (i = 0; node->shards && i < ctx__shard_count; i++) ctx__unlock(&node->shards[i].list.mu);
-        node->list.contended &= (uint8_t)~CTX__FORK_MARK;
-        ctx__unlock(&node->list.mu);
-        if (!parent) return;
-        next = ctx__fork_taken(parent, node->next, node->shard);
-        node = next ? ctx__fork_deepest(next) : parent;
-    }
-}
-
-static bool ctx__fork_try_tree(void) {
-    ctx_t *node;
-    for (node = &ctx__root; node; node = ctx__tree_next(node)) {
-        if (ctx__fork_try_node(node)) continue;
-        ctx__fork_release_tree(false);
-        return false;
-    }
-    return true;
-}
-
-static void ctx__services_lock(void); /* section 14 */
-static void ctx__services_unlock(void);
+   The child keeps every context, deadline and descriptor. A context that is done may have callbacks left which another
+   thread was about to call in the parent: those of the thread that forked are handed to the child's runtime thread.
+   Pools made before are closed, for their threads are the parent's. If the runtime thread forks, inside a callback, it
+   is the child's runtime thread too, and ends when nothing is left to do for it. */
 
 static void ctx__fork_prepare(void) {
-    unsigned i, turn = 0;
-    pthread_mutex_lock(&ctx__life);
-    while (!ctx__fork_try_tree()) ctx__relax(&turn);
-    for (i = 0; i < CTX__STRIPES; i++) ctx__lock(&ctx__stripes[i].mu);
-    for (i = 0; i < CTX__WHEELS; i++) ctx__lock(&ctx__wheels[i].mu);
-    ctx__lock(&ctx__walks_mu);
-    ctx__lock(&ctx__runtime.mu);
-    ctx__services_lock();
-    ctx__lock(&ctx__runners.mu);
-}
-
-static void ctx__fork_release(bool child) {
-    unsigned i;
-    ctx__unlock(&ctx__runners.mu);
-    ctx__services_unlock();
-    ctx__unlock(&ctx__runtime.mu);
-    ctx__unlock(&ctx__walks_mu);
-    for (i = 0; i < CTX__WHEELS; i++) ctx__unlock(&ctx__wheels[i].mu);
-    for (i = 0; i < CTX__STRIPES; i++) ctx__unlock(&ctx__stripes[i].mu);
-    ctx__fork_release_tree(child);
+    ctx__thread_t *me = ctx__me();
+    ctx__link_t *link;
+    unsigned turn = 0;
+    bool fenced;
+    CTXCANCEL_ASSERT((me->inside & ~CTX__STRANGER) == 0); /* not from an allocator */
+    ctx__lock(&ctx__gate.mu);
+    CTX__STORE(&ctx__gate.forking, me, RELEASE);
+    CTX__OR(&ctx__gate.word, (uint32_t)CTX__GATE_CLOSED, SEQ_CST);
+    fenced = (CTX__LOAD(&ctx__gate.word, RELAXED) & CTX__GATE_FENCES) || ctx__fences();
+    CTXCANCEL_ASSERT(fenced); /* the system said that it can */
+    for (link = ctx__gate.threads; link; link = link->next) {
+        ctx__thread_t *thread = CTX__CONTAINER(link, ctx__thread_t, link);
+        while (thread != me && (CTX__LOAD(&thread->inside, SEQ_CST) & ~CTX__STRANGER)) ctx__relax(&turn);
+    }
+    (void)fenced;
 }
 
 static void ctx__fork_parent(void) {
-    ctx__fork_release(false);
-    pthread_mutex_unlock(&ctx__life);
+    CTX__STORE(&ctx__gate.forking, (ctx__thread_t *)NULL, RELEASE);
+    if (CTX__AND(&ctx__gate.word, (uint32_t)CTX__GATE_FENCES, ACQ_REL) & CTX__GATE_SLEPT_ON)
+        ctx__futex_wake(&ctx__gate.word, INT32_MAX);
+    ctx__unlock(&ctx__gate.mu);
 }
 
-/* Forget the other threads; start anew what is needed now: a thread that only polls would not start it. */
-static void ctx__fork_child(void) {
-    ctx__timer_t *due;
+/* Is it the library's, or was it registered by the thread that has forked? */
+static bool ctx__fork_keeps(const ctx_on_done_t *reg) {
+    return (reg->flags & CTX__REG_OWN) || (unsigned)reg->flags / CTX__REG_THREAD == ctx__self.index;
+}
+
+/* Drop the callbacks of threads that are gone, for their storage may go with their stacks. */
+static void ctx__fork_forget(ctx_t *node) {
+    ctx_on_done_t *all = node->on_done, *reg, *next;
+    node->on_done = NULL;
+    if (all) all->prev->next = NULL;
+    for (reg = all; reg; reg = next) {
+        next = reg->next;
+        reg->state = ctx__fork_keeps(reg) ? CTX__REG_LINKED : CTX__REG_IDLE; /* a thread may have been stopping it */
+        if (reg->state == CTX__REG_LINKED) ctx__reg_link(node, reg);
+    }
+}
+
+enum { CTX__WATCHED_CALLING = 2 }; /* this thread is about to call its callbacks */
+
+static void ctx__fork_mark_calling(bool on) {
+    const ctx__calling_t *calling;
+    ctx_t *node;
+    for (calling = ctx__self.calling; calling; calling = calling->outer)
+        for (node = calling->first; node; node = node->work)
+            node->watched = (uint8_t)((node->watched & 1) | (on ? CTX__WATCHED_CALLING : 0));
+}
+
+static void ctx__fork_node(ctx_t *node, ctx_t **dead) {
+    bool had = node->on_done != NULL;
+    ctx__fork_forget(node);
+    if (node->event) {
+        ctx__event_unshare(node->event);
+        if (ctx__done(node)) ctx__event_set(node->event);
+    }
+    if (had && node->list.orphan && ctx__list_idle(node, &node->list)) ctx__pin_drop(node, dead);
+    if (!node->on_done || !ctx__done(node) || (node->watched & CTX__WATCHED_CALLING) || !ctx__pin(node)) return;
+    node->work = ctx__runtime.pending;
+    if (!node->work) ctx__runtime.pending_last = node;
+    ctx__runtime.pending = node;
+}
+
+static void ctx__fork_nodes(void) {
+    ctx_t *dead = NULL;
+    ctx__link_t *link;
     unsigned i;
-    pthread_mutex_init(&ctx__life, NULL);
-    ctx__futex_init();
-    ctx__forks++;
-    ctx__walks = NULL;
-    ctx__runtime.running = 0;
-    ctx__runtime.nags = NULL;
-    for (due = ctx__runtime.due; due; due = due->next) due->level = 0;
-    ctx__signals.running = false;
+    ctx__runtime.pending = NULL;
+    ctx__fork_mark_calling(true);
+    for (i = 0; i < CTX__STRIPES; i++)
+        for (link = ctx__watched[i].first; link; link = link->next)
+            ctx__fork_node(CTX__CONTAINER(link, ctx_t, watch), &dead);
+    ctx__fork_mark_calling(false);
+    ctx__bury(dead);
+}
+
+/* Keep the frames of callbacks that this thread is in; nobody waits for them any more. */
+static void ctx__fork_frames(void) {
+    unsigned i;
     for (i = 0; i < CTX__STRIPES; i++) {
         ctx__frame_t **at = &ctx__stripes[i].frames;
         while (*at) {
+            (*at)->stoppers = NULL;
             if ((*at)->thread != &ctx__self) *at = (*at)->next;
             else at = &(*at)->next;
         }
     }
+}
+
+static void ctx__fork_child(void) {
+    ctx__thread_t *me = &ctx__self;
+    unsigned i;
+    ctx__forks++;
+    ctx__gate.threads = NULL;
+    if (me->linked) ctx__link_in(&ctx__gate.threads, &me->link);
+    ctx__futex_init();
+    ctx__runtime.running = ctx__runtime.running && me->runtime;
+    ctx__runtime.nags = NULL;
+    ctx__signals.running = false;
     for (i = 0; i < CTX__WHEELS; i++) ctx__wheels[i].started = 0;
+    memset(&ctx__wheels[CTX__WHEELS], 0, sizeof *ctx__wheels);
+    ctx__wheels[CTX__WHEELS].tick = ctx__tick_of(ctx_now());
+    ctx__fork_frames();
+    ctx__fork_nodes();
     ctx__runners_forget();
-    ctx__fork_release(true);
+    ctx__fork_parent(); /* opens the gate */
     if (CTX__TSAN) return; /* it does not allow threads in the child of a threaded process */
-    if (ctx__timers_armed() || ctx__runtime.due) ctx__runtime_start();
-    pthread_mutex_lock(&ctx__life);
+    if (ctx__timers_armed() || ctx__runtime.pending) ctx__timer_ready();
+    ctx__life_lock();
     if (ctx__signals.live) ctx__signal_start();
-    pthread_mutex_unlock(&ctx__life);
+    ctx__life_unlock();
 }
 
 /* -- the beginning and the end -- */
@@ -6972,23 +7489,31 @@ static unsigned ctx__power(unsigned n, unsigned most) {
 }
 
 static void ctx__setup(void) {
+    int rc = 0;
     ctx__cpus = ctx__cpu_count();
     ctx__shard_count = ctx__power(ctx__cpus * 2, CTX__SHARDS_MAX);
     if (ctx__shard_count < 4) ctx__shard_count = 4;
     ctx__wheel_count = ctx__power(ctx__cpus * 2, CTX__WHEELS);
-    ctx__futex_init();
-    sem_init(&ctx__signals.posted, 0, 0);
-    pthread_key_create(&ctx__thread_key, ctx__thread_leave);
-    pthread_atfork(ctx__fork_prepare, ctx__fork_parent, ctx__fork_child);
+    if (!ctx__fences_available()) ctx__gate.word = CTX__GATE_FENCES;
+    rc |= sem_init(&ctx__signals.posted, 0, 0);
+    rc |= pthread_atfork(ctx__fork_prepare, ctx__fork_parent, ctx__fork_child);
+    rc |= pthread_key_create(&ctx__thread_key, ctx__thread_leave);
+    CTX__STORE(&ctx__thread_keyed, rc == 0, RELEASE); /* else no context can be made */
+}
+
+/* When the code is unloaded the key's destructor goes with it. */
+__attribute__((destructor)) static void ctx__unload(void) {
+    if (CTX__EXCHANGE(&ctx__thread_keyed, false, ACQ_REL)) pthread_key_delete(ctx__thread_key);
 }
 
 CTXCANCEL_API void ctx_runtime_stop(void) {
     pthread_t runtime, signals;
     bool join_runtime, join_signals;
+    ctx__event_t event;
     unsigned i;
     ctx__me();
     ctx__runners_stop();
-    pthread_mutex_lock(&ctx__life);
+    ctx__life_lock();
     join_runtime = ctx__runtime.running != 0;
     join_signals = ctx__signals.running;
     runtime = ctx__runtime.thread;
@@ -6997,7 +7522,7 @@ CTXCANCEL_API void ctx_runtime_stop(void) {
     CTX__ADD(&ctx__signals.era, 1u, RELEASE);
     CTX__STORE(&ctx__runtime.running, 0u, RELEASE);
     ctx__signals.running = false;
-    pthread_mutex_unlock(&ctx__life);
+    ctx__life_unlock();
     /* Joined without the lock: a callback on one of them may be waiting for it. */
     if (join_runtime) {
         ctx__runtime_kick();
@@ -7007,13 +7532,16 @@ CTXCANCEL_API void ctx_runtime_stop(void) {
         sem_post(&ctx__signals.posted);
         ctx__thread_join(signals);
     }
-    ctx__lock(&ctx__runtime.mu);
-    ctx__event_close(&ctx__event_done);
-    ctx__unlock(&ctx__runtime.mu);
+    ctx__runtime_call_pending(); /* that no thread was there for */
+    ctx__enter(&ctx__runtime.mu);
+    event = ctx__event_done;
+    ctx__event_done.fd = ctx__event_done.writer = -1;
+    ctx__leave(&ctx__runtime.mu);
+    ctx__event_close(&event);
     for (i = 0; i < ctx__wheel_count; i++) {
-        ctx__lock(&ctx__wheels[i].mu);
+        ctx__enter(&ctx__wheels[i].mu);
         ctx__wheels[i].started = 0;
-        ctx__unlock(&ctx__wheels[i].mu);
+        ctx__leave(&ctx__wheels[i].mu);
     }
     ctx__cache_flush(&ctx__self);
 }
@@ -7111,9 +7639,6 @@ typedef struct {
 } ctx__serving_t;
 static __thread ctx__serving_t ctx__serving;
 
-static void ctx__services_lock(void) { ctx__lock(&ctx__services.mu); }
-static void ctx__services_unlock(void) { ctx__unlock(&ctx__services.mu); }
-
 static void ctx__service_unref(ctx_service_t *service) {
     if (CTX__SUB(&service->refs, 1u, ACQ_REL) != 1) return;
     ctx_end(service->ctx);
@@ -7175,11 +7700,11 @@ static void ctx__service_cancel_siblings(ctx_service_t *service, int rc) {
     ctx_service_t *sibling;
     for (;;) {
         ctx_t *ctx = NULL;
-        ctx__lock(&ctx__services.mu);
+        ctx__enter(&ctx__services.mu);
         for (sibling = ctx__services.all; sibling && !ctx; sibling = sibling->next)
             if (sibling != service && sibling->parent == service->parent && !ctx_err(sibling->ctx))
                 ctx = ctx_retain(sibling->ctx);
-        ctx__unlock(&ctx__services.mu);
+        ctx__leave(&ctx__services.mu);
         if (!ctx) return;
         ctx_cancel_cause(ctx, rc, service->desc.name);
         ctx_release(ctx);
@@ -7198,14 +7723,14 @@ static void ctx__service_run_job(const ctx__job_t *job) {
         ctx__service_leave(outer);
     }
     if (rc && rc == ctx_err(service->ctx)) rc = 0; /* it was told to stop */
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     if (service->state == CTX__STOPPING || rc) ctx__service_note(service, rc);
     alone = rc && !service->app && service->state <= CTX__RUNNING;
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     if (alone) ctx__service_cancel_siblings(service, rc);
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     if (!service->excused) ctx__service_inactive(service);
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     ctx__service_unref(service);
 }
 
@@ -7216,20 +7741,20 @@ static void ctx__service_quiet_job(const ctx__job_t *job) {
     int rc = 0;
     if (service->desc.refuse) {
         service->desc.refuse(service->desc.user);
-        ctx__lock(&ctx__services.mu);
+        ctx__enter(&ctx__services.mu);
         ctx__service_note(service, 0);
         if (!service->stop) drain = false; /* the stop is over: nothing new begins */
-        ctx__unlock(&ctx__services.mu);
+        ctx__leave(&ctx__services.mu);
     }
     if (drain) rc = service->desc.drain(job->ctx, service->desc.user);
     if (rc == CTX_CANCELED && ctx_err(job->ctx)) rc = CTX_DEADLINE_EXCEEDED; /* only its time can have run out */
     ctx__service_leave(outer);
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     ctx__service_note(service, rc);
     if (drain) service->drained = ctx_now();
     service->quiet = true;
     ctx__service_inactive(service);
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     ctx__service_unref(service);
 }
 
@@ -7238,9 +7763,9 @@ static void ctx__service_force_job(const ctx__job_t *job) {
     ctx__serving_t outer = ctx__service_enter(service, false);
     service->desc.force(service->desc.user);
     ctx__service_leave(outer);
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     ctx__service_inactive(service);
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     ctx__service_unref(service);
 }
 
@@ -7253,18 +7778,18 @@ static int ctx__service_launch(ctx_service_t *service, void (*run)(const ctx__jo
     job.owner = service;
     job.ctx = ctx;
     CTX__ADD(&service->refs, 1u, RELAXED);
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     service->active++;
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     rc = ctx__run(&job);
     if (!rc) return 0;
     if (here) {
         run(&job);
         return 0;
     }
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     service->active--;
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     CTX__SUB(&service->refs, 1u, RELAXED); /* not the last: the caller's is still there */
     return rc;
 }
@@ -7289,9 +7814,9 @@ static void ctx__stop_deadline(ctx__stop_t *stop, ctx_service_t *service, ctx_ti
 
 static bool ctx__service_is_active(ctx_service_t *service) {
     bool active;
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     active = service->active != 0;
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     return active;
 }
 
@@ -7300,10 +7825,10 @@ static void ctx__stop_release(ctx_service_t *service) {
     ctx_service_t **need;
     if (service->released) return;
     service->released = true;
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     for (need = service->needs; need && *need; need++)
         if (--(*need)->dependents == 0) ctx__service_changed(*need);
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
 }
 
 static void ctx__stop_over(ctx__stop_t *stop, ctx_service_t *service, bool late) {
@@ -7329,7 +7854,7 @@ static void ctx__stop_cancel(ctx__stop_t *stop, ctx_service_t *service) {
     bool first = service->canceled == CTX__NEVER;
     service->phase = CTX__CANCELED;
     if (first) service->canceled = ctx_now();
-    ctx__cancel(service->ctx, CTX_CANCELED, stop->code ? stop->code : CTX_CANCELED, stop->what);
+    ctx__cancel(service->ctx, CTX_CANCELED, stop->code ? stop->code : CTX_CANCELED, stop->what, false);
     if (service->drain_ctx) ctx_cancel(service->drain_ctx);
     if (!ctx__service_is_active(service)) ctx__stop_over(stop, service, false);
     else ctx__stop_deadline(stop, service, ctx__from_now(ctx__service_grace(service)));
@@ -7374,10 +7899,10 @@ static void ctx__stop_quiet(ctx__stop_t *stop, ctx_service_t *service) {
 static bool ctx__stop_enter(ctx_service_t *service) {
     bool started;
     service->began = ctx_now();
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     started = service->state == CTX__RUNNING;
     service->state = CTX__STOPPING;
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     return started;
 }
 
@@ -7390,12 +7915,12 @@ static void ctx__stop_begin(ctx__stop_t *stop, ctx_service_t *service) {
 static void ctx__stop_advance(ctx__stop_t *stop, ctx_service_t *service, ctx_time_t now) {
     bool quiet, active, overtaken, passed = now >= service->deadline;
     if (service->phase == CTX__OVER) return;
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     quiet = service->quiet;
     active = service->active != 0;
     overtaken = service->overtaken && !active && service->phase > CTX__QUIET;
     if (overtaken) service->overtaken = false;
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     if (overtaken) {
         ctx__stop_quiet(stop, service);
     } else if (service->phase == CTX__WAITING) {
@@ -7446,13 +7971,13 @@ static void ctx__stop_clock(ctx__stop_t *stop, ctx_time_t now) {
 
 static ctx_service_t *ctx__stop_take_changed(ctx__stop_t *stop) {
     ctx_service_t *service;
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     service = stop->changed;
     if (service) {
         stop->changed = service->next_changed;
         service->changed = false;
     }
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     return service;
 }
 
@@ -7683,12 +8208,12 @@ static ctx_service_t *ctx__service_make(ctx_t *parent, const ctx_service_desc_t 
         errno = ENOMEM;
         return NULL;
     }
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     service->next = ctx__services.all;
     service->pprev = &ctx__services.all;
     if (service->next) service->next->pprev = &service->next;
     ctx__services.all = service;
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     return service;
 }
 
@@ -7726,7 +8251,7 @@ static int ctx__service_do_start(ctx_service_t *service) {
     ctx__parker_reset(&service->start_over);
     rc = service->desc.run ? ctx__service_launch(service, ctx__service_run_job, NULL, false) : 0;
     if (!rc) rc = ctx__service_call_start(service);
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     stopping = service->state >= CTX__STOPPING;
     service->start_rc = stopping ? CTX_CLOSED : rc;
     service->overtaken = stopping && !rc;
@@ -7738,7 +8263,7 @@ static int ctx__service_do_start(ctx_service_t *service) {
     while (service->state == CTX__STARTING && service->active)
         ctx__waiter_park(&service->waiters, &waiter, &ctx__services.mu, CTX_NO_DEADLINE);
     if (service->state == CTX__STARTING) service->state = CTX__NEW;
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     return rc ? rc : stopping ? CTX_CLOSED : 0;
 }
 
@@ -7746,13 +8271,13 @@ CTXCANCEL_API int ctx_service_start(ctx_service_t *service) {
     uint8_t state;
     int rc;
     if (!service) return CTX_INVALID;
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     state = service->state;
     if (state == CTX__NEW) {
         service->state = CTX__STARTING;
         service->active++;
     }
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     if (state >= CTX__STOPPING) return CTX_CLOSED;
     if (state != CTX__NEW) return CTX_ALREADY;
     CTX__ADD(&service->refs, 1u, RELAXED);
@@ -7781,7 +8306,7 @@ static void ctx__service_supervise(ctx_service_t *service, ctx__stop_t *stop) {
     stop->end = ctx_time_add(stop->start, stop->budget);
     stop->what = "service stopped";
     ctx__stop_run(stop);
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     service->stop = NULL;
     service->changed = false;
     service->state = CTX__STOPPED;
@@ -7790,7 +8315,7 @@ static void ctx__service_supervise(ctx_service_t *service, ctx__stop_t *stop) {
     service->stop_took = ctx_now() - stop->start;
     service->stop_rc = ctx__stop_within_budget(stop) ? service->rc : CTX_DEADLINE_EXCEEDED;
     ctx__waiters_wake(&service->waiters);
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
 }
 
 CTXCANCEL_API int ctx_service_stop(ctx_service_t *service, ctx_dur_t budget, ctx_shutdown_report_t *report) {
@@ -7805,7 +8330,7 @@ CTXCANCEL_API int ctx_service_stop(ctx_service_t *service, ctx_dur_t budget, ctx
     stop.n = stop.left = 1;
     stop.start = ctx_now();
     stop.budget = budget > 0 ? budget : 0;
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     mine = !service->stop && service->state != CTX__STOPPED;
     if (ctx__serving.service == service && ctx__serving.run && !service->excused) {
         service->excused = true;
@@ -7814,23 +8339,23 @@ CTXCANCEL_API int ctx_service_stop(ctx_service_t *service, ctx_dur_t budget, ctx
     if (mine) {
         /* cppcheck-suppress autoVariables ; it is taken back below */
         service->stop = &stop;
-        ctx__unlock(&ctx__services.mu);
+        ctx__leave(&ctx__services.mu);
         ctx__service_supervise(service, &stop);
-        ctx__lock(&ctx__services.mu);
+        ctx__enter(&ctx__services.mu);
     }
     while (service->state != CTX__STOPPED)
         ctx__waiter_park(&service->waiters, &waiter, &ctx__services.mu, CTX_NO_DEADLINE);
     rc = ctx__service_result(service, report);
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     return rc;
 }
 
 CTXCANCEL_API void ctx_service_free(ctx_service_t *service) {
     if (!service) return;
     ctx_service_stop(service, 0, NULL);
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     ctx__service_unlist(service);
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     ctx__service_unref(service);
 }
 
@@ -7903,9 +8428,9 @@ CTXCANCEL_API void ctx_app_free(ctx_app_t *app) {
     size_t i;
     if (!app) return;
     for (i = 0; i < stbds_arrlenu(app->services); i++) {
-        ctx__lock(&ctx__services.mu);
+        ctx__enter(&ctx__services.mu);
         ctx__service_unlist(app->services[i]);
-        ctx__unlock(&ctx__services.mu);
+        ctx__leave(&ctx__services.mu);
         ctx__service_unref(app->services[i]);
     }
     stbds_arrfree(app->services);
@@ -7975,10 +8500,10 @@ static int ctx__app_signals(ctx_app_t *app, const int *signals) {
 /* Is there a reason to shut down? Its text and code. */
 static bool ctx__app_over(ctx_app_t *app, const char **what, int *code) {
     ctx_cause_t cause;
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     *what = app->failed;
     *code = app->failed_rc;
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     if (*code) return true;
     cause = ctx_cause(ctx_err(app->first) ? app->first : app->parent);
     *what = cause.what;
@@ -7989,25 +8514,25 @@ static bool ctx__app_over(ctx_app_t *app, const char **what, int *code) {
 static void ctx__app_start_job(const ctx__job_t *job) {
     ctx_service_t *service = (ctx_service_t *)job->owner;
     int rc = ctx__service_do_start(service);
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     if (rc && rc != ctx_err(service->ctx) && rc != CTX_CLOSED) ctx__service_note(service, rc);
     if (service->app) ctx__unpark(&service->app->parker);
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     ctx__service_unref(service);
 }
 
 static void ctx__app_start(ctx_service_t *service) {
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     service->state = CTX__STARTING;
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     ctx__service_launch(service, ctx__app_start_job, NULL, true);
 }
 
 static bool ctx__app_is_starting(ctx_service_t *service) {
     bool starting;
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     starting = service->state == CTX__STARTING;
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     return starting;
 }
 
@@ -8047,11 +8572,11 @@ static int ctx__app_shut_down(ctx_app_t *app, const ctx_app_desc_t *desc, ctx__s
         ctx__wait_until(app->second, ctx__min(stop->end, ctx_time_add(stop->start, desc->lame_duck)));
         duck = ctx_now() - stop->start;
     }
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     for (i = 0; i < stop->n; i++) stop->services[i]->stop = stop;
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     ctx__stop_run(stop);
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     rc = app->failed_rc;
     for (i = 0; i < stop->n; i++) stop->services[i]->stop = NULL;
     if (!rc && !ctx__stop_within_budget(stop)) rc = CTX_DEADLINE_EXCEEDED;
@@ -8061,7 +8586,7 @@ static int ctx__app_shut_down(ctx_app_t *app, const ctx_app_desc_t *desc, ctx__s
         desc->report->forced = ctx_err(app->second) != 0;
         desc->report->rc = rc;
     }
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     return rc;
 }
 
@@ -8130,11 +8655,11 @@ CTXCANCEL_API int ctx_cleanup_add(ctx_cleanup_t *cleanup, const ctx_cleanup_desc
         CTXCANCEL_FREE(item);
         return CTX_NO_MEMORY;
     }
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     if (cleanup->last) cleanup->last->next = item;
     else cleanup->first = item;
     cleanup->last = item;
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     return 0;
 }
 
@@ -8146,12 +8671,12 @@ static bool ctx__cleanup_do(ctx__cleanup_item_t *item) {
     ctx__tally = &item->tally;
     rc = item->desc.fn(item->ctx, item->desc.arg);
     ctx__tally = outer;
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     item->rc = rc;
     item->finished = ctx_now();
     late = item->run == NULL;
     if (!late) ctx__unpark(&item->run->parker);
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     return late;
 }
 
@@ -8182,12 +8707,12 @@ static void ctx__cleanup_launch(ctx__cleanup_item_t *item, ctx__cleanup_run_t *r
 /* When the wait for these is over at the latest; CTX__NEVER: it is. */
 static ctx_time_t ctx__cleanup_until(const ctx__cleanup_item_t *items, bool critical, ctx_time_t end) {
     ctx_time_t until = CTX__NEVER;
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     for (; items; items = items->next) {
         ctx_time_t its = items->desc.critical && critical ? ctx__min(items->deadline, end) : end;
         if (items->began != CTX__NEVER && items->finished == CTX__NEVER && its > until) until = its;
     }
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     return until;
 }
 
@@ -8263,22 +8788,22 @@ CTXCANCEL_API int ctx_cleanup_run(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_
     int rc, critical;
     if (report) memset(report, 0, sizeof *report);
     if (!cleanup) return CTX_INVALID;
-    run.parker.state = CTX__EMPTY;
+    ctx__parker_init(&run.parker);
     if (budget < 0) budget = 0;
     end = ctx_time_add(start, budget);
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     items = cleanup->first;
     cleanup->first = cleanup->last = NULL;
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     for (critical = 1; critical >= 0; critical--) {
         for (item = items; item; item = item->next)
             if (item->desc.critical == (critical != 0)) ctx__cleanup_launch(item, &run, ctx_time_add(end, -ctx_now()));
         ctx__cleanup_wait(items, &run, critical != 0, end);
     }
-    ctx__lock(&ctx__services.mu);
+    ctx__enter(&ctx__services.mu);
     if (report) ctx__cleanup_report(items, start, report);
     rc = ctx__cleanup_part_ways(items, &done);
-    ctx__unlock(&ctx__services.mu);
+    ctx__leave(&ctx__services.mu);
     while ((item = done) != NULL) {
         done = item->next;
         ctx__cleanup_item_free(item);

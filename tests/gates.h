@@ -11,7 +11,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/types.h>
-#ifdef __linux__
+#if defined(__linux__) || defined(__gnu_linux__) /* -U__linux__ is for the header alone */
 #include <sys/syscall.h>
 #endif
 
@@ -141,7 +141,7 @@ static inline pthread_t thread_start(void *(*fn)(void *), void *arg) {
 static inline void thread_join(pthread_t thread) { pthread_join(thread, NULL); }
 
 static inline int thread_id(void) {
-#ifdef __linux__
+#if defined(__linux__) || defined(__gnu_linux__) /* -U__linux__ is for the header alone */
     return (int)syscall(SYS_gettid);
 #else
     return 1;
@@ -151,7 +151,7 @@ static inline int thread_id(void) {
 /* `slot` is 0 until the thread has put its thread_id() there. The thread must be about to park and nothing else. */
 static inline UNUSED_OK void until_asleep(const int *slot) {
     while (load(slot) == 0) sched_yield();
-#ifdef __linux__
+#if defined(__linux__) || defined(__gnu_linux__) /* -U__linux__ is for the header alone */
     char path[64];
     snprintf(path, sizeof path, "/proc/self/task/%d/stat", load(slot));
     int64_t end = test_now_ns() + PATIENCE_NS;

@@ -19,7 +19,7 @@
 #define STEP CTX_MS(100)
 
 static inline bool others_sleep(void) {
-#ifdef __linux__
+#if defined(__linux__) || defined(__gnu_linux__) /* -U__linux__ is for the header alone */
     DIR *dir = opendir("/proc/self/task");
     bool asleep = true;
     if (!dir) return false;

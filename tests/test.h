@@ -14,7 +14,8 @@
    CHECK, CHECK_EQ    record a failure and return: only in the body of a TEST
    EXPECT, EXPECT_EQ  record a failure and go on: from any function and any thread
    SKIP(why)          leave this test uncounted, with a reason: only in the body of a TEST
-   TEST_QUICK         true under slow tools (environment TEST_QUICK=1); test_scale(n) is n, or n / 50 when quick
+   TEST_QUICK         true under slow tools (environment TEST_QUICK=1)
+   test_scale(n)      n rounds of a storm; n / 50 if TEST_QUICK, else n / TEST_SHARE (environment, 1 if unset)
 
    A program runs its tests in source order, or only those whose name contains argv[1], prints one line for each and
    `N passed, N failed` at the end. A test that takes longer than TEST_TIMEOUT seconds (environment, 120 if unset) is
@@ -46,6 +47,7 @@ static struct {
     test_case_t *first;
     const test_case_t *current;
     bool quick;
+    int share; /* a storm does this part of its rounds */
     unsigned timeout_s;
     pid_t pid;
     int selected, passed, failed, skipped;
@@ -57,8 +59,8 @@ static struct {
 #define TEST_QUICK (test_state.quick)
 
 static inline int test_scale(int n) {
-    if (!test_state.quick) return n;
-    return n / 50 > 0 ? n / 50 : 1;
+    int scaled = n / (test_state.quick ? 50 : test_state.share);
+    return scaled > 0 ? scaled : 1;
 }
 
 static inline int64_t test_now_ns(void) {
@@ -268,8 +270,10 @@ static inline bool test_selected(const test_case_t *test, const char *filter) {
 static inline int test_main(int argc, char **argv) {
     const char *filter = argc > 1 ? argv[1] : NULL;
     const char *quick = getenv("TEST_QUICK");
+    const char *share = getenv("TEST_SHARE");
     const char *timeout = getenv("TEST_TIMEOUT");
     test_state.quick = quick && *quick && strcmp(quick, "0") != 0;
+    test_state.share = share && atoi(share) > 0 ? atoi(share) : 1;
     test_state.timeout_s = timeout && atoi(timeout) > 0 ? (unsigned)atoi(timeout) : 120;
     test_state.pid = getpid();
     setvbuf(stdout, NULL, _IOLBF, 0); /* so that a forked child never repeats our lines */

@@ -90,10 +90,13 @@ symbols_start_with_ctx() {
     refuse grep -vE '^(ctx_|stbds_)' "$tmp/symbols"
 }
 
+# But for the one symbol at which the copies of the library in a process agree who handles signals.
 static_implementation_exports_nothing() {
     $CC -std=c11 -I. -DCTXCANCEL_STATIC -c "$tmp/impl.c" -o "$tmp/static.o"
     nm -g --defined-only "$tmp/static.o" | awk '{ print $NF }' >"$tmp/symbols"
-    refuse grep -E '^ctx_' "$tmp/symbols"
+    refuse grep -E '^ctx_' <<EOT
+$(grep -v '^ctx__signals_owner$' "$tmp/symbols")
+EOT
 }
 
 declarations_emit_nothing() {
