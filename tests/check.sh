@@ -17,7 +17,7 @@ pattern=${1:-.}
 warn="-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wundef -Werror"
 cwarn="$warn -Wstrict-prototypes"
 dir=build/check
-passed=0 failed=0 skipped=0
+passed=0 failed=0 skipped=()
 export TEST_TIMEOUT=${TEST_TIMEOUT:-120} RUN_LIMIT=300
 
 export ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=1:abort_on_error=0
@@ -33,7 +33,7 @@ memcheck_left="$memcheck=full --show-leak-kinds=all --errors-for-leak-kinds=all"
 
 skip() {
     [[ $1 =~ $pattern ]] || return 0
-    skipped=$((skipped + 1))
+    skipped+=("$1")
     echo "skip $1 ($2)"
 }
 
@@ -82,7 +82,7 @@ together() {
 }
 
 # Tests that need the implementation in their own file: they look inside it, or configure it.
-own_implementation=$(grep -lE 'fault\.h|ctx__|CTXCANCEL_(STATIC|MALLOC|ASSERT)' tests/test_*.c)
+own_implementation=$(grep -lE 'fault\.h|ctx__|CTXCANCEL_(STATIC|MALLOC|ASSERT|TEST_)' tests/test_*.c)
 
 # The other tests ask for the implementation too, so to have them without they are given a ctxcancel.h that takes this
 # back.
@@ -117,13 +117,14 @@ compile_test() {
 }
 run_test() { tests/run.sh "$out/$(basename "$1" .c)" >"$out/$(basename "$1" .c).log" 2>&1; }
 
-# The same with less to do in each test, and the implementation compiled once for all.
-quick() {
+# The same with the implementation compiled once for all: the storms in their full length, or short.
+once() {
     local name=$1 link=$dir/$1.o
     shift
     "$@" -pthread -I. -c $dir/impl.c -o "$link" || return 1
-    TEST_QUICK=1 suite "$name" "$@"
+    suite "$name" "$@"
 }
+quick() { TEST_QUICK=1 once "$@"; }
 
 # A few of them, one or two for each kind of code, where a cell differs little from one that runs all; FULL=1: all.
 some=$(echo tests/test_{context,timers,pool,group,channel,batch,app}.c)
@@ -141,6 +142,7 @@ apart() {
     shift 3
     local link=$dir/$name.o
     "$@" -pthread -I. -c $dir/impl.$suffix -o "$link" || return 1
+    [ "$suffix" = cpp ] && link="$link -lstdc++" # as the C++ compiler would link it
     tests=$(ls ${some:-tests/test_*.c} | grep -vxF "$own_implementation")
     TEST_QUICK=1 suite "$name" "$tester" -std=gnu11 -O2 -g
 }
@@ -153,24 +155,19 @@ printf '#include "ctxcancel.h"\n' | tee $dir/decl.c >$dir/decl.cpp
 
 # headers COMPILER SUFFIX STANDARD...: declarations and implementation are free of warnings.
 headers() {
-    local compiler=$1 suffix=$2 std part flags=$warn
+    local compiler=$1 suffix=$2 part flags=$warn
     shift 2
     [ "$suffix" = c ] && flags=$cwarn
-    for std in "$@"; do
-        for part in decl impl; do
-            echo "$compiler -std=$std $part"
-            $compiler -std="$std" $flags -O1 -pthread -I. -c $dir/$part.$suffix -o /dev/null || return 1
-        done
+    for part in decl impl; do
+        printf '%s\n' "$@" |
+            xargs -t -P 2 -I@ $compiler -std=@ $flags -O1 -pthread -I. -c $dir/$part.$suffix -o /dev/null || return 1
     done
 }
 
 configurations() { # COMPILER
-    local flags
-    for flags in -DCTXCANCEL_NO_FUTEX -DCTXCANCEL_NO_SITES -DCTXCANCEL_STATIC -DNDEBUG \
-        -DCTXCANCEL_NO_STB_DS_IMPLEMENTATION "-DCTXCANCEL_STATIC -DCTXCANCEL_NO_FUTEX -DNDEBUG" "-O3" "-Os"; do
-        echo "$1 $flags"
-        $1 -std=c99 $cwarn -O2 $flags -pthread -I. -c $dir/impl.c -o /dev/null || return 1
-    done
+    printf '%s\n' -DCTXCANCEL_NO_FUTEX -DCTXCANCEL_NO_SITES -DCTXCANCEL_STATIC -DNDEBUG \
+        -DCTXCANCEL_NO_STB_DS_IMPLEMENTATION "-DCTXCANCEL_STATIC -DCTXCANCEL_NO_FUTEX -DNDEBUG" "-O3" "-Os" |
+        xargs -t -P 2 -I@ sh -c "$1 -std=c99 $cwarn -O2 @ -pthread -I. -c $dir/impl.c -o /dev/null"
 }
 
 # -- tools ---------------------------------------------------------------------------------------------------------
@@ -249,6 +246,21 @@ qemu() { # MACHINE COMPILER FLAG...
         quick "qemu-$1" "${@:2}" -static -isystem $dir/include
 }
 
+# Older 32-bit processors. ARMv6 without its K extension is what Raspbian compiles for; it has no yield instruction, and
+# no 64-bit atomic operations: see -latomic in README.md.
+armv6() {
+    arm-linux-gnueabihf-gcc -march=armv6+fp -marm -std=c11 -O2 $cwarn -isystem $dir/include -I. -c $dir/impl.c -o $dir/armv6.o
+}
+
+# From the i586 on, programs need no libatomic.
+without_libatomic() {
+    local machine
+    for machine in i586 i686; do
+        gcc -m32 -march=$machine $asm -std=c11 -O2 -pthread -I. docs/examples/first.c -o $dir/first-$machine || return 1
+        timeout 60 $dir/first-$machine || return 1
+    done
+}
+
 # musl's FD_SET converts the sign of a descriptor in the line that uses it.
 musl() { few musl-c99 musl-gcc -std=c99 -O2 -g $cwarn -Wno-sign-conversion -static -isystem $dir/include; }
 # Tests that fork have children which leave by _exit() with what they still hold, so what is reachable does not count; and
@@ -281,6 +293,12 @@ cell seeded-leak-clang-leak clang seeded_leak clang-lsan "" clang -fsanitize=lea
 cell seeded-leak-memcheck "gcc valgrind" seeded_leak memcheck "$memcheck_lost" gcc
 cell forgotten-context-memcheck "gcc valgrind" seeded_leak memcheck "$memcheck_left" gcc -DLEAK_A_CONTEXT
 
+# `make test` shortens its storms; here the tests that have some run at full length.
+full_length() { tests=$(grep -lE 'test_scale|TEST_QUICK|steps_' tests/test_*.c) once "$@"; }
+cell full-length gcc full_length full-length gcc -std=c11 -O2 -g $cwarn
+cell full-length-nofutex gcc full_length full-length-nofutex gcc -std=c11 -O2 -g -DCTXCANCEL_NO_FUTEX $cwarn
+cell explore gcc make --no-print-directory explore TIME=150
+
 cell gcc-c99-O0 gcc quick_whole gcc-c99-O0 gcc -std=c99 -O0 -g $cwarn
 cell gcc-c17-O3 gcc few gcc-c17-O3 gcc -std=c17 -O3 $cwarn
 cell gcc-c17-O3-lto gcc few gcc-c17-O3-lto gcc -std=c17 -O3 -flto=auto $cwarn
@@ -305,17 +323,22 @@ cell memcheck "gcc valgrind" under_memcheck
 skip helgrind "knows no atomic builtins: see the top of tests/check.sh"
 skip drd "knows no atomic builtins: see the top of tests/check.sh"
 
+# Everything that is for Linux alone is left out, as on another POSIX system.
+cell not-linux gcc quick not-linux gcc -U__linux__ -std=c11 -O2 -g $cwarn
 cell musl-c99 musl-gcc musl
 # Debian's gcc-12-multilib leaves out the link to asm/ that gcc-multilib has.
 asm="-isystem /usr/include/x86_64-linux-gnu"
 if echo '#include <errno.h>' | gcc -m32 $asm -x c -c - -o $dir/m32.o 2>/dev/null; then
     cell i386 gcc few i386 gcc -m32 -std=c11 -O2 $cwarn $asm
+    cell i586-without-libatomic gcc without_libatomic
 else
     skip i386 "gcc has no -m32 here"
+    skip i586-without-libatomic "gcc has no -m32 here"
 fi
+cell armv6-compiles arm-linux-gnueabihf-gcc armv6
 cell arm-32 "arm-linux-gnueabihf-gcc qemu-arm" qemu arm arm-linux-gnueabihf-gcc -std=c11 -O2 $cwarn
 cell arm-64 "aarch64-linux-gnu-gcc qemu-aarch64" qemu aarch64 aarch64-linux-gnu-gcc -std=c11 -O2 $cwarn
 
-((skipped)) && echo "$skipped skipped"
+((${#skipped[@]})) && echo "${#skipped[@]} skipped: ${skipped[*]}"
 echo "$passed passed, $failed failed"
 ((passed > 0 && failed == 0))
