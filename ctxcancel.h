@@ -215,7 +215,7 @@ CTXCANCEL_API ctx_t *ctx_background(void);
 
 /* Make a child of `parent`: one node with everything `desc` asks for. `desc` may be NULL. If both a deadline and a
    timeout are given the earlier holds, and the parent's own always does if it is earlier still. A child of a context
-   that is done is born done, with its parent's cause.
+   that is done is done from the start, with its parent's cause.
    The caller owns one reference and drops it with ctx_end(). Never NULL: if memory or the runtime thread is
    unavailable, returns a shared context that is already done with CTX_NO_MEMORY, or with CTX_INVALID if `parent` is
    NULL or a key has no value. It may be used, derived from and ended like any other. */
@@ -450,7 +450,7 @@ CTXCANCEL_API int ctx_sleep(ctx_t *ctx, ctx_dur_t dur);
 /* A file descriptor that becomes readable when `ctx` is done, for poll, epoll and select: do not read it. Made by the
    first call, owned by the context and closed with it; it is inherited by no exec. Contexts that are already done when
    first asked share one. Once the descriptor is readable, ctx_err() is set. ctx_err() is set first: the descriptor is
-   readable when the ctx_cancel() that returns true has returned, and when a later call of ctx_done_fd() returns it.
+   readable when the call that canceled `ctx` itself returns, and when a later call of ctx_done_fd() returns it.
    Returns a negative error of the system, or CTX_NO_MEMORY, if there is none to be had. */
 CTXCANCEL_API int ctx_done_fd(ctx_t *ctx);
 
