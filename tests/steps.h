@@ -54,6 +54,7 @@ typedef struct steps_side {
     int count;               /* [atomic] steps so far */
     int stop_at;             /* [const] -1: nowhere */
     bool stopped;            /* [mu] it has been at its step */
+    bool runs;               /* [mu] it has seen that it has the turn */
     bool free;               /* [mu] no longer a side */
     int id;                  /* [const] */
     struct steps_side *next; /* [mu] */
@@ -93,6 +94,7 @@ static inline void steps_pause(steps_side_t *me, int state) {
     if (!me->free && steps.running == me->id) steps.running = -1;
     pthread_cond_broadcast(&steps.cond);
     while (!me->free && steps.running != me->id) pthread_cond_wait(&steps.cond, &steps.mu);
+    me->runs = true;
     if (me->free) steps_me = NULL;
     pthread_mutex_unlock(&steps.mu);
 }
@@ -261,7 +263,7 @@ static inline bool steps_over(void) {
 }
 
 static inline bool steps_in_kernel(int tid) {
-#ifdef __linux__
+#if defined(__linux__) || defined(__gnu_linux__) /* -U__linux__ is for the header alone */
     char path[64], line[256] = "";
     snprintf(path, sizeof path, "/proc/self/task/%d/stat", tid);
     FILE *file = fopen(path, "r");
@@ -286,7 +288,8 @@ static inline void steps_await_turn(void) {
         t.tv_nsec += 2000000;
         if (t.tv_nsec >= 1000000000) t.tv_sec++, t.tv_nsec -= 1000000000;
         if (pthread_cond_timedwait(&steps.cond, &steps.mu, &t) == 0 || steps.running < 0) continue;
-        asleep = steps_in_kernel(load(&side->tid)) && load(&side->count) == count ? asleep + 1 : 0;
+        bool waits = side->runs && steps_in_kernel(load(&side->tid));
+        asleep = waits && load(&side->count) == count ? asleep + 1 : 0;
         count = load(&side->count);
         if (asleep < 3) continue;
         store(&side->state, STEPS_OUTSIDE);
@@ -326,6 +329,7 @@ static inline bool steps_run_adopting(const steps_fn *fns, int n, int stop, void
             _exit(1);
         }
         store(&steps.sides[next]->state, STEPS_READY);
+        steps.sides[next]->runs = false;
         steps.running = next;
         pthread_cond_broadcast(&steps.cond);
         steps_await_turn();
