@@ -200,6 +200,34 @@ static inline BENCH_UNUSED void bench_two_threads(const char *figure, bench_fn f
     bench_print(name, bench_median(each, 5), "ns");
 }
 
+/* == tasks that compute =========================================== */
+
+/* Steps that take a microsecond when nothing disturbs them. */
+static size_t bench_steps_per_us BENCH_UNUSED;
+
+/* Each step waits for the one before. */
+static inline BENCH_UNUSED void bench_steps(size_t n) {
+    uint64_t x = n;
+    for (size_t i = 0; i < n; i++) x = x * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+    BENCH_KEEP(x);
+}
+
+/* Compute for `us` microseconds. The number of steps is fixed, so a task that loses its processor is not shorter. */
+static inline BENCH_UNUSED void bench_compute(size_t us) { bench_steps(us * bench_steps_per_us); }
+
+/* The best of many tries counts, since whatever disturbs one makes it longer. */
+static inline BENCH_UNUSED void bench_calibrate(void) {
+    const size_t steps = 20000;
+    uint64_t best = UINT64_MAX;
+    for (int i = 0; i < 2000; i++) {
+        uint64_t began = bench_now();
+        bench_steps(steps);
+        uint64_t spent = bench_now() - began;
+        if (spent < best) best = spent;
+    }
+    bench_steps_per_us = (size_t)((double)steps * 1e3 / (double)best);
+}
+
 /* == senders and receivers ======================================== */
 
 /* One side of a queue: put `n` items in, or take `n` out. */
@@ -589,6 +617,246 @@ static inline BENCH_UNUSED void bench_print_paced(const char *figure, void (*bur
     bench_print(figure, bench_paced(BENCH_SPIN, burst, arg) - nothing, "ns");
     snprintf(name, sizeof name, "%s_sleeping", figure);
     bench_print(name, bench_paced(BENCH_SLEEP, burst, arg), "ns");
+}
+/* == hand-over: two threads that take turns ======================= */
+
+#include <sys/wait.h>
+
+/* A way to hand over. Side 0 is the thread that counts, side 1 its partner: a round is give(0), take(1), give(1),
+   take(0). `give` wakes the other side, `take` waits for it. With `alone` there is no partner: give(0) starts something
+   that calls bench_hand_pause() on another thread, and take(0) waits for it. `fresh` and `over` run before and after
+   each run (`over` may be NULL). */
+typedef struct {
+    const char *name;
+    void (*fresh)(void);
+    void (*give)(unsigned side);
+    void (*take)(unsigned side);
+    void (*over)(void);
+    bool alone;
+} bench_hand_t;
+
+#define BENCH_HAND_RUNS 5
+#define BENCH_HAND_WARM 100                /* rounds that do not count: the library learns how long waits are */
+#define BENCH_HAND_WARM_PAUSED 10          /* the same, with pauses */
+#define BENCH_HAND_SPAN 40000000           /* nanoseconds of a run without pauses */
+#define BENCH_HAND_PAUSE UINT64_C(200000)  /* nanoseconds of computing on each side, where waits are not short */
+#define BENCH_HAND_PAUSED 150              /* rounds of a run with pauses */
+#define BENCH_HAND_EVERY UINT64_C(1000000) /* nanoseconds from wake to wake */
+#define BENCH_HAND_WAKES 200               /* wakes of a run in each of two ways, one each millisecond */
+
+static struct {
+    const bench_hand_t *hand;
+    uint64_t pause;                 /* nanoseconds */
+    bool over;                      /* [whose turn it is] the partner shall end */
+    double took[BENCH_HAND_PAUSED]; /* by each round with pauses */
+    size_t wakes;
+    /* Nanoseconds of processor of each wake: of the process, of the waiter; of each way. */
+    double used[2][2][BENCH_HAND_WAKES];
+} bench_hand_shared BENCH_UNUSED;
+
+/* What a side does between two waits: compute for the span that was asked for. */
+static inline BENCH_UNUSED void bench_hand_pause(void) {
+    if (!bench_hand_shared.pause) return;
+    for (uint64_t until = bench_now() + bench_hand_shared.pause; bench_now() < until;) {
+    }
+}
+
+static inline BENCH_UNUSED void *bench_hand_partner(void *arg) {
+    const bench_hand_t *hand = bench_hand_shared.hand;
+    for (;;) {
+        hand->take(1);
+        if (bench_hand_shared.over) return arg;
+        bench_hand_pause();
+        hand->give(1);
+    }
+}
+
+static inline BENCH_UNUSED void bench_hand_rounds(const bench_hand_t *hand, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        bench_hand_pause();
+        hand->give(0);
+        hand->take(0);
+    }
+}
+
+/* Nanoseconds of a round without a pause: as many rounds as fit, since where the system places the threads decides how
+   many do. */
+static inline BENCH_UNUSED double bench_hand_short(const bench_hand_t *hand) {
+    size_t rounds = 0;
+    uint64_t span = (uint64_t)bench_scaled(BENCH_HAND_SPAN), began, spent;
+    bench_hand_rounds(hand, BENCH_HAND_WARM);
+    began = bench_now();
+    do {
+        bench_hand_rounds(hand, 20);
+        rounds += 20;
+    } while ((spent = bench_now() - began) < span);
+    return (double)spent / (double)rounds;
+}
+
+/* Nanoseconds of a round with two pauses, without them: the median. */
+static inline BENCH_UNUSED double bench_hand_long(const bench_hand_t *hand) {
+    size_t n = bench_scaled(BENCH_HAND_PAUSED);
+    if (n > BENCH_HAND_PAUSED) n = BENCH_HAND_PAUSED;
+    bench_hand_rounds(hand, BENCH_HAND_WARM_PAUSED);
+    for (size_t i = 0; i < n; i++) {
+        uint64_t began = bench_now();
+        bench_hand_rounds(hand, 1);
+        bench_hand_shared.took[i] = (double)(bench_now() - began) - 2 * (double)bench_hand_shared.pause;
+    }
+    return bench_median(bench_hand_shared.took, n);
+}
+
+static inline BENCH_UNUSED double bench_hand_run(const bench_hand_t *hand, uint64_t pause) {
+    pthread_t partner;
+    double each;
+    bench_hand_shared.hand = hand;
+    bench_hand_shared.pause = pause;
+    bench_hand_shared.over = false;
+    hand->fresh();
+    bench_check(hand->alone || pthread_create(&partner, NULL, bench_hand_partner, NULL) == 0, "no thread");
+    each = pause ? bench_hand_long(hand) : bench_hand_short(hand);
+    if (!hand->alone) {
+        bench_hand_shared.over = true;
+        hand->give(0);
+        pthread_join(partner, NULL);
+    }
+    if (hand->over) hand->over();
+    return each;
+}
+
+#define BENCH_MAX_HANDS 10
+
+/* Print `hand_<kind>_<name>` of each way, every run a sample: microseconds there and back. The ways take turns, so that
+   all meet the same machine. With `yardstick` the first way is that of the others, and runs if one of them does. */
+static inline BENCH_UNUSED void bench_hands(const char *kind, const bench_hand_t *hands, size_t n_hands, uint64_t pause,
+                                            bool yardstick) {
+    char figure[BENCH_MAX_HANDS][64];
+    bool wanted[BENCH_MAX_HANDS], any = false;
+    bench_check(n_hands <= BENCH_MAX_HANDS, "too many ways to hand over");
+    for (size_t h = n_hands; h-- > 0;) {
+        snprintf(figure[h], sizeof figure[h], "hand_%s_%s", kind, hands[h].name);
+        wanted[h] = bench_wants(figure[h]) || (yardstick && h == 0 && any);
+        any = any || wanted[h];
+    }
+    for (size_t i = 0; i < BENCH_HAND_RUNS; i++)
+        for (size_t h = 0; h < n_hands; h++)
+            if (wanted[h]) bench_print(figure[h], bench_hand_run(&hands[h], pause) / 1e3, "us");
+}
+
+/* Nanoseconds of processor that `clock` counted since `*last`, which is set to now. */
+static inline BENCH_UNUSED double bench_hand_used(clockid_t clock, uint64_t *last) {
+    uint64_t now = bench_clock(clock), before = *last;
+    *last = now;
+    return (double)(now - before);
+}
+
+/* Wakes go to the yardstick and to the way that is measured in turns, so that both meet the same machine. */
+static inline BENCH_UNUSED void *bench_hand_waiter(void *arg) {
+    const bench_hand_t *const *ways = (const bench_hand_t *const *)arg;
+    uint64_t last;
+    bench_stay_on_core(1);
+    last = bench_clock(CLOCK_THREAD_CPUTIME_ID);
+    for (size_t i = 0; i < bench_hand_shared.wakes; i++) {
+        ways[i % 2]->take(1);
+        bench_hand_shared.used[1][i % 2][i / 2] = bench_hand_used(CLOCK_THREAD_CPUTIME_ID, &last);
+    }
+    return NULL;
+}
+
+static inline BENCH_UNUSED void *bench_hand_waker(void *arg) {
+    const bench_hand_t *const *ways = (const bench_hand_t *const *)arg;
+    uint64_t next = bench_now(), last;
+    bench_stay_on_core(0);
+    last = bench_cpu();
+    for (size_t i = 0; i < bench_hand_shared.wakes; i++) {
+        struct timespec until;
+        ways[i % 2]->give(0);
+        next += BENCH_HAND_EVERY;
+        until.tv_sec = (time_t)(next / UINT64_C(1000000000));
+        until.tv_nsec = (long)(next % UINT64_C(1000000000));
+        clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL);
+        bench_hand_shared.used[0][i % 2][i / 2] = bench_hand_used(CLOCK_PROCESS_CPUTIME_ID, &last);
+    }
+    return NULL;
+}
+
+/* Wakes a waiter 2 * `n` times, and notes what each wake used. The two threads stay on different cores, because a wake
+   on the same core is far cheaper. */
+static inline BENCH_UNUSED void bench_hand_each_ms(const bench_hand_t *yardstick, const bench_hand_t *hand, size_t n) {
+    const bench_hand_t *ways[2] = {yardstick, hand};
+    pthread_t waiter, waker;
+    bench_hand_shared.wakes = 2 * n;
+    for (size_t way = 0; way < 2; way++) ways[way]->fresh();
+    bench_check(pthread_create(&waiter, NULL, bench_hand_waiter, (void *)ways) == 0, "no thread");
+    bench_check(pthread_create(&waker, NULL, bench_hand_waker, (void *)ways) == 0, "no thread");
+    pthread_join(waker, NULL);
+    pthread_join(waiter, NULL);
+    for (size_t way = 0; way < 2; way++)
+        if (ways[way]->over) ways[way]->over();
+}
+
+/* Prints, of what the process or the waiter used, both ways and their ratio. */
+static inline BENCH_UNUSED void bench_hand_print_used(const char *prefix, const bench_hand_t *yardstick,
+                                                      const bench_hand_t *hand, unsigned of, size_t n) {
+    char figure[64];
+    double floor_us = bench_median(bench_hand_shared.used[of][0], n) / 1e3;
+    double us = bench_median(bench_hand_shared.used[of][1], n) / 1e3;
+    snprintf(figure, sizeof figure, "%s_%s", prefix, yardstick->name);
+    bench_print(figure, floor_us, "us");
+    snprintf(figure, sizeof figure, "%s_%s", prefix, hand->name);
+    bench_print(figure, us, "us");
+    snprintf(figure, sizeof figure, "%s_%s_ratio", prefix, hand->name);
+    bench_print(figure, us / floor_us, "");
+}
+
+/* Print `hand_ms_<name>` and `hand_ms_waiter_<name>`: the microseconds of processor that a wait of a millisecond costs
+   the process, which sleeps, wakes and waits, and the waiter alone. The first way is the yardstick of the others, and
+   what they cost is also printed as a ratio to it. */
+static inline BENCH_UNUSED void bench_hands_each_ms(const bench_hand_t *hands, size_t n_hands) {
+    size_t n = bench_scaled(BENCH_HAND_WAKES);
+    if (n > BENCH_HAND_WAKES) n = BENCH_HAND_WAKES;
+    for (size_t i = 0; i < BENCH_HAND_RUNS; i++)
+        for (size_t h = 1; h < n_hands; h++) {
+            char all[64], waiter[64];
+            snprintf(all, sizeof all, "hand_ms_%s_ratio", hands[h].name);
+            snprintf(waiter, sizeof waiter, "hand_ms_waiter_%s_ratio", hands[h].name);
+            if (!bench_wants(all) && !bench_wants(waiter)) continue;
+            bench_hand_each_ms(&hands[0], &hands[h], n);
+            bench_hand_print_used("hand_ms", &hands[0], &hands[h], 0, n);
+            bench_hand_print_used("hand_ms_waiter", &hands[0], &hands[h], 1, n);
+        }
+}
+
+/* Runs the section `handover` of this program once more, from its start, with one core, and waits for its end, because
+   a library counts cores when it starts. Returns true in that second process. */
+static inline BENCH_UNUSED bool bench_one_core(char *program) {
+    static char section[] = "handover";
+    int status;
+    if (getenv("BENCH_ONE_CORE")) return true;
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        char *argv[] = {program, section, NULL};
+        bench_stay_on_core(0);
+        setenv("BENCH_ONE_CORE", "1", 1);
+        execv("/proc/self/exe", argv);
+        _exit(127);
+    }
+    bench_check(child > 0 && waitpid(child, &status, 0) == child && status == 0, "the process with one core failed");
+    return false;
+}
+
+/* All that take turns: `hand_1_` on one core, `hand_2_` on all, `hand_long_` with pauses. With `yardstick` also
+   `hand_ms_`, of the first `n_each_ms` ways, in which a side may give again before the other has taken. */
+static inline BENCH_UNUSED void bench_all_hands(char *program, const bench_hand_t *hands, size_t n_hands,
+                                                bool yardstick, size_t n_each_ms) {
+    if (bench_one_core(program)) {
+        bench_hands("1", hands, n_hands, 0, yardstick);
+        return;
+    }
+    bench_hands("2", hands, n_hands, 0, yardstick);
+    bench_hands("long", hands, n_hands, BENCH_HAND_PAUSE, yardstick);
+    if (yardstick) bench_hands_each_ms(hands, n_each_ms);
 }
 #endif /* __linux__ */
 

@@ -1,4 +1,4 @@
-/* The pool: a flood of no-ops from one submitter, and a trickle of small bursts. */
+/* The pool: a flood of no-ops or of tasks that compute from one submitter, and a trickle of small bursts. */
 #ifdef BENCH_COUNT
 #include "count.h"
 #endif
@@ -20,13 +20,14 @@ static int last_op(ctx_t *ctx, void *arg) {
     return ctx_err(ctx);
 }
 
-/* `n` tasks through the pool: nanoseconds from the first submit until the last one ran. */
-static uint64_t flood(ctx_pool_t *pool, size_t n) {
+/* `n` tasks through the pool: nanoseconds from the first submit until the last one has run. The few that other workers
+   still run then are not waited for. */
+static uint64_t flood(ctx_pool_t *pool, ctx_task_fn fn, size_t n) {
     sem_t done;
     sem_init(&done, 0, 0);
     uint64_t began = bench_now();
     for (size_t i = 1; i < n; i++)
-        bench_check(ctx_pool_submit_wait(pool, request, "no-op", no_op, NULL) == 0, "a submit failed");
+        bench_check(ctx_pool_submit_wait(pool, request, "task", fn, NULL) == 0, "a submit failed");
     bench_check(ctx_pool_submit_wait(pool, request, "last", last_op, &done) == 0, "a submit failed");
     while (sem_wait(&done) != 0 && errno == EINTR) {
     }
@@ -40,16 +41,56 @@ static uint64_t flood(ctx_pool_t *pool, size_t n) {
 #define RUNS 9
 
 /* Each run is a sample: a bad one must show. */
-static void flood_figure(const char *figure, int workers, ctx_dur_t task_timeout) {
+static void flood_of(const char *figure, int workers, ctx_dur_t task_timeout, ctx_task_fn fn, size_t n) {
     ctx_pool_desc_t desc = {.workers = workers, .queue = 1024, .task_timeout = task_timeout};
-    size_t n = bench_scaled(300000);
     if (!bench_wants(figure)) return;
+    n = bench_scaled(n);
     ctx_pool_t *pool = ctx_pool_new(server, &desc);
     bench_check(pool != NULL, "no pool");
-    flood(pool, n / 2 + 1);
-    for (int run = 0; run < RUNS; run++) bench_print(figure, (double)flood(pool, n) / (double)n, "ns");
+    flood(pool, fn, n / 2 + 1);
+    for (int run = 0; run < RUNS; run++) bench_print(figure, (double)flood(pool, fn, n) / (double)n, "ns");
     bench_check(ctx_pool_drain(pool, CTX_S(5), NULL) == 0, "the pool did not drain");
     ctx_pool_free(pool);
+}
+
+static void flood_figure(const char *figure, int workers, ctx_dur_t task_timeout) {
+    flood_of(figure, workers, task_timeout, no_op, 300000);
+}
+
+static int op_1us(ctx_t *ctx, void *arg) {
+    (void)arg;
+    bench_compute(1);
+    return ctx_err(ctx);
+}
+
+static int op_10us(ctx_t *ctx, void *arg) {
+    (void)arg;
+    bench_compute(10);
+    return ctx_err(ctx);
+}
+
+static int op_100us(ctx_t *ctx, void *arg) {
+    (void)arg;
+    bench_compute(100);
+    return ctx_err(ctx);
+}
+
+static uint64_t alone(size_t n) {
+    uint64_t began = bench_now();
+    for (size_t i = 0; i < n; i++) op_1us(server, NULL);
+    return bench_now() - began;
+}
+
+/* So many tasks of each size that a run takes 50 to 200 ms. */
+static void work_figures(void) {
+    bench_calibrate();
+    bench_run("pool_1us_alone", alone, 40000);
+    flood_of("pool_1us_2", 2, CTX_S(30), op_1us, 100000);
+    flood_of("pool_1us_8", 8, CTX_S(30), op_1us, 100000);
+    flood_of("pool_10us_2", 2, CTX_S(30), op_10us, 20000);
+    flood_of("pool_10us_8", 8, CTX_S(30), op_10us, 20000);
+    flood_of("pool_100us_2", 2, CTX_S(30), op_100us, 2000);
+    flood_of("pool_100us_8", 8, CTX_S(30), op_100us, 2000);
 }
 
 static void burst_pool(void *arg) {
@@ -86,7 +127,7 @@ static void detached_pool(const char *figure, ctx_dur_t coalesce) {
     ctx_pool_desc_t desc = {.workers = 2, .queue = 1024, .when_full = CTX_BLOCK, .coalesce = coalesce};
     ctx_pool_t *pool = ctx_pool_new(server, &desc);
     bench_check(pool != NULL, "no pool");
-    flood(pool, 10000);
+    flood(pool, no_op, 10000);
     bench_print_paced(figure, burst_pool, pool);
     bench_check(ctx_pool_drain(pool, CTX_S(5), NULL) == 0, "the pool did not drain");
     ctx_pool_free(pool);
@@ -113,6 +154,7 @@ int main(void) {
     flood_figure("pool_100", 100, CTX_S(30));
     flood_figure("pool_plain_2", 2, 0);
     flood_figure("pool_plain_8", 8, 0);
+    work_figures();
     detached_figures();
     ctx_end(request);
     ctx_end(server);
@@ -143,9 +185,9 @@ int main(void) {
     pthread_barrier_init(&all_here, NULL, WORKERS);
     for (int i = 0; i < WORKERS; i++)
         bench_check(ctx_pool_submit_wait(pool, request, "meet", meet, NULL) == 0, "a submit failed");
-    flood(pool, n);
+    flood(pool, no_op, n);
     uint64_t before = count_allocations_now();
-    flood(pool, n);
+    flood(pool, no_op, n);
     bench_print("pool_allocs", (double)(count_allocations_now() - before) / (double)n, "");
     bench_check(ctx_pool_drain(pool, CTX_S(5), NULL) == 0, "the pool did not drain");
     ctx_pool_free(pool);

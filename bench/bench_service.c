@@ -50,7 +50,7 @@ static void *stopper_main(void *arg) {
     stop_t *stop = (stop_t *)arg;
     while (!ctx_app_ready(stop->app) || __atomic_load_n(&running, __ATOMIC_ACQUIRE) != stop->runs) sleep_us(100);
     sleep_us(stop->settle_us);
-    stop->began_at = bench_now();
+    stop->began = bench_now();
     kill(getpid(), SIGTERM);
     return NULL;
 }
@@ -65,7 +65,7 @@ static uint64_t run_and_stop(ctx_app_t *app, uint32_t runs, long settle_us) {
     uint64_t ended = bench_now();
     bench_check(rc == 0, "the app did not end well");
     pthread_join(stopper, NULL);
-    return ended - stop.began_at;
+    return ended - stop.began;
 }
 
 /* A program stops once, so each app starts without idle threads and caches. */

@@ -3,8 +3,8 @@
 
 BEGIN {
     FS = "\t"
-    word["go"] = "Go"; word["cpp"] = "C++"; word["nsync"] = "nsync"; word["glib"] = "GLib"; word["posix"] = "POSIX"
-    others = split("cpp nsync glib posix", other, " ")
+    word["go"] = "Go"; word["tokio"] = "tokio"; word["cpp"] = "C++"; word["nsync"] = "nsync"; word["glib"] = "GLib"; word["posix"] = "POSIX"
+    others = split("tokio cpp nsync glib posix", other, " ")
 }
 
 FNR == NR {

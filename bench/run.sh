@@ -2,17 +2,19 @@
 # Build the benchmarks and those of the peers that are installed, run them in turns, and print one table.
 #
 #   bench/run.sh                 everything; writes bench/results.md and the table in README.md
-#   bench/run.sh pool context    these sections (polling context values timers semaphore pool waiting group channel flow
-#                                service treesum); nothing is written
+#   bench/run.sh pool context    these sections (polling context values timers semaphore pool waiting group channel
+#                                handover flow service treesum); nothing is written
 #   bench/run.sh cancel_child    figures whose name contains this; nothing is written
 #   bench/run.sh --against COMMIT [SECTION... | FIGURE]
-#                                this header beside that commit's, without peers; writes build/against.md. Each side has
-#                                the benchmarks of its own tree, and each program of one runs right after the same of the
-#                                other. The ratio is now / then of each pair, so above 1 is slower (less work, where
-#                                more is better); above 1.05 it is marked, above 1.10 where a child is made and ended.
+#                                this header beside that commit's, without peers; writes build/against.md. Both sides have
+#                                the benchmarks of this tree, except where one does not compile with that commit's header,
+#                                because names have changed since: there that side has the commit's own. Each program of
+#                                one side runs right after the same of the other. The ratio is now / then of each pair,
+#                                so above 1 is slower (less work, where more is better); above 1.05 it is marked, above
+#                                1.10 where a child is made and ended, and of hand-over above the limits in against.awk.
 #                                Yardsticks (a bare futex, the clock) should stay at 1: they show how quiet the machine was.
 #   ROUNDS=9 bench/run.sh        more rounds (default 5; with --against 7)
-#   PEERS="go cpp" bench/run.sh  only these peers ("" for none; default: go cpp nsync glib posix)
+#   PEERS="go cpp" bench/run.sh  only these peers ("" for none; default: go tokio cpp nsync glib posix)
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -23,7 +25,7 @@ if [ "${1:-}" = --against ]; then
     shift 2
 fi
 rounds=${ROUNDS:-$([ -n "$against" ] && echo 7 || echo 5)}
-peers=${PEERS-go cpp nsync glib posix}
+peers=${PEERS-go tokio cpp nsync glib posix}
 pattern=$*
 cc=${CC:-gcc}
 cxx=${CXX:-g++}
@@ -31,7 +33,7 @@ cxx=${CXX:-g++}
 optimise="-O2 -falign-loops=64"
 warnings="-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Wundef"
 cflags="-std=gnu11 -D_GNU_SOURCE $optimise $warnings -Wstrict-prototypes -pthread ${BENCH_CFLAGS:-}"
-all_sections="polling context values timers semaphore pool waiting group channel flow service treesum"
+all_sections="polling context values timers semaphore pool waiting group channel handover flow service treesum"
 tab=$(printf '\t')
 
 have() { command -v "$1" >/dev/null 2>&1; }
@@ -61,23 +63,42 @@ mkdir -p "$build"
 
 # == build =====================================================================
 
-# build_section TREE OUT SECTION: the programs of a section from the sources of a tree.
+# build_section TREE OUT SECTION: the programs of a section from the sources of a tree. Fails if one does not compile.
 build_section() {
-    [ -f "$1/bench/bench_$3.c" ] || { echo "bench: skipped $3: it is not in $1" >&2; return 0; }
-    $cc $cflags "$1/bench/bench_$3.c" -o "$2/bench_$3"
+    $cc $cflags "$1/bench/bench_$3.c" -o "$2/bench_$3" || return 1
     if grep -q BENCH_COUNT "$1/bench/bench_$3.c"; then
-        $cc $cflags -DBENCH_COUNT "$1/bench/bench_$3.c" -o "$2/count_$3"
+        $cc $cflags -DBENCH_COUNT "$1/bench/bench_$3.c" -o "$2/count_$3" || return 1
     fi
     if [ "$3" = treesum ]; then $cc -O2 -pthread -I"$1" "$1/docs/examples/treesum.c" -o "$2/treesum" -lcrypto; fi
 }
 
-build_ours() { # TREE OUT
-    mkdir -p "$2"
+# build_ours OUT TREE...: each section from the first of these trees in which it compiles.
+build_ours() {
+    out=$1
+    shift
+    mkdir -p "$out"
     for section in $sections; do
-        rm -f "$2/bench_$section" "$2/count_$section"
-        build_section "$1" "$2" "$section"
         [ "$section" != treesum ] || make_tree
+        build_first "$out" "$section" "$@" || {
+            echo "bench: $section does not compile: $out/$section.log" >&2
+            return 1
+        }
     done
+}
+
+build_first() { # OUT SECTION TREE...
+    log=$1/$2.log
+    first=$3
+    : >"$log"
+    for tree in "$3" ${4+"$4"}; do
+        rm -f "$1/bench_$2" "$1/count_$2"
+        [ -f "$tree/bench/bench_$2.c" ] || continue
+        if build_section "$tree" "$1" "$2" 2>>"$log"; then
+            [ "$tree" = "$first" ] || echo "bench: $2: that commit's own benchmark beside this one" >&2
+            return 0
+        fi
+    done
+    return 1
 }
 
 make_tree() {
@@ -105,6 +126,14 @@ build_go() (
 # The modules that Go's peer was built with.
 go_modules() { go version -m "$build/peer_go" | awk '$1 == "dep" { printf "%s%s %s", sep, $2, $3; sep = ", " }'; }
 
+# tokio's peer, if its crates are on this machine already.
+build_tokio() {
+    have cargo && cargo build --quiet --release --offline --manifest-path bench/peers/tokio/Cargo.toml \
+        --target-dir "$build/tokio" && cp "$build/tokio/release/peer_tokio" "$build/peer_tokio"
+}
+
+tokio_version() { awk '/^name = "tokio"$/ { getline; print $3 }' bench/peers/tokio/Cargo.lock | tr -d '"'; }
+
 # Build one peer, or say why not.
 build_peer() {
     rm -f "$build/peer_$1"
@@ -118,18 +147,22 @@ build_peer() {
                 -o "$build/peer_glib" $(pkg-config --libs gio-2.0)
         ;;
     posix) $cc $cflags bench/peers/peer_posix.c -o "$build/peer_posix" ;;
+    tokio) build_tokio ;;
     esac
 }
 
-build_ours . "$build"
+build_ours "$build" .
 running=
 if [ -n "$against" ]; then
-    # The other side: that commit's header and benchmarks.
+    # The other side: that commit's header with the benchmarks of this tree, or all of that commit's.
     other=$build/against
     rm -rf "$other"
-    mkdir -p "$other/tree"
+    mkdir -p "$other/tree" "$other/mixed/docs"
     git archive "$against" ctxcancel.h bench docs/examples | tar -x -C "$other/tree"
-    build_ours "$other/tree" "$other"
+    cp -R bench "$other/mixed/bench"
+    cp -R docs/examples "$other/mixed/docs/examples"
+    cp "$other/tree/ctxcancel.h" "$other/mixed/"
+    build_ours "$other" "$other/mixed" "$other/tree"
     peers=
 fi
 skipped=
@@ -218,6 +251,7 @@ machine() {
             modules=$(go_modules)
             echo "- Go: $(go version | cut -d ' ' -f 3), ${modules:-without golang.org/x}"
             ;;
+        tokio) echo "- $(rustc --version), tokio $(tokio_version)" ;;
         glib) echo "- GLib: $(pkg-config --modversion glib-2.0)" ;;
         nsync) have dpkg-query && echo "- nsync: $(dpkg-query -W -f '${Version}' libnsync-dev 2>/dev/null)" ;;
         esac
@@ -233,7 +267,8 @@ if [ -n "$against" ]; then
         echo "then: $(git log -1 --format='%h %s' "$against")"
         echo "now: the working tree on $(git log -1 --format='%h %s')"
         echo "$rounds rounds; the median of each side, the median of the ratios now / then of the rounds, and their least"
-        echo "and most. Marked: a ratio above 1.05, or above 1.10 where a child is made and ended."
+        echo "and most. Marked: a ratio above 1.05, above 1.10 where a child is made and ended, and of hand-over above the"
+        echo "limits in bench/against.awk."
         echo
         machine
         echo

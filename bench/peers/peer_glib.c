@@ -53,7 +53,7 @@ static uint64_t cancel_many(size_t n, size_t times) {
         uint64_t began = bench_now();
         g_cancellable_cancel(parent);
         spent += bench_now() - began;
-        bench_check(g_cancellable_is_canceled(child[0]) && g_cancellable_is_canceled(child[n - 1]), "not canceled");
+        bench_check(g_cancellable_is_cancelled(child[0]) && g_cancellable_is_cancelled(child[n - 1]), "not canceled");
         g_object_unref(parent);
         for (size_t i = 0; i < n; i++) g_object_unref(child[i]);
     }
@@ -83,7 +83,7 @@ static uint64_t err_loop(size_t n) {
     GCancellable *mine = server;
     uint64_t began = bench_now();
     for (size_t i = 0; i < n; i++) {
-        if (g_cancellable_is_canceled(mine)) break;
+        if (g_cancellable_is_cancelled(mine)) break;
         BENCH_BARRIER();
     }
     return bench_now() - began;
@@ -165,7 +165,19 @@ static uint64_t try_pair(size_t n) {
     return spent;
 }
 
+/* Hand-over: a queue of each side. */
+static GAsyncQueue *turn[2];
+
+static void turn_fresh(void) { turn[0] = g_async_queue_new(), turn[1] = g_async_queue_new(); }
+static void turn_give(unsigned side) { g_async_queue_push(turn[side], turn); }
+static void turn_take(unsigned side) { g_async_queue_pop(turn[!side]); }
+static void turn_over(void) {
+    g_async_queue_unref(turn[0]);
+    g_async_queue_unref(turn[1]);
+}
+
 int main(int argc, char **argv) {
+    static const bench_hand_t hand = {"channel", turn_fresh, turn_give, turn_take, turn_over, false};
     fresh_server();
     if (bench_section(argc, argv, "context")) {
         bench_run("cancel_child", cancel_child, 200000);
@@ -192,6 +204,7 @@ int main(int argc, char **argv) {
         bench_every_run("chan_4_4", four_to_four, 1000000);
         bench_run("chan_try", try_pair, 1000000);
     }
+    if (bench_section(argc, argv, "handover")) bench_all_hands(argv[0], &hand, 1, false, 0);
     g_object_unref(server);
     return 0;
 }

@@ -447,28 +447,71 @@ func (p *pool) close() {
 
 func noOp(ctx context.Context) error { return ctx.Err() }
 
-func flood(p *pool, n int) time.Duration {
+func flood(p *pool, fn func(ctx context.Context) error, n int) time.Duration {
 	done := make(chan struct{})
 	began := time.Now()
 	for i := 1; i < n; i++ {
-		p.tasks <- task{server, noOp}
+		p.tasks <- task{server, fn}
 	}
 	p.tasks <- task{server, func(context.Context) error { close(done); return nil }}
 	<-done
 	return time.Since(began)
 }
 
-func floodFigure(figure string, workers int, timeout time.Duration) {
+func floodOf(figure string, workers int, timeout time.Duration, fn func(ctx context.Context) error, n int) {
 	if !wants(figure) {
 		return
 	}
-	n := scaled(100000)
+	n = scaled(n)
 	p := newPool(workers, timeout)
-	flood(p, n/2+1)
+	flood(p, fn, n/2+1)
 	for i := 0; i < 5; i++ {
-		show(figure, float64(flood(p, n))/float64(n), "ns")
+		show(figure, float64(flood(p, fn, n))/float64(n), "ns")
 	}
 	p.close()
+}
+
+func floodFigure(figure string, workers int, timeout time.Duration) {
+	floodOf(figure, workers, timeout, noOp, 100000)
+}
+
+// steps computes: each step waits for the one before.
+func steps(n int) uint64 {
+	x := uint64(n)
+	for i := 0; i < n; i++ {
+		x = x*6364136223846793005 + 1442695040888963407
+	}
+	return x
+}
+
+// stepsPerMicrosecond is the best of many tries, since whatever disturbs one makes it longer.
+func stepsPerMicrosecond() int {
+	const some = 20000
+	best := time.Hour
+	for i := 0; i < 2000; i++ {
+		began := time.Now()
+		seed.Store(steps(some))
+		best = min(best, time.Since(began))
+	}
+	return int(some * 1e3 / float64(best))
+}
+
+// workFigures floods pools with tasks that compute.
+func workFigures() {
+	each := stepsPerMicrosecond()
+	computing := func(us int) func(ctx context.Context) error {
+		return func(ctx context.Context) error {
+			if steps(us*each) == 1 {
+				return context.Canceled
+			}
+			return ctx.Err()
+		}
+	}
+	for _, workers := range []int{2, 8} {
+		floodOf(fmt.Sprintf("pool_1us_%d", workers), workers, 30*time.Second, computing(1), 100000)
+		floodOf(fmt.Sprintf("pool_10us_%d", workers), workers, 30*time.Second, computing(10), 20000)
+		floodOf(fmt.Sprintf("pool_100us_%d", workers), workers, 30*time.Second, computing(100), 2000)
+	}
 }
 
 // Clocks of Linux.
@@ -539,13 +582,14 @@ func pools() {
 	floodFigure("pool_100", 100, 30*time.Second)
 	floodFigure("pool_plain_2", 2, 0)
 	floodFigure("pool_plain_8", 8, 0)
+	workFigures()
 	if wants("pool_allocs") {
 		var before, after runtime.MemStats
 		n := 100000
 		p := newPool(8, 30*time.Second)
-		flood(p, n)
+		flood(p, noOp, n)
 		runtime.ReadMemStats(&before)
-		flood(p, n)
+		flood(p, noOp, n)
 		runtime.ReadMemStats(&after)
 		show("pool_allocs", float64(after.Mallocs-before.Mallocs)/float64(n), "")
 		p.close()
@@ -563,7 +607,7 @@ func pools() {
 	}
 	if wants("detached") {
 		p := newPool(2, 0)
-		flood(p, 10000)
+		flood(p, noOp, 10000)
 		pacedFigure("detached", func() {
 			for i := 0; i < burstSize; i++ {
 				p.tasks <- task{server, noOp}
@@ -910,6 +954,190 @@ func channels() {
 	run("select_8", 500000, func(n int) time.Duration { return selectReady(n, 8) })
 }
 
+// Hand-over: two goroutines that take turns. Side 0 counts, side 1 is its partner, which answers each give with one.
+
+const (
+	handRuns   = 5
+	handWarm   = 100
+	handSpan   = 40 * time.Millisecond
+	handPause  = 200 * time.Microsecond
+	handPaused = 150
+)
+
+// A hand is a way to hand over. With alone, give(0) starts something that calls the pause, and take(0) waits for it.
+type hand struct {
+	name       string
+	give, take func(side int)
+	alone      bool
+}
+
+// handPausing is what a side does between two waits: compute for the span that was asked for, or nothing.
+var handPausing time.Duration
+
+func handPauses() {
+	if handPausing == 0 {
+		return
+	}
+	for until := time.Now().Add(handPausing); time.Now().Before(until); {
+	}
+}
+
+func handRounds(h hand, n int) {
+	for i := 0; i < n; i++ {
+		handPauses()
+		h.give(0)
+		h.take(0)
+	}
+}
+
+// handShort is the time of a round without pauses.
+func handShort(h hand) float64 {
+	span := time.Duration(scaled(int(handSpan)))
+	handRounds(h, handWarm)
+	began := time.Now()
+	for rounds := 20; ; rounds += 20 {
+		handRounds(h, 20)
+		if spent := time.Since(began); spent >= span {
+			return float64(spent) / float64(rounds)
+		}
+	}
+}
+
+// handLong is the time of a round with two pauses, without them: the median.
+func handLong(h hand) float64 {
+	var took []float64
+	handRounds(h, handWarm/10)
+	for i := min(scaled(handPaused), handPaused); i > 0; i-- {
+		began := time.Now()
+		handRounds(h, 1)
+		took = append(took, float64(time.Since(began)-2*handPausing))
+	}
+	return median(took)
+}
+
+func handRun(fresh func() hand, pause time.Duration) float64 {
+	h := fresh()
+	over := false // of whoever's turn it is
+	ended := make(chan struct{})
+	handPausing = pause
+	if !h.alone {
+		go func() {
+			defer close(ended)
+			for {
+				h.take(1)
+				if over {
+					return
+				}
+				handPauses()
+				h.give(1)
+			}
+		}()
+	}
+	measure := handShort
+	if pause > 0 {
+		measure = handLong
+	}
+	each := measure(h)
+	if !h.alone {
+		over = true
+		h.give(0)
+		<-ended
+	}
+	return each
+}
+
+func overChannels(name string, capacity int) hand {
+	c := [2]chan uint64{make(chan uint64, capacity), make(chan uint64, capacity)}
+	return hand{name: name,
+		give: func(side int) { c[side] <- uint64(side) },
+		take: func(side int) { check(<-c[1-side] == uint64(1-side), "a wrong item came") }}
+}
+
+func handRendezvous() hand { return overChannels("rendezvous", 0) }
+func handChannel() hand    { return overChannels("channel", 1) }
+
+// handSelect has Done as one more case, as a select of the C library has its context.
+func handSelect() hand {
+	c := [2]chan uint64{make(chan uint64, 1), make(chan uint64, 1)}
+	quiet := make(chan uint64)
+	return hand{name: "select",
+		give: func(side int) { c[side] <- uint64(side) },
+		take: func(side int) {
+			select {
+			case <-c[1-side]:
+			case <-quiet:
+				check(false, "a wrong item came")
+			case <-server.Done():
+				check(false, "canceled")
+			}
+		}}
+}
+
+func handCancel() hand {
+	type round struct {
+		ctx    context.Context
+		cancel context.CancelFunc
+	}
+	make1 := func() round {
+		ctx, cancel := context.WithCancel(server)
+		return round{ctx, cancel}
+	}
+	// Of each side: this round's and the next, which is made before this one is canceled.
+	turns := [2][2]round{{make1()}, {make1()}}
+	var given, taken [2]int
+	return hand{name: "cancel",
+		give: func(side int) {
+			now := given[side] % 2
+			given[side]++
+			turns[side][1-now] = make1()
+			turns[side][now].cancel()
+		},
+		take: func(side int) {
+			other := 1 - side
+			<-turns[other][taken[other]%2].ctx.Done()
+			taken[other]++
+		}}
+}
+
+func handGo() hand {
+	back := make(chan uint64, 1)
+	return hand{name: "go", alone: true,
+		give: func(int) { go func() { handPauses(); back <- 1 }() },
+		take: func(int) { <-back }}
+}
+
+func handGoWait() hand {
+	var all sync.WaitGroup
+	return hand{name: "go_wait", alone: true,
+		give: func(int) {
+			all.Add(1)
+			go func() {
+				handPauses()
+				all.Done()
+			}()
+		},
+		take: func(int) { all.Wait() }}
+}
+
+// hands prints each way, every run a sample: microseconds there and back, with so many threads for goroutines.
+func hands(kind string, threads int, pause time.Duration) {
+	ways := append([]func() hand{handRendezvous, handChannel, handSelect, handCancel, handGo, handGoWait}, handModules...)
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(threads))
+	for i := 0; i < handRuns; i++ {
+		for _, fresh := range ways {
+			if figure := "hand_" + kind + "_" + fresh().name; wants(figure) {
+				show(figure, handRun(fresh, pause)/1e3, "us")
+			}
+		}
+	}
+}
+
+func handover() {
+	hands("1", 1, 0)
+	hands("2", 2, 0)
+	hands("long", 2, handPause)
+}
+
 // Flow.
 
 // A token bucket by hand: no module, no waiting, no reservations.
@@ -1220,7 +1448,7 @@ func main() {
 	}{
 		{"context", contexts}, {"polling", polling}, {"values", values}, {"timers", timers},
 		{"semaphore", semaphore}, {"pool", pools}, {"waiting", waiting}, {"group", groups}, {"channel", channels},
-		{"flow", flow}, {"service", services},
+		{"handover", handover}, {"flow", flow}, {"service", services},
 	} {
 		if section(s.name) {
 			s.run()

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	weighted "golang.org/x/sync/semaphore"
 	"golang.org/x/time/rate"
 )
 
@@ -27,6 +28,32 @@ func errgroupOf(n int, fn func(ctx context.Context) error) time.Duration {
 func groupModules() {
 	everyRun("group_pool", 200000, func(n int) time.Duration { return errgroupOf(n, noOp) })
 	everyRun("group_work", 100000, func(n int) time.Duration { return errgroupOf(n, someOp) })
+}
+
+var handModules = []func() hand{handSemaphore, handGroup}
+
+// handSemaphore has all permits taken. There is one, which each give releases and each take acquires.
+func handSemaphore() hand {
+	s := [2]*weighted.Weighted{weighted.NewWeighted(1), weighted.NewWeighted(1)}
+	for _, one := range s {
+		check(one.TryAcquire(1), "no permit")
+	}
+	return hand{name: "semaphore",
+		give: func(side int) { s[side].Release(1) },
+		take: func(side int) { check(s[1-side].Acquire(server, 1) == nil, "no permit came") }}
+}
+
+func handGroup() hand {
+	var group *errgroup.Group
+	return hand{name: "group", alone: true,
+		give: func(int) {
+			group, _ = errgroup.WithContext(server)
+			group.Go(func() error {
+				handPauses()
+				return nil
+			})
+		},
+		take: func(int) { check(group.Wait() == nil, "a task failed") }}
 }
 
 func limiterAllow(n int) time.Duration {

@@ -5,3 +5,5 @@ package main
 
 func groupModules() {}
 func flowModules()  {}
+
+var handModules []func() hand

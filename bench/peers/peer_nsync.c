@@ -79,8 +79,35 @@ static void note_park(void) { nsync_note_wait(waited, nsync_time_no_deadline); }
 static void note_wake(void) { nsync_note_notify(waited); }
 static void note_finish(void) { nsync_note_free(waited); }
 
+/* Hand-over: a new note of each round, which the other side waits for, as ctx_wait() does for a context. */
+static struct {
+    nsync_note note[3]; /* of rounds in turn */
+    size_t given, taken;
+} turn[2];
+
+static void turn_fresh(void) {
+    memset(turn, 0, sizeof turn);
+    for (unsigned side = 0; side < 2; side++) turn[side].note[0] = nsync_note_new(server, nsync_time_no_deadline);
+}
+static void turn_give(unsigned side) {
+    size_t round = turn[side].given++;
+    if (round > 0) nsync_note_free(turn[side].note[(round + 2) % 3]);
+    turn[side].note[(round + 1) % 3] = nsync_note_new(server, nsync_time_no_deadline);
+    nsync_note_notify(turn[side].note[round % 3]);
+}
+static void turn_take(unsigned side) {
+    nsync_note_wait(turn[!side].note[turn[!side].taken++ % 3], nsync_time_no_deadline);
+}
+static void turn_over(void) {
+    for (unsigned side = 0; side < 2; side++) {
+        if (turn[side].given > 0) nsync_note_free(turn[side].note[(turn[side].given + 2) % 3]);
+        nsync_note_free(turn[side].note[turn[side].given % 3]);
+    }
+}
+
 int main(int argc, char **argv) {
     static const bench_wake_t way = {"wait_wake", note_prepare, note_park, note_wake, note_finish};
+    static const bench_hand_t hand = {"cancel", turn_fresh, turn_give, turn_take, turn_over, false};
     fresh_server();
     if (bench_section(argc, argv, "context")) {
         bench_run("cancel_child", cancel_child, 1000000);
@@ -96,6 +123,7 @@ int main(int argc, char **argv) {
     }
     if (bench_section(argc, argv, "polling")) bench_run("err_loop", err_loop, 5000000);
     if (bench_section(argc, argv, "semaphore")) bench_run("mutex_pair", mutex_pair, 10000000);
+    if (bench_section(argc, argv, "handover")) bench_all_hands(argv[0], &hand, 1, false, 0);
     if (bench_section(argc, argv, "waiting") && bench_wants("wait_wake")) bench_wakes(&way, 1, 1000);
     nsync_note_free(server);
     return 0;

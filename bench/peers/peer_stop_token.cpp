@@ -6,6 +6,7 @@
 #include <mutex>
 #include <new>
 #include <optional>
+#include <semaphore>
 #include <stop_token>
 #include <vector>
 
@@ -96,10 +97,21 @@ void wait_park() {
 }
 void wait_wake() { waited->request_stop(); }
 
+// Hand-over: a semaphore of each side, which cannot be canceled.
+std::optional<std::counting_semaphore<>> turn[2];
+
+void turn_fresh() {
+    turn[0].emplace(0);
+    turn[1].emplace(0);
+}
+void turn_give(unsigned side) { turn[side]->release(); }
+void turn_take(unsigned side) { turn[!side]->acquire(); }
+
 } // namespace
 
 int main(int argc, char **argv) {
     static const bench_wake_t way = {"wait_wake", wait_prepare, wait_park, wait_wake, nullptr};
+    static const bench_hand_t hand = {"semaphore", turn_fresh, turn_give, turn_take, nullptr, false};
     if (bench_section(argc, argv, "context")) {
         bench_run("cancel_child", cancel_child, 1000000);
         bench_run("cancel_child_alone", cancel_alone, 2000000);
@@ -113,6 +125,7 @@ int main(int argc, char **argv) {
         bench_two_threads("cancel_child_2t", cancel_child, 500000, fresh_server);
     }
     if (bench_section(argc, argv, "polling")) bench_run("err_loop", err_loop, 50000000);
+    if (bench_section(argc, argv, "handover")) bench_all_hands(argv[0], &hand, 1, false, 0);
     if (bench_section(argc, argv, "waiting") && bench_wants("wait_wake")) bench_wakes(&way, 1, 1000);
     return 0;
 }
