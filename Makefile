@@ -60,7 +60,7 @@ programs: $(programs)
 # The implementation is compiled once for each parker, as a user would compile it. Only the tests that look inside the
 # implementation, or configure it, compile their own. The others ask for it too, so they get a ctxcancel.h that takes
 # this back.
-own_implementation = $(shell grep -lE 'fault\.h|ctx__|CTXCANCEL_(STATIC|MALLOC|ASSERT|TEST_)' tests/test_*.c)
+own_implementation = $(shell grep -lE 'fault\.h|ctx__|define pthread_|CTXCANCEL_(STATIC|MALLOC|ASSERT|TEST_)' tests/test_*.c)
 test_whole = $(own_implementation:tests/%.c=build/test/%)
 test_apart = $(filter-out $(test_whole),$(test_programs))
 nofutex_whole = $(own_implementation:tests/%.c=build/nofutex/%)

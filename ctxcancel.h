@@ -128,6 +128,14 @@ void ctx__sched_step(const char *op, const volatile void *word, const char *file
     (CTX__STEP("cas", word)                                                                                           \
          __atomic_compare_exchange_n(word, seen, value, false, __ATOMIC_##won, __ATOMIC_##lost))
 
+/* The one intrusive list: see the implementation. */
+typedef struct ctx__link {
+    struct ctx__link *next, **pprev;
+} ctx__link_t;
+typedef struct {
+    ctx__link_t *first, **end;
+} ctx__queue_t;
+
 #define CTX_CANCELED (-ECANCELED)          /* somebody canceled */
 #define CTX_DEADLINE_EXCEEDED (-ETIMEDOUT) /* the deadline passed */
 #define CTX_QUEUE_FULL (-ENOBUFS)          /* no room now: drop, push back or try later */
@@ -141,10 +149,10 @@ void ctx__sched_step(const char *op, const volatile void *word, const char *file
    this library does not define come from strerror(). */
 CTXCANCEL_API const char *ctx_strerror(int code);
 
-/* Join the runtime thread, the signal thread and the idle threads of groups, run callbacks that are still pending, and
-   free every byte that the library has cached for the calling thread and for threads that have ended. For the last
-   line of main(), so that leak checkers end clean. Later use starts what it needs again. Timers do not fire between.
-   Not to be called from a callback. */
+/* Join the runtime thread, the signal thread (unless a context of ctx_notify_signals() lives) and the idle threads of
+   groups, run callbacks that are still pending, and free every byte that the library has cached for the calling thread
+   and for threads that have ended. For the last line of main(), so that leak checkers end clean. Later use starts what
+   it needs again. Timers do not fire between. Not to be called from a callback. */
 CTXCANCEL_API void ctx_runtime_stop(void);
 
 /* == 2. time ====================================================== */
@@ -463,13 +471,11 @@ CTXCANCEL_API int ctx_cond_wait(ctx_t *ctx, pthread_cond_t *cond, pthread_mutex_
 
 /* == 8. semaphore ================================================= */
 
-typedef struct ctx__sem_waiter ctx__sem_waiter_t;
-
 /* Storage for a semaphore; the fields are private. */
 typedef struct {
-    int64_t state;                   /* [atomic] free permits * 2 + (somebody waits) */
-    int64_t total;                   /* [const] */
-    ctx__sem_waiter_t *first, *last; /* [mu] who waits, in the order of arrival */
+    int64_t state;       /* [atomic] free permits * 2 + (somebody waits) */
+    int64_t total;       /* [const] */
+    ctx__queue_t waiters; /* [mu] in the order of arrival */
     uint32_t mu;
 } ctx_sem_t;
 
@@ -503,14 +509,16 @@ typedef int (*ctx_task_fn)(ctx_t *ctx, void *arg);
 typedef enum {
     CTX_REJECT,      /* return CTX_QUEUE_FULL at once */
     CTX_BLOCK,       /* wait for room until `parent` is done, like ctx_pool_submit_wait() */
-    CTX_CALLER_RUNS, /* run the task in the submitting thread */
+    CTX_CALLER_RUNS, /* run the task in the submitting thread, which is a worker of the pool meanwhile: it first waits
+                        for one of `.permits` until `parent` is done, and the drain's report names the task */
     CTX_DROP_OLDEST  /* hand the oldest queued task to on_drop and take this one */
 } ctx_when_full_t;
 
 typedef struct {
     const char *name;          /* for people; static (default: "pool") */
     int workers;               /* threads at most, started as work comes (default: one per core) */
-    size_t queue;              /* tasks that may wait (default: 1024) */
+    size_t queue;              /* tasks that may wait, besides one for each worker that is free to take it
+                                  (default: 1024) */
     ctx_sem_t *permits;        /* run only while holding one permit of this; may be shared between pools, and must
                                   outlive them (default: none, the workers are the limit) */
     ctx_dur_t task_timeout;    /* the deadline of each task, counted from its start; not negative (default: none) */
@@ -520,13 +528,15 @@ typedef struct {
                                   CTX_CANCELED (the lifetime ended) or CTX_NO_MEMORY (default: nothing is called) */
     void *user;                /* for on_drop */
     ctx_dur_t grace;          /* how long canceled tasks get to stop in a drain (default: 100 ms; negative: none) */
-    ctx_dur_t coalesce;        /* let tasks gather for so long before a worker looks, unless the queue passes half
-                                  (default: 0, off) */
+    ctx_dur_t coalesce;        /* a worker that has nothing more to do looks again after so long, and until then no
+                                  other is woken, unless more than half of the queue is taken: so many small tasks cost
+                                  few wake-ups (default: 0, off) */
 } ctx_pool_desc_t;
 
 #define CTX_DRAIN_OPS 16
 
-/* What became of all the tasks that the pool accepted in its life. Their sum is that number. */
+/* What became of all the tasks that the pool accepted in its life. Their sum is that number, but that each worker which
+   still does what a group or a batcher has counts as one stuck. */
 typedef struct {
     uint64_t completed;                /* returned 0 */
     uint64_t failed;                   /* returned an error of their own */
@@ -551,11 +561,12 @@ CTXCANCEL_API ctx_pool_t *ctx_pool_new(ctx_t *lifetime, const ctx_pool_desc_t *d
    done. `parent` is not touched once the task may run. Blocks only if `.when_full` says so. */
 CTXCANCEL_API int ctx_pool_submit(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn, void *arg);
 
-/* The same, but waits for room until `parent` is done, then returns its err. */
+/* The same, but waits for room until `parent` is done, then returns its err. Those who wait are served in order; while
+   one waits the queue is full for all others. */
 CTXCANCEL_API int ctx_pool_submit_wait(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn, void *arg);
 
 /* Submit `n` tasks of one operation, in order: `*taken` (may be NULL) says how many were accepted. 0 when all were,
-   else the error of the first that was not. One wake-up for all. `.when_full` holds for each. */
+   else the error of the first that was not. One wake-up for all, while there is room. `.when_full` holds for each. */
 CTXCANCEL_API int ctx_pool_submit_batch(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn,
                                         void *const *args, size_t n, size_t *taken);
 
@@ -576,49 +587,57 @@ CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_pe
 
 /* == 10. group ==================================================== */
 
-/* Run `fn(child, arg)` as named work on a thread of its own: one that is idle, else a new one. `child` is a child of
-   `ctx` and bears `name`, a static string. What `fn` returns is not kept: for results use a group.
-   0, or nothing runs and the result says why: the err of `ctx` if it is done, CTX_NO_MEMORY when memory or a thread
-   cannot be had, CTX_INVALID. */
+/* Run `fn(child, arg)` as named work on a thread of its own, an idle one or else a new one. `child` is a child of `ctx`
+   and has the name `name`, a static string. The result of `fn` is not kept: for results use a group.
+   Returns 0 if started. Otherwise nothing runs: returns ctx_err(ctx) if `ctx` is done, CTX_NO_MEMORY if memory or a
+   thread is unavailable, or CTX_INVALID. */
 CTXCANCEL_API int ctx_go(ctx_t *ctx, const char *name, ctx_task_fn fn, void *arg);
 
-/* How much work of ctx_go() is running. */
+/* Returns how much work of ctx_go() has not returned yet. */
 CTXCANCEL_API size_t ctx_go_count(void);
 
-/* Wait until no work of ctx_go() is left: 0, or the err of `ctx`. Work that calls this itself is not waited for. */
+/* Wait until no work of ctx_go() is left. Returns 0, or ctx_err(ctx) if `ctx` is done first. Work that waits here
+   itself is not waited for. */
 CTXCANCEL_API int ctx_go_wait(ctx_t *ctx);
 
 typedef struct ctx_group ctx_group_t;
 
 typedef struct {
     const char *name; /* of the group's context; static (default: the parent's name) */
-    ctx_pool_t *pool; /* run the tasks here; must outlive the group. Its `.task_timeout` is not theirs, and its report
-                         counts the turns it gave to the group as completed tasks, not the group's tasks (default: on
-                         idle threads, made as needed) */
-    int limit;        /* tasks at most that were taken and have not returned (default: none; on a pool its queue) */
+    ctx_pool_t *pool; /* its workers run the tasks, in turns with the pool's own; must outlive the group. The pool's
+                         `.queue`, `.when_full` and `.task_timeout` are not for the group's tasks, and its drain
+                         reports do not count them. Tasks that wait for each other need a worker each, except for
+                         stages: see ctx_stage_run() (default: they run on idle threads, created as needed) */
+    int limit;        /* accepted tasks that have not returned, at most; a task that waits in ctx_group_go() is not
+                         counted (default: none; on a pool the size of its queue) */
 } ctx_group_desc_t;
 
 /* Make a group: tasks that are waited for together, and of which the first to fail cancels the others. They share one
-   context, a child of `parent`, which is canceled too when the pool's tasks are. NULL with errno set if memory is
-   short or an argument is bad. `desc` may be NULL. Must be ended by ctx_group_wait(). */
+   context, a child of `parent`, which is also canceled when the pool's tasks are. Returns NULL with errno set if memory
+   is unavailable or an argument is bad. `desc` may be NULL. Must be ended by ctx_group_wait(). */
 CTXCANCEL_API ctx_group_t *ctx_group_new(ctx_t *parent, const ctx_group_desc_t *desc);
 
-/* The context of the tasks: valid until ctx_group_wait() returns. Cancel it to stop them. */
+/* Returns the context of the tasks, valid until ctx_group_wait() returns. Cancel it to stop them. */
 CTXCANCEL_API ctx_t *ctx_group_ctx(ctx_group_t *group);
 
-/* Have `fn(ctx, arg)` run in the group: any result but 0 is a failure. From any thread, tasks of the group included.
-   At the limit, or when the pool is full, it waits; on a pool it does so by running a task of the group itself, so that
-   a task may use groups on its own pool without a deadlock. 0: `fn` runs exactly once. Else it never will: the err of
-   the group's context once that is done, CTX_CLOSED when the pool is draining, CTX_NO_MEMORY, CTX_INVALID. */
+/* Have `fn(ctx, arg)` run in the group; any result but 0 is a failure. May be called from any thread, and from tasks of
+   the group. Waits only while the group is at its limit, and on a pool it runs tasks of the group itself meanwhile. How
+   full the pool's queue is does not matter.
+   A task of the group that waits here does not count against the limit, so all of them may add tasks without a
+   deadlock. The group then has more tasks than its limit, by as many as add at the same time; without a pool each has
+   a thread.
+   Returns 0 if accepted, and `fn` runs exactly once. Otherwise it never runs: returns the error of the group's context
+   once that is done, CTX_CLOSED if the pool drains, CTX_NO_MEMORY if memory or a thread is unavailable, or
+   CTX_INVALID. */
 CTXCANCEL_API int ctx_group_go(ctx_group_t *group, ctx_task_fn fn, void *arg);
 
-/* The same, but CTX_QUEUE_FULL where the other would wait. */
+/* The same, but returns CTX_QUEUE_FULL where ctx_group_go() waits. */
 CTXCANCEL_API int ctx_group_try_go(ctx_group_t *group, ctx_task_fn fn, void *arg);
 
-/* Wait until every task has returned, running those that no thread has begun, and free the group. The result of the
-   first that failed, which is also the code of the context's cause; 0 if none did. What ctx_group_go() refused is not
-   among them. Not to be called from a task of the group. (Go's errgroup; unlike there, what is refused after a failure
-   does not run.) */
+/* Wait until every task has returned, running those that no thread has begun, and free the group. Returns the result of
+   the first task that failed, which is also the code of the context's cause, or 0 if none did. A task that was refused
+   has not failed. CTXCANCEL_ASSERT if called from a task of the group. Other threads must have returned from
+   ctx_group_go() before. (Go's errgroup; unlike there, a task that is added after a failure does not run.) */
 CTXCANCEL_API int ctx_group_wait(ctx_group_t *group);
 
 /* Run `fn(ctx, arg)` here, with a context that is done as soon as `a` or `b` is and has the values of `a`. What it
@@ -634,13 +653,14 @@ typedef struct ctx_chan ctx_chan_t;
    receive. Any number of threads may send and receive. NULL with errno set if memory is short. */
 CTXCANCEL_API ctx_chan_t *ctx_chan_new(size_t item_size, size_t capacity);
 
-/* Put a copy of `*item` in, waiting for room until `ctx` is done; senders that wait are served in order. 0, CTX_CLOSED,
-   or the err of `ctx`, which is looked at first. Unless it is 0 the item was not sent. */
+/* Put a copy of `*item` in, waiting for room until `ctx` is done; senders that wait are served in order. Returns 0,
+   CTX_CLOSED, or the error of `ctx`, which is checked first. On any error the item was not sent. */
 CTXCANCEL_API int ctx_chan_send(ctx_chan_t *chan, ctx_t *ctx, const void *item);
 
-/* Take the oldest item out into `*item`, waiting for one until `ctx` is done. 0, CTX_CLOSED once the channel is closed
-   and empty, or the err of `ctx`, which is looked at first. Unless it is 0 nothing was taken: an item is received
-   exactly once or is still in the channel. `item` may be NULL if its bytes do not matter. */
+/* Take the oldest item out into `*item`, waiting for one until `ctx` is done. Returns 0, CTX_CLOSED once the channel
+   is closed and empty, or the error of `ctx`, which is checked first. On any error nothing was taken: an item is
+   received exactly once or is still in the channel. `item` may be NULL if its bytes do not matter. A thread that has
+   received the last item, or CTX_CLOSED, may free the channel: see ctx_chan_free(). */
 CTXCANCEL_API int ctx_chan_recv(ctx_chan_t *chan, ctx_t *ctx, void *item);
 
 /* The same without waiting: CTX_QUEUE_FULL when there is no room, CTX_NOT_READY when there is nothing to take. */
@@ -654,7 +674,9 @@ CTXCANCEL_API int ctx_chan_close(ctx_chan_t *chan);
 /* How many items are in the channel; those of senders that wait do not count. */
 CTXCANCEL_API size_t ctx_chan_len(const ctx_chan_t *chan);
 
-/* Free a channel that nobody uses any more; what is in it is forgotten. NULL is fine. */
+/* Free a channel; items in it are discarded. No other thread may use it any more. But calls whose effect the caller has
+   seen need not have returned: the send whose item it received, the receive that took its item in a channel of capacity
+   0, and the close after which a call gave CTX_CLOSED. They touch the channel no more. NULL is fine. */
 CTXCANCEL_API void ctx_chan_free(ctx_chan_t *chan);
 
 enum { CTX_RECV, CTX_SEND };
@@ -667,12 +689,12 @@ typedef struct {
     int rc;           /* set if this one happened: 0 or CTX_CLOSED */
 } ctx_case_t;
 
-/* Do exactly one of `n` sends and receives, waiting until one can be done or `ctx` is done. The index of the one that
-   happened, or the err of `ctx`, which is looked at first. If several can be done, each is as likely. A closed channel
-   can: see `rc`. CTX_NO_MEMORY is possible with more than 16 cases. */
+/* Do exactly one of `n` sends and receives, waiting until one can be done or `ctx` is done. Returns the index of the
+   one that happened, or the error of `ctx`, which is checked first. If several can be done, each is as likely. A
+   closed channel can: see `rc`. CTX_NO_MEMORY is possible with more than 16 cases. */
 CTXCANCEL_API int ctx_select(ctx_t *ctx, ctx_case_t *cases, size_t n);
 
-/* The same without waiting: CTX_NOT_READY if none can be done. */
+/* The same without waiting: returns CTX_NOT_READY if, at some moment of the call, none could be done. */
 CTXCANCEL_API int ctx_try_select(ctx_case_t *cases, size_t n);
 
 /* What a stage does when its context is done. */
@@ -701,13 +723,15 @@ typedef struct {
 /* Run one step of a pipeline: receive items, call `fn`, send results, until `.in` is closed and empty; close `.out`;
    return when every worker has. The caller is one of them, save with CTX_CANCEL_FINISH; if threads cannot be had there
    are fewer. `fn` runs in several threads if there are several workers.
-   0 when all items went through, also if `ctx` was done meanwhile; else the error of `fn`; CTX_CLOSED if somebody else
-   closed `.out`; the err of `ctx`; CTX_NO_MEMORY; CTX_INVALID, which leaves `.out` open.
+   Returns 0 if `.in` is closed and all items went through, even if `ctx` was done meanwhile; else the error of `fn`;
+   CTX_CLOSED if another thread closed `.out`; the error of `ctx`; CTX_NO_MEMORY; CTX_INVALID, which leaves `.out` open.
    Each item goes on, is skipped or becomes a dead letter, exactly once; or it stays in `.in`. A dead letter's reason is
    what stopped the stage, for items in hand what stopped their own worker. After an error of `fn` CTX_CANCEL_DROP and
    CTX_CANCEL_DEAD_LETTER mean the same as after a cancel, and CTX_CANCEL_FINISH is like CTX_CANCEL_DEAD_LETTER.
    For a pipeline run each stage as a task of one group: the first that fails stops the others. All should have the same
-   `.on_cancel`, and with CTX_CANCEL_FINISH later ones a longer budget. */
+   `.on_cancel`, and with CTX_CANCEL_FINISH later ones a longer budget. If the group is on a pool, the first stage that
+   begins has threads beside the pool run the group's other tasks, because they wait for each other; if no thread can be
+   created they wait for a worker. So add the stages before the tasks that feed them. */
 CTXCANCEL_API int ctx_stage_run(ctx_t *ctx, const ctx_stage_desc_t *desc);
 
 /* == 12. flow ===================================================== */
@@ -723,14 +747,15 @@ typedef struct {
     size_t queue;        /* items that may wait, those being flushed not counted; max_items at least (default:
                             4 * max_items) */
     int (*flush)(ctx_t *ctx, const void *items, size_t n, void *user); /* write `n` items, 1 to max_items, in the order
-                            of their adding; 0 is success. One call at a time. `ctx` is done when the lifetime is, or
-                            when the budget of the drain has passed */
+                            of their adding; 0 is success. One call at a time, but a call that drains the batcher does
+                            not count. `ctx` is done when the lifetime is, when the budget of a drain has passed, and
+                            when a drain returns */
     int retries;         /* how often a failed flush is tried again, at once and with the same items (default: 0; for
                             waits between use ctx_retry() in flush) */
     void (*on_drop)(const void *items, size_t n, int reason, void *user); /* takes what will not be flushed; reason: the
                             last error of flush, CTX_DEADLINE_EXCEEDED (the budget of the drain), or the err of the
                             lifetime, which then calls it from whoever ended that. Not at the same time as flush, unless
-                            that is stuck (default: nothing is called) */
+                            that is stuck or drains (default: nothing is called) */
     void *user;          /* for flush and on_drop; must live until a stuck flush has returned */
     ctx_pool_t *pool;    /* flush runs here; must outlive the batcher (default: on an idle thread, made as needed) */
     ctx_dur_t grace;    /* how long a canceled flush gets to stop in a drain (default: 100 ms; negative: none) */
@@ -746,7 +771,8 @@ CTXCANCEL_API ctx_batch_t *ctx_batch_new(ctx_t *lifetime, const ctx_batch_desc_t
    lifetime, or CTX_NO_MEMORY if a delay is wanted and the runtime thread is unavailable. */
 CTXCANCEL_API int ctx_batch_add(ctx_batch_t *batch, const void *item);
 
-/* The same, but waits for room until `ctx` is done, then returns its err. */
+/* The same, but waits for room until `ctx` is done, then returns its err. In flush and on_drop, which would wait for
+   themselves, it returns CTX_QUEUE_FULL instead of waiting. */
 CTXCANCEL_API int ctx_batch_add_wait(ctx_batch_t *batch, ctx_t *ctx, const void *item);
 
 /* Have everything that was added so far flushed soon. Does not wait. 0, or as for ctx_batch_add(). */
@@ -763,20 +789,29 @@ typedef struct {
 /* Refuse new items, and flush those that are left. Items that are not flushed within `budget` go to on_drop. A flush
    that still runs then is canceled and given the grace period. If it is stuck it is abandoned with its items, which go
    to on_drop if it later fails. Returns 0 if the budget was met, even if flushes failed, else CTX_DEADLINE_EXCEEDED.
-   From its beginning on, adds get CTX_CLOSED. If no thread is available, flush runs in this call, which must then wait
-   for it. Must not be called from flush. May be called again. `report` may be NULL. */
+   From its beginning on, adds get CTX_CLOSED. If no thread is available, flush runs in this call, with a context whose
+   deadline is the end of the budget; then only a flush that ignores its context holds the drain up. May be called from
+   flush and on_drop. Such a drain does not wait for that call, whose items are in the report as stuck or dropped. The
+   items that wait behind it are flushed by another thread before the drain returns, or dropped. May be called again,
+   from several threads. `report` may be NULL. */
 CTXCANCEL_API int ctx_batch_drain(ctx_batch_t *batch, ctx_dur_t budget, ctx_batch_report_t *report);
 
-/* Free a batcher. If it was not drained it is drained first, with no budget. No other thread may be using it, except
-   those that wait in ctx_batch_add_wait(), which get CTX_CLOSED. NULL is fine. */
+/* Free a batcher. If it was not drained it is drained first, with no budget. Does not wait for a flush that is stuck,
+   nor for the call of flush or on_drop that it is called from: their items stay valid until they return. No other
+   thread may be using the batcher, except those that wait in ctx_batch_add_wait(), which get CTX_CLOSED. NULL is
+   fine. */
 CTXCANCEL_API void ctx_batch_free(ctx_batch_t *batch);
 
-/* Storage for a rate limiter: a token bucket. The fields are private. */
+/* Storage for a rate limiter: a token bucket. It never holds more than its burst, whoever gives up or gives back. The
+   fields are private. */
 typedef struct {
     int64_t full_at; /* [atomic] when the bucket would be full if nothing more were taken */
     int64_t cost;    /* [const] nanoseconds for one token */
     int64_t burst;   /* [const] */
     int64_t bucket;  /* [const] the cost of a burst */
+    uint32_t mu;
+    unsigned forks;        /* [mu] as for pools */
+    ctx__queue_t waiters;  /* [mu] in the order of their places */
 } ctx_limiter_t;
 
 /* Make a limiter of `per_second` tokens a second (each costs a whole number of nanoseconds), whose bucket holds `burst`
@@ -787,16 +822,18 @@ CTXCANCEL_API int ctx_limiter_init(ctx_limiter_t *limiter, double per_second, in
 /* Take `n` tokens if they are there now. One look at the clock and one atomic operation. */
 CTXCANCEL_API bool ctx_limiter_allow(ctx_limiter_t *limiter, int64_t n);
 
-/* Take `n` tokens, waiting for them until `ctx` is done. 0; or nothing is taken (but what others wait for behind a wait
-   that was cut short is not moved forward): the err of `ctx`; at once
-   CTX_DEADLINE_EXCEEDED if its deadline comes before the tokens, CTX_INVALID if `n` is negative or more than the bucket
-   holds. Those who wait are served in order. */
+/* Take `n` tokens, waiting for them until `ctx` is done. Threads that wait are served in order. Returns 0. On an error
+   no tokens are taken, and the waits behind this one move up, except behind a reservation: returns ctx_err(ctx) if
+   `ctx` is done; or, without waiting, CTX_DEADLINE_EXCEEDED unless the tokens come before its deadline, CTX_INVALID if
+   `n` is negative or exceeds the burst. */
 CTXCANCEL_API int ctx_limiter_wait(ctx_limiter_t *limiter, ctx_t *ctx, int64_t n);
 
-/* Take `n` tokens on credit and return how long to wait before acting on them: 0 or more; CTX_INVALID as above. */
+/* Take `n` tokens on credit, behind the threads that wait, and return how long to wait before acting on them: 0 or
+   more; CTX_INVALID as above. */
 CTXCANCEL_API ctx_dur_t ctx_limiter_reserve(ctx_limiter_t *limiter, int64_t n);
 
-/* Give back `n` tokens that were taken or reserved, but not acted on. */
+/* Give back `n` tokens that were taken or reserved, but not acted on. They count as the ones taken last, and as free
+   from now on, so give them back soon: they move up the threads that wait, and what the bucket cannot hold is lost. */
 CTXCANCEL_API void ctx_limiter_refund(ctx_limiter_t *limiter, int64_t n);
 
 typedef struct {
@@ -808,10 +845,10 @@ typedef struct {
     bool (*retryable)(int rc, void *arg); /* whether to try again after this error (default: after every one) */
 } ctx_retry_desc_t;
 
-/* Call `fn(ctx, arg)` until it returns 0, with exponential backoff between. Returns what `fn` returned last: 0, or the
-   error that was not retryable, or came from the last attempt, or after which the next wait would not fit before the
-   deadline of `ctx`. The err of `ctx` if that was done before the first attempt or in a wait, which it ends at once.
-   `desc` may be NULL. */
+/* Call `fn(ctx, arg)` until it returns 0, with exponential backoff between. Returns the last result of `fn`: it stops
+   after 0, after an error that is not retryable, after the last attempt, and if the next wait would not end before the
+   deadline of `ctx`. Returns ctx_err(ctx) if `ctx` is done before the first attempt, or canceled before or during a
+   wait, which it cuts short. `desc` may be NULL. */
 CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_fn fn, void *arg);
 
 /* == 13. system =================================================== */
@@ -900,17 +937,21 @@ typedef struct {
    or an argument is bad. */
 CTXCANCEL_API ctx_service_t *ctx_service_new(ctx_t *parent, const ctx_service_desc_t *desc);
 
-/* Call `start` here, then `run` on its thread. 0, the error of `start`, the err of the parent, CTX_NO_MEMORY;
-   CTX_ALREADY if it was started before, CTX_CLOSED if it was stopped. After an error it may be started again. */
+/* Call `start` here, then `run` on its thread. Returns 0, the error of `start`, the err of the parent, or CTX_NO_MEMORY
+   if memory or a thread is unavailable; CTX_ALREADY if it was started before, CTX_CLOSED if it was stopped. After an
+   error it may be started again. */
 CTXCANCEL_API int ctx_service_start(ctx_service_t *service);
 
 /* Stop in phases: refuse; drain, for `.drain_budget` and at most until the grace period (but not more than half the
-   budget) before the end; cancel; and if it still goes on after the grace period, force. Each callback runs on a thread
-   of its own, so none can hold this up: it returns when all have, after budget + grace at the latest. (When no thread
-   can be had they run here, and can.) 0, CTX_DEADLINE_EXCEEDED if it was not finished inside the budget, else the first
-   error of `run` or `drain`. Any number of callers, at any time, wait for the one stop and get its result. One that was
-   never started is stopped at once; a start that is under way has its context canceled and, if it goes well, is
-   drained. `report` may be NULL. */
+   budget) before the end; cancel; and if it still goes on after the grace period, force. Each callback is called at
+   most once, and in this order. Each runs on a thread of its own, so none can hold this up: it returns when all have,
+   after budget + grace at the latest. A stop needs neither memory nor threads: when no thread can be had the callbacks
+   of all services run one after the other on one that is there since the start, where a stuck one makes those behind it
+   late. Returns CTX_DEADLINE_EXCEEDED if it was not finished inside the budget, else the first error of `run` or
+   `drain`, else 0. Any number of callers, at any time, wait for the one stop and get its result; a callback of the
+   service's own may be one of them, and is not waited for then. One that was never started is stopped at once. A start
+   that is under way has its context canceled and, if it goes well before the stop is over, is refused and drained; it
+   is never forced before. `report` may be NULL. */
 CTXCANCEL_API int ctx_service_stop(ctx_service_t *service, ctx_dur_t budget, ctx_shutdown_report_t *report);
 
 /* Stop with no budget unless that is done, and free. What a stuck `run` touches of it lives until that ends. NULL is
@@ -924,9 +965,10 @@ typedef struct {
     ctx_dur_t lame_duck;          /* how long to work on with the readiness off, until load balancers have noticed; part
                                      of the budget (default: 0) */
     ctx_dur_t budget;             /* for the whole shutdown, lame_duck included (default: 25 s) */
-    void (*on_force)(void *user); /* called when a second signal comes or the budget has passed, before components are
-                                     forced (default: none) */
-    void *user;                   /* for on_force */
+    void (*on_force)(void *user); /* called when a second signal comes or the budget has passed, on a thread of its own.
+                                     Components are forced when it has returned, or when the longest of their grace
+                                     periods is over (default: none) */
+    void *user;                   /* for on_force; must live until that has returned */
     ctx_shutdown_report_t *report;       /* filled in (default: none) */
 } ctx_app_desc_t;
 
@@ -949,7 +991,8 @@ CTXCANCEL_API int ctx_app_add(ctx_app_t *app, const ctx_service_desc_t *desc);
    signal cannot be caught, or CTX_NO_MEMORY. `desc` may be NULL. */
 CTXCANCEL_API int ctx_app_run(ctx_app_t *app, const ctx_app_desc_t *desc);
 
-/* For a health check in one of its services: everything has started and no shutdown has begun. */
+/* For a health check in one of its services: everything has started and no shutdown has begun. False in a service that
+   goes on after the app was freed. */
 CTXCANCEL_API bool ctx_app_ready(const ctx_app_t *app);
 
 /* Free an app that is not to be run. NULL is fine. */
@@ -958,7 +1001,8 @@ CTXCANCEL_API void ctx_app_free(ctx_app_t *app);
 /* Work for the end of a program. Storage for it must be zeroed at first: `ctx_cleanup_t c = { 0 };`. The fields are
    private. */
 typedef struct {
-    struct ctx__cleanup_item *first, *last;
+    struct ctx__stop *run; /* under way, which takes what is added meanwhile */
+    ctx__queue_t items;
 } ctx_cleanup_t;
 
 typedef struct {
@@ -971,13 +1015,16 @@ typedef struct {
                            ctx_cleanup_run() has: in the background, on the thread of `fn` (default: none) */
 } ctx_cleanup_desc_t;
 
-/* Register one. 0, CTX_NO_MEMORY, or CTX_INVALID. From any thread. */
+/* Register one. One that is added while they run, by a cleanup for example, joins them. Returns 0, CTX_INVALID, or
+   CTX_NO_MEMORY if memory is short or the thread for those that get none of their own cannot be had. From any
+   thread. */
 CTXCANCEL_API int ctx_cleanup_add(ctx_cleanup_t *cleanup, const ctx_cleanup_desc_t *desc);
 
 /* Run all that were added: the critical ones at once and side by side, the others side by side when those have returned
    or have had their deadline. Returns when all have, but after `budget` at the latest: the rest finishes in the
-   background. 0, the first error, or CTX_DEADLINE_EXCEEDED if some are late. Each runs exactly once; afterwards the
-   storage is as new. `report` may be NULL. */
+   background. When no thread can be had they run one after the other on one that is there since they were added.
+   Returns 0, the first error, or CTX_DEADLINE_EXCEEDED if some are late. Each runs exactly once; afterwards the storage
+   is as new. `report` may be NULL. */
 CTXCANCEL_API int ctx_cleanup_run(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_shutdown_report_t *report);
 
 #ifdef __cplusplus
@@ -1525,8 +1572,15 @@ static bool ctx__fences_available(void) { return CTX__SCHED != 0; }
 static bool ctx__fences(void) { return true; }
 #endif
 
+/* How many processors this process may use: those of the calling thread, where the system tells. */
 static unsigned ctx__cpu_count(void) {
     long n = sysconf(_SC_NPROCESSORS_ONLN);
+#if defined(__linux__) && defined(SYS_sched_getaffinity)
+    unsigned long mask[1024 / (8 * sizeof(long))];
+    long bytes = syscall(SYS_sched_getaffinity, 0, sizeof mask, mask), i;
+    if (bytes > 0) n = 0;
+    for (i = 0; i < bytes / (long)sizeof(long); i++) n += __builtin_popcountl(mask[i]);
+#endif
     return n < 1 ? 1 : n > 1024 ? 1024 : (unsigned)n;
 }
 
@@ -1589,21 +1643,87 @@ static void ctx__event_unshare(ctx__event_t *event) {
     event->fd = fd;
 }
 
-/* An entry of a list that it can leave by itself. */
-typedef struct ctx__link {
-    struct ctx__link *next, **pprev;
-} ctx__link_t;
-
-static inline void ctx__link_in(ctx__link_t **list, ctx__link_t *link) {
-    link->next = *list;
-    link->pprev = list;
+/* The one intrusive list. A link knows what points to it, so it can leave by itself; its `pprev` is NULL while it is in
+   none. A plain pointer to the first link is a stack; with the end it is a queue. Zeroed, both are empty. */
+static inline void ctx__link_in(ctx__link_t **stack, ctx__link_t *link) {
+    link->next = *stack;
+    link->pprev = stack;
     if (link->next) link->next->pprev = &link->next;
-    *list = link;
+    *stack = link;
 }
 
 static inline void ctx__link_out(ctx__link_t *link) {
     *link->pprev = link->next;
     if (link->next) link->next->pprev = link->pprev;
+    link->pprev = NULL;
+}
+
+/* At the end of a queue. */
+static inline void ctx__queue_add(ctx__queue_t *queue, ctx__link_t *link) {
+    ctx__link_t **end = queue->first ? queue->end : &queue->first;
+    link->next = NULL;
+    link->pprev = end;
+    *end = link;
+    queue->end = &link->next;
+}
+
+/* Out of a queue, if it is in it. */
+static inline void ctx__queue_out(ctx__queue_t *queue, ctx__link_t *link) {
+    if (!link->pprev) return;
+    if (!link->next) queue->end = link->pprev;
+    ctx__link_out(link);
+}
+
+/* The one ring: items of one size with a lock at each end, so that threads that put and threads that take do not meet.
+   `in` guards the tail, `out` the head, and each end keeps what it last saw of the other and looks again only when that
+   says full or empty. Where both locks are needed, `in` is taken first. */
+typedef struct {
+    size_t size, capacity; /* [const] bytes of an item; how many fit */
+    char *cells;           /* [const] */
+    CTX__ALIGNED uint32_t in;
+    size_t tail_slot;      /* [in] */
+    uint64_t tail;         /* [atomic, set under in] items ever put */
+    uint64_t head_seen;    /* [in] */
+    CTX__ALIGNED uint32_t out;
+    size_t head_slot;      /* [out] */
+    uint64_t head;         /* [atomic, set under out] items ever taken */
+    uint64_t tail_seen;    /* [out] */
+} ctx__ring_t;
+
+/* [in] The free cell at the tail, NULL if the ring is full. */
+static inline char *ctx__ring_room(ctx__ring_t *ring) {
+    if (ring->tail - ring->head_seen >= ring->capacity) {
+        ring->head_seen = CTX__LOAD(&ring->head, ACQUIRE);
+        if (ring->tail - ring->head_seen >= ring->capacity) return NULL;
+    }
+    return ring->cells + ring->tail_slot * ring->size;
+}
+
+/* [in] What was written there is an item now. Pairs with the load in ctx__ring_first(). */
+static inline void ctx__ring_put(ctx__ring_t *ring) {
+    if (++ring->tail_slot == ring->capacity) ring->tail_slot = 0;
+    CTX__STORE(&ring->tail, ring->tail + 1, RELEASE);
+}
+
+/* [out] The oldest item, NULL if the ring is empty. */
+static inline char *ctx__ring_first(ctx__ring_t *ring) {
+    if (ring->head == ring->tail_seen) {
+        ring->tail_seen = CTX__LOAD(&ring->tail, ACQUIRE);
+        if (ring->head == ring->tail_seen) return NULL;
+    }
+    return ring->cells + ring->head_slot * ring->size;
+}
+
+/* [out] Its cell is free now. Pairs with the load in ctx__ring_room(). */
+static inline void ctx__ring_take(ctx__ring_t *ring) {
+    if (++ring->head_slot == ring->capacity) ring->head_slot = 0;
+    CTX__STORE(&ring->head, ring->head + 1, RELEASE);
+}
+
+/* How many items there are; under both locks, else a hint. */
+static inline uint64_t ctx__ring_count(const ctx__ring_t *ring) {
+    uint64_t head = CTX__LOAD(&ring->head, ACQUIRE);
+    return CTX__LOAD(&ring->tail, ACQUIRE) - head;
 }
 
 static size_t ctx__round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
@@ -1658,7 +1778,8 @@ typedef struct ctx__thread {
     uint64_t random;   /* the state of ctx__random() */
     void *runner;      /* the ctx__runner_t that this thread is: section 10 */
     const struct ctx__thread *waits_for; /* [ctx__stops] whose callback it waits for: section 3 */
-    struct ctx__calling *calling;        /* the walks whose callbacks it is running, innermost first: section 3 */
+    struct ctx__scope *scope;            /* what it is inside of, innermost first */
+    unsigned look_skip, look_back;       /* ctx__look_out(): waits to skip, and how many it was last */
     ctx__link_t link;                    /* [gate.mu] */
 } ctx__thread_t;
 static __thread ctx__thread_t ctx__self; /* its address stands for the thread */
@@ -1864,6 +1985,112 @@ static void ctx__watched_remove(ctx__link_t *link) {
     ctx__enter(&ctx__watched[i].mu);
     ctx__link_out(link);
     ctx__leave(&ctx__watched[i].mu);
+}
+
+/* What a thread is inside of: a stack of records on its own stack. By it the calls that would wait for themselves know
+   that they would. */
+enum { CTX__IN_CALLBACK, CTX__IN_TASK, CTX__IN_GROUP, CTX__IN_GO, CTX__IN_DROP, CTX__IN_FLUSH, CTX__IN_SERVICE };
+typedef struct ctx__scope {
+    struct ctx__scope *outer;
+    const void *owner; /* the pool, group, batcher or service */
+    int kind;          /* CTX__IN_... */
+} ctx__scope_t;
+
+static inline void ctx__scope_enter(ctx__scope_t *scope, int kind, const void *owner) {
+    scope->outer = ctx__self.scope;
+    scope->owner = owner;
+    scope->kind = kind;
+    /* cppcheck-suppress autoVariables ; ctx__scope_leave() takes it back */
+    ctx__self.scope = scope;
+}
+
+static inline void ctx__scope_leave(const ctx__scope_t *scope) { ctx__self.scope = scope->outer; }
+
+/* The innermost scope of that kind and owner (NULL: any), or NULL. */
+static ctx__scope_t *ctx__scope_of(int kind, const void *owner) {
+    ctx__scope_t *scope = ctx__self.scope;
+    while (scope && (scope->kind != kind || (owner && scope->owner != owner))) scope = scope->outer;
+    return scope;
+}
+
+/* What the drains of a component lose is added up for the report of its shutdown: section 14 sets where. */
+typedef struct {
+    uint64_t dropped, stuck; /* [atomic] */
+} ctx__tally_t;
+
+/* A thread in a callback of a component. */
+typedef struct {
+    ctx__scope_t scope; /* CTX__IN_SERVICE */
+    ctx__tally_t *tally;
+    bool drains;        /* in refuse or drain */
+    bool excused;       /* [ctx__services.mu] it stops that component itself, so nobody waits for it */
+} ctx__serving_t;
+
+/* Where what is drained here is counted, or NULL. */
+static ctx__tally_t *ctx__tally(void) {
+    ctx__scope_t *scope = ctx__scope_of(CTX__IN_SERVICE, NULL);
+    return scope ? CTX__CONTAINER(scope, ctx__serving_t, scope)->tally : NULL;
+}
+
+static void ctx__tally_add(uint64_t dropped, uint64_t stuck) {
+    ctx__tally_t *tally = ctx__tally();
+    if (!tally) return;
+    CTX__ADD(&tally->dropped, dropped, RELAXED);
+    CTX__ADD(&tally->stuck, stuck, RELAXED);
+}
+
+/* A thread that has to wait looks for a moment before it sleeps, if that has paid lately: two threads that take turns
+   then hand over without a system call. At most one looks for each processor but one. A thread looks at one wait, then
+   sleeps at once at so many: twice as many after a look in vain, half as many after one that paid. So it looks always
+   where most looks pay, and hardly ever where few do. A look takes as long as it takes a sleeping partner to wake up
+   and answer, so two threads whose looks have missed each other meet again. On one processor a look is to let the
+   others run once. */
+#define CTX__LOOK CTX_US(32)
+enum { CTX__LOOK_PAUSES = 64, CTX__LOOK_BACK = 63 };
+static uint32_t ctx__lookers; /* [atomic] */
+
+static bool ctx__looker_enter(void) {
+    uint32_t n = CTX__LOAD(&ctx__lookers, RELAXED);
+    while (n + 1 < ctx__cpus)
+        if (CTX__CAS_WEAK(&ctx__lookers, &n, n + 1, RELAXED, RELAXED)) return true;
+    return false;
+}
+
+/* True: `there(what)`. False: sleep; also once `until` on the real clock has come. */
+static bool ctx__look_out(bool (*there)(const void *what), const void *what, ctx_time_t until) {
+    ctx__thread_t *me;
+    bool found = false;
+    int i;
+    if (CTX__SCHED) return false;
+    me = ctx__me();
+    if (me->look_skip) {
+        me->look_skip--;
+        return false;
+    }
+    if (ctx__cpus == 1) {
+        ctx__cpu_yield();
+        found = there(what);
+    } else {
+        bool looker = false;
+        ctx_time_t end = 0;
+        for (i = 0; i < CTX__LOOK_PAUSES && !found && !(looker = ctx__looker_enter()); i++) {
+            ctx__cpu_pause(); /* the partner has answered, and is about to stop looking */
+            found = there(what);
+        }
+        if (!looker) return found;
+        while (!found) {
+            ctx_time_t now = ctx__clock_read();
+            if (!end) end = now + CTX__LOOK;
+            if (now >= end || now >= until) break;
+            ctx__cpu_yield(); /* the partner may be waiting for this very core */
+            for (i = 0; i < CTX__LOOK_PAUSES && !(found = there(what)); i++) ctx__cpu_pause();
+        }
+        CTX__SUB(&ctx__lookers, 1u, RELAXED);
+    }
+    me->look_back = found ? me->look_back / 2 : 2 * me->look_back + 1;
+    if (me->look_back > CTX__LOOK_BACK) me->look_back = CTX__LOOK_BACK;
+    me->look_skip = me->look_back;
+    return found;
 }
 
 /* Numbers to spread things with: xorshift, of each thread its own. */
@@ -2534,18 +2761,20 @@ static bool ctx__reg_run(ctx_t *node, bool wakers, ctx_t **dead) {
 
 /* -- canceling -- */
 
-typedef struct ctx__calling {
-    ctx_t *first; /* linked by work */
-    struct ctx__calling *outer;
+/* A thread that runs the callbacks of a walk. */
+typedef struct {
+    ctx__scope_t scope; /* CTX__IN_CALLBACK */
+    ctx_t *first;       /* linked by work */
 } ctx__calling_t;
 
 /* Run the callbacks of nodes that are done, and give their pins back. A callback may fork, and the child go on here. */
 static void ctx__walk_call(ctx_t *first) {
     ctx_t *node, *next, *dead = NULL;
-    ctx__calling_t calling = { first, ctx__self.calling };
-    ctx__self.calling = &calling;
+    ctx__calling_t calling;
+    calling.first = first;
+    ctx__scope_enter(&calling.scope, CTX__IN_CALLBACK, NULL);
     for (node = first; node; node = node->work) ctx__reg_run(node, false, &dead);
-    ctx__self.calling = calling.outer;
+    ctx__scope_leave(&calling.scope);
     for (node = first; node; node = next) {
         next = node->work;
         ctx__pin_drop(node, &dead);
@@ -3759,77 +3988,112 @@ static void ctx__unwatch(ctx__watch_t *watch) {
     } while (state == CTX__REG_FIRED);
 }
 
-/* Somebody who waits for a change of a structure. Stands on its own stack, in a list under that structure's lock. Who
-   is woken was taken out, and takes the lock before it leaves: so its parker is there as long as somebody may unpark
-   it. */
-typedef struct ctx__waiter {
-    struct ctx__waiter *next, **pprev; /* pprev NULL: not linked */
+static bool ctx__parker_is_set(const void *parker) {
+    return CTX__LOAD(&((const ctx__parker_t *)parker)->state, ACQUIRE) == CTX__SET;
+}
+
+/* Look for a moment, before parking. True: unparked. */
+static bool ctx__park_looks(const ctx__parker_t *parker, ctx_time_t until) {
+    const ctx_t *expires = parker->expires;
+    if (ctx__clock_is_fake()) until = CTX_NO_DEADLINE;
+    else if (expires) until = ctx__min(until, expires->timer.deadline);
+    return ctx__look_out(ctx__parker_is_set, parker, until);
+}
+
+/* Somebody who waits, on its own stack. */
+typedef struct {
+    ctx__link_t link; /* [the lock of the queue] */
     ctx__parker_t parker;
-} ctx__waiter_t;
+} ctx__wait_t;
 
-static void ctx__waiter_link(ctx__waiter_t **list, ctx__waiter_t *waiter) {
-    waiter->next = *list;
-    waiter->pprev = list;
-    if (waiter->next) waiter->next->pprev = &waiter->next;
-    *list = waiter;
+static void ctx__wait_init(ctx__wait_t *wait) {
+    wait->link.next = NULL;
+    wait->link.pprev = NULL;
+    ctx__parker_init(&wait->parker);
 }
 
-static void ctx__waiter_unlink(ctx__waiter_t *waiter) {
-    if (!waiter->pprev) return;
-    *waiter->pprev = waiter->next;
-    if (waiter->next) waiter->next->pprev = waiter->pprev;
-    waiter->pprev = NULL;
+/* Under the lock of the queue. */
+static void ctx__wake_first(ctx__queue_t *queue) {
+    ctx__wait_t *wait = CTX__CONTAINER(queue->first, ctx__wait_t, link);
+    ctx__queue_out(queue, &wait->link);
+    ctx__unpark(&wait->parker);
 }
 
-/* Under the lock of the list. */
-static void ctx__waiters_wake(ctx__waiter_t **list) {
-    while (*list) {
-        ctx__waiter_t *waiter = *list;
-        ctx__waiter_unlink(waiter);
-        ctx__unpark(&waiter->parker);
-    }
+static void ctx__wake_all(ctx__queue_t *queue) {
+    while (queue->first) ctx__wake_first(queue);
 }
 
-/* Let go of `mu`, park until woken or until `until`, and take it again. True: woken. */
-static bool ctx__waiter_park(ctx__waiter_t **list, ctx__waiter_t *waiter, uint32_t *mu, ctx_time_t until) {
-    bool woken, inside = ctx__self.inside != 0;
-    ctx__waiter_link(list, waiter);
-    ctx__unlock(mu);
-    if (inside) ctx__outside(&ctx__self);
-    woken = ctx__park(&waiter->parker, until);
-    ctx__parker_reset(&waiter->parker);
-    if (inside) ctx__enter(mu);
-    else ctx__lock(mu);
-    ctx__waiter_unlink(waiter);
-    return woken;
+static void ctx__wait_lock(uint32_t *mu, bool inside) {
+    if (mu && inside) ctx__enter(mu);
+    else if (mu) ctx__lock(mu);
+}
+
+static void ctx__wait_unlock(uint32_t *mu, bool inside) {
+    if (mu) ctx__unlock(mu);
+    if (mu && inside) ctx__outside(&ctx__self);
+}
+
+/* The one wait: until `holds(what)`, `ctx` is done or `until` has come. Returns 0, the err of `ctx` or CTX_NOT_READY.
+   `mu` guards what `holds` looks at; the caller has it, and has it again on return. A thread that makes it hold wakes
+   `queue` under `mu`, where this one stands meanwhile; or, with no queue, unparks `wait`, which the caller has queued.
+   With no `mu` nothing is locked, and with no `holds` nobody makes it hold: the thread sleeps. */
+static int ctx__wait_on(ctx__wait_t *wait, uint32_t *mu, ctx__queue_t *queue, bool (*holds)(void *what), void *what,
+                        ctx_t *ctx, ctx_time_t until) {
+    bool inside = (ctx__self.inside & ~CTX__STRANGER) != 0, held = false, live, in_time = true;
+    ctx__parker_t *parker = &wait->parker;
+    ctx__watch_t watch;
+    int err;
+    do {
+        ctx__wait_unlock(mu, inside);
+        live = ctx__watch(&watch, ctx, parker);
+        ctx__wait_lock(mu, inside);
+        while (!(holds && holds(what)) && live && in_time && !ctx_err(ctx)) {
+            if (queue) ctx__queue_add(queue, &wait->link);
+            ctx__wait_unlock(mu, inside);
+            in_time = (holds && ctx__park_looks(parker, until)) || ctx__park(parker, until);
+            if (in_time) ctx__parker_reset(parker);
+            ctx__wait_lock(mu, inside);
+            if (queue) ctx__queue_out(queue, &wait->link);
+        }
+        ctx__wait_unlock(mu, inside);
+        if (live) ctx__unwatch(&watch);
+        ctx__wait_lock(mu, inside);
+        err = ctx_err(ctx);
+        if (!err && !in_time) err = CTX_NOT_READY;
+    } while (!(held = holds && holds(what)) && !err);
+    return held ? 0 : err;
+}
+
+/* The same for a thread that stands in no queue. */
+static int ctx__await(uint32_t *mu, ctx__queue_t *queue, bool (*holds)(void *what), void *what, ctx_t *ctx,
+                      ctx_time_t until) {
+    ctx__wait_t wait;
+    if (holds && holds(what)) return 0;
+    ctx__wait_init(&wait);
+    return ctx__wait_on(&wait, mu, queue, holds, what, ctx, until);
 }
 
 static ctx_time_t ctx__from_now(ctx_dur_t dur) {
     return dur == CTX_FOREVER ? CTX_NO_DEADLINE : ctx_time_add(ctx_now(), dur);
 }
 
-/* Park until `ctx` is done (its err) or until `until` (0). */
-static int ctx__wait_until(ctx_t *ctx, ctx_time_t until) {
-    ctx__parker_t parker;
-    ctx__watch_t watch;
-    ctx__parker_init(&parker);
-    if (ctx__watch(&watch, ctx, &parker)) {
-        ctx__park(&parker, until);
-        ctx__unwatch(&watch);
-    }
-    return ctx_err(ctx);
+/* Sleep until `ctx` is done (its err) or until `until` (0). */
+static int ctx__sleep_until(ctx_t *ctx, ctx_time_t until) {
+    int rc = ctx__await(NULL, NULL, NULL, NULL, ctx, until);
+    return rc == CTX_NOT_READY ? 0 : rc;
 }
+
+static bool ctx__never(void *what) { return what != NULL; }
 
 CTXCANCEL_API int ctx_wait(ctx_t *ctx, ctx_dur_t max) {
     int err = ctx_err(ctx);
-    if (!err && max > 0) err = ctx__wait_until(ctx, ctx__from_now(max));
-    return err ? err : CTX_NOT_READY;
+    if (err) return err;
+    return max > 0 ? ctx__await(NULL, NULL, ctx__never, NULL, ctx, ctx__from_now(max)) : CTX_NOT_READY;
 }
 
 CTXCANCEL_API int ctx_sleep(ctx_t *ctx, ctx_dur_t dur) {
     int err = ctx_err(ctx);
-    if (!err && dur > 0) err = ctx__wait_until(ctx, ctx__from_now(dur));
-    return err;
+    return err || dur <= 0 ? err : ctx__sleep_until(ctx, ctx__from_now(dur));
 }
 
 static ctx__event_t ctx__event_done = { -1, -1 }; /* [ctx__runtime.mu] for contexts that are done when first asked */
@@ -3973,13 +4237,12 @@ CTXCANCEL_API int ctx_cond_wait(ctx_t *ctx, pthread_cond_t *cond, pthread_mutex_
    A release touches nothing once its permits are in the word or with a waiter and `mu` is free; a waiter takes `mu`
    before it returns. So the thread that took the last permit may free the semaphore at once. */
 
-struct ctx__sem_waiter {
-    ctx__sem_waiter_t *next, *prev; /* [mu] */
-    ctx_t *ctx;                     /* [const] */
-    int64_t n;                      /* [const] */
-    bool queued, granted;           /* [mu] */
-    ctx__parker_t parker;           /* unparked under mu, so never after its owner has looked at `granted` */
-};
+typedef struct {
+    ctx__wait_t wait; /* its link: [mu]; unparked under mu, so never after its owner has looked at `granted` */
+    ctx_t *ctx;       /* [const] */
+    int64_t n;        /* [const] */
+    bool granted;     /* [mu] */
+} ctx__sem_waiter_t;
 
 enum { CTX__SEM_WAIT = 1 };
 
@@ -4000,69 +4263,43 @@ static inline bool ctx__sem_take(ctx_sem_t *sem, int64_t n, int64_t bit) {
     return false;
 }
 
-/* [mu] */
-static void ctx__sem_unlink(ctx_sem_t *sem, ctx__sem_waiter_t *waiter) {
-    if (waiter->prev) waiter->prev->next = waiter->next;
-    else sem->first = waiter->next;
-    if (waiter->next) waiter->next->prev = waiter->prev;
-    else sem->last = waiter->prev;
-    waiter->queued = false;
-}
-
 /* [mu] Serve the queue from its head as far as the permits go. */
 static void ctx__sem_hand_out(ctx_sem_t *sem) {
-    ctx__sem_waiter_t *waiter;
-    while ((waiter = sem->first) != NULL) {
+    while (sem->waiters.first) {
+        ctx__sem_waiter_t *waiter = CTX__CONTAINER(sem->waiters.first, ctx__sem_waiter_t, wait.link);
         bool took = ctx__sem_take(sem, waiter->n, CTX__SEM_WAIT);
         bool done = ctx_err(waiter->ctx) != 0; /* after the permits have come; it has been woken, or will be */
         if (!took && !done) break;
-        ctx__sem_unlink(sem, waiter);
+        ctx__queue_out(&sem->waiters, &waiter->wait.link);
         if (!done) {
             waiter->granted = true;
-            ctx__unpark(&waiter->parker);
+            ctx__unpark(&waiter->wait.parker);
         } else if (took) {
             CTX__ADD(&sem->state, waiter->n * 2, ACQ_REL);
         }
     }
-    if (!sem->first) CTX__AND(&sem->state, ~(int64_t)CTX__SEM_WAIT, RELEASE);
+    if (!sem->waiters.first) CTX__AND(&sem->state, ~(int64_t)CTX__SEM_WAIT, RELEASE);
 }
 
-static void ctx__sem_queue(ctx_sem_t *sem, ctx__sem_waiter_t *waiter) {
-    ctx__lock(&sem->mu);
-    waiter->prev = sem->last;
-    if (sem->last) sem->last->next = waiter;
-    else sem->first = waiter;
-    sem->last = waiter;
-    waiter->queued = true;
-    CTX__OR(&sem->state, (int64_t)CTX__SEM_WAIT, ACQ_REL);
-    ctx__sem_hand_out(sem);
-    ctx__unlock(&sem->mu);
-}
-
-/* Leave the queue; the next in it may fit where this one did not. True if it was granted meanwhile. */
-static bool ctx__sem_leave(ctx_sem_t *sem, ctx__sem_waiter_t *waiter) {
-    bool granted;
-    ctx__lock(&sem->mu);
-    granted = waiter->granted;
-    if (waiter->queued) {
-        ctx__sem_unlink(sem, waiter);
-        ctx__sem_hand_out(sem);
-    }
-    ctx__unlock(&sem->mu);
-    return granted;
-}
+static bool ctx__sem_granted(void *waiter) { return ((ctx__sem_waiter_t *)waiter)->granted; }
 
 static CTX__COLD int ctx__sem_wait(ctx_sem_t *sem, ctx_t *ctx, int64_t n) {
     ctx__sem_waiter_t waiter;
-    ctx__watch_t watch;
-    memset(&waiter, 0, sizeof waiter);
+    ctx__wait_init(&waiter.wait);
     waiter.ctx = ctx;
     waiter.n = n;
-    if (!ctx__watch(&watch, ctx, &waiter.parker)) return ctx_err(ctx);
-    ctx__sem_queue(sem, &waiter);
-    ctx__park(&waiter.parker, CTX_NO_DEADLINE);
-    ctx__unwatch(&watch);
-    return ctx__sem_leave(sem, &waiter) ? 0 : ctx_err(ctx);
+    waiter.granted = false;
+    ctx__lock(&sem->mu);
+    ctx__queue_add(&sem->waiters, &waiter.wait.link);
+    CTX__OR(&sem->state, (int64_t)CTX__SEM_WAIT, ACQ_REL);
+    ctx__sem_hand_out(sem);
+    ctx__wait_on(&waiter.wait, &sem->mu, NULL, ctx__sem_granted, &waiter, ctx, CTX_NO_DEADLINE);
+    if (waiter.wait.link.pprev) { /* the next in the queue may fit where this one did not */
+        ctx__queue_out(&sem->waiters, &waiter.wait.link);
+        ctx__sem_hand_out(sem);
+    }
+    ctx__unlock(&sem->mu);
+    return waiter.granted ? 0 : ctx_err(ctx);
 }
 
 CTXCANCEL_API int ctx_sem_acquire(ctx_sem_t *sem, ctx_t *ctx, int64_t n) {
@@ -4094,7 +4331,7 @@ CTXCANCEL_API void ctx_sem_release(ctx_sem_t *sem, int64_t n) {
             if (CTX__CAS_WEAK(&sem->state, &state, state + n * 2, RELEASE, RELAXED)) return;
         }
         ctx__lock(&sem->mu);
-        if (sem->first) break;
+        if (sem->waiters.first) break;
         ctx__unlock(&sem->mu); /* the last waiter has given up, and cleared the bit */
         state = CTX__LOAD(&sem->state, RELAXED);
     }
@@ -4105,46 +4342,41 @@ CTXCANCEL_API void ctx_sem_release(ctx_sem_t *sem, int64_t n) {
 }
 
 CTXCANCEL_API void ctx_sem_destroy(ctx_sem_t *sem) {
-    CTXCANCEL_ASSERT(sem == NULL || !sem->first);
+    CTXCANCEL_ASSERT(sem == NULL || !sem->waiters.first);
     (void)sem;
 }
 
 /* == 9. pool ====================================================== */
 
-/* A ring of tasks with a lock at each end, so that submitters and workers do not meet: `in` guards the tail and
-   everything about who sleeps, `out` guards the head. Each end keeps what it last saw of the other and looks again
-   only when that says full or empty. Order of locks: `in` before `out`; no foreign code runs under either.
+/* While there is work and a worker is idle, somebody is on the way to it.
 
-   Nothing is lost because a task changes hands only under a lock: submit puts it into the ring under `in` unless
-   `closed` is set; whoever takes it out under `out` runs it or gives it to on_drop.
+   Work is a task in the ring, or a turn on the agenda: see below. On the way is a worker that was roused and has not
+   taken anything yet, counted in `looking`; or, in a pool that lets tasks gather, one whose nap will end, counted in
+   `promised`. All of it is guarded by the submit lock, the `in` of the ring, and ctx__pool_leave() is the only way to
+   give that lock back where there may be work: it rouses a worker if nobody is on the way. So whoever stops looking,
+   because it has taken something or because a thread could not be made, passes on by leaving.
 
-   Sleeping. A worker with nothing to do takes `in`, sees that the ring is empty, and goes onto the idle stack; a
-   submitter, which holds `in` as it adds a task, sees it there: so no wake-up is lost, and no fence is needed. A
-   wake-up is paid only when `looking` is 0: it counts workers that are about to look into the ring. A worker that
-   takes a task leaves that count and, if tasks are left and nobody looks any more, rouses the next; so tasks that
-   block spread over the workers.
+     idle --roused, made, or its nap is over--> looking --takes something--> busy --finds nothing more--> looking
+       ^--finds nothing for a moment; naps if tasks gather--/
 
-   Tasks that are over sooner than a wake-up takes would make every worker run to do the work of one. So a worker whose
-   last CTX__QUICK_STREAK tasks were quick stays counted as looking while it runs one: it promises to be back. Against a
-   promise that is broken one idle worker stands guard: it naps instead of sleeping, and steps in when the ring has not
-   moved. A pool that has been quiet for a while lets its guard sleep and revokes what was promised. Where tasks are so
-   tiny that two workers only fight over the ring, all but one lie down; a quick one that finds nothing yields its core
-   once before it pays for a sleep. With `.coalesce` the guard's nap is what gathers tasks: submitters wake nobody while
-   a guard naps and the ring is not half full; one more guard covers for the first.
+   Nothing is lost: a task changes hands only under a lock. A submit puts it into the ring under `in` unless `closed` is
+   set or the pool's context is done; whoever takes it out under `out` runs it or gives it to on_drop. No foreign code
+   runs under either lock.
+
+   Submitters that wait for room stand in a queue, and the worker that makes room puts their tasks into the ring for
+   them, in order; while one waits the ring counts as full for all others. A submitter that runs its task itself is a
+   worker whose record is on its stack: it takes a permit, drains do not wait for it if it drains itself, and reports
+   name it.
+
+   The agenda has the turns that groups and batchers want: a worker shall come and do what they have. A turn takes no
+   place in the ring. It comes, or it is lost when the pool ends, or its owner takes it back. Workers take a task and a
+   turn by turns.
 
    A worker owns a node below the pool's context and uses it for task after task, as long as nobody kept or canceled
    it: only the values, name and deadline change. Its timer stays armed and is merely pushed later.
 
-   The pool is counted: its owner and each thread hold it. So freeing need not wait for a stuck task. */
-
-enum {
-    CTX__QUICK_STREAK = 64,    /* tasks in a row that make a worker quick */
-    CTX__QUICK_NS = 5000,      /* about what a wake-up costs */
-    CTX__TINY_NS = 500,        /* below this two workers on one ring only get in each other's way */
-    CTX__QUICK_BATCH = 8,      /* without deadlines the clock is read once in so many tasks */
-    CTX__GUARD_QUIET = 4,      /* naps without work after which a guard sleeps */
-    CTX__SPIN_MAX = 16
-};
+   The pool is counted: its owner, each thread and each submitter that runs a task hold it. So freeing need not wait for
+   a stuck task. */
 
 typedef struct {
     ctx_task_fn fn;
@@ -4161,37 +4393,33 @@ static uintptr_t ctx__task_from(const ctx_t *parent) {
 static ctx__record_t *ctx__task_values(uintptr_t from) { return (ctx__record_t *)(from & ~(uintptr_t)3); }
 static uint8_t ctx__task_sampling(uintptr_t from) { return (uint8_t)((from & 3) * CTX__F_DECIDED); }
 
-/* Tasks of the library's own, which take no values. When one is dropped it is called without a context, to put things
-   right, instead of on_drop. */
-static int ctx__group_turn(ctx_t *ctx, void *group); /* section 10 */
-static int ctx__batch_turn(ctx_t *ctx, void *batch); /* section 12 */
+/* What a group or a batcher has workers come for. */
+typedef struct ctx__turns {
+    ctx__link_t link; /* [in] on the agenda while `wanted` is not 0 */
+    int wanted;       /* [in] workers that shall come */
+    void (*come)(struct ctx__turns *turns, bool lost); /* [const] called once for each, with no lock held: by the
+                                                          worker, or with `lost` by the thread that ends the pool */
+    const char *op;   /* [const] for reports */
+} ctx__turns_t;
 
 enum { CTX__WORKER_NONE, CTX__WORKER_STARTING, CTX__WORKER_STARTED };
-enum { CTX__GUARD_FIRST = 1, CTX__GUARD_SECOND = 2 };
 
 typedef struct ctx__worker {
     CTX__ALIGNED ctx_pool_t *pool; /* [const] */
+    ctx__scope_t scope;            /* [owner thread] */
     ctx_t *node;                   /* [owner thread] NULL: to be made */
     bool timed;                    /* [owner thread] node's timer is armed */
-    bool looking;                  /* [owner thread; in while idle] counted in pool->looking, if epoch agrees */
-    uint32_t epoch;                /* likewise */
-    uint32_t streak;               /* [owner thread] quick tasks in a row */
-    uint32_t ran;                  /* [owner thread] tasks ever */
-    uint32_t batch;                /* [owner thread] tasks since `last` */
-    ctx_dur_t average;             /* [owner thread] what a task takes, lately */
-    ctx_time_t last;               /* [owner thread] when the current task began, 0: not known */
-    int spin;                      /* [owner thread] how much spinning has paid lately */
-    uint64_t completed, failed, canceled; /* [atomic, written by the owner thread] */
+    bool ran;                      /* [owner thread] something since its last nap */
+    bool turn_next;                /* [owner thread] took a task last */
+    uint64_t done[3];              /* [atomic, written by the owner thread] completed, failed, canceled */
     const char *op;                /* [atomic] what it runs; NULL: nothing */
-    uint32_t permit;               /* [atomic] holds a permit of pool->limit */
-    struct ctx__worker *below;     /* [in] the idle stack */
-    bool idle;                     /* [in] on the idle stack */
-    uint8_t guard;                 /* [in] 0, or which guard it is */
-    uint8_t quiet;                 /* [owner thread] naps without work */
-    uint64_t seen_head, seen_tail; /* [owner thread] at the last nap */
+    uint32_t turns;                /* [atomic] that is a turn */
+    uint32_t permit;               /* [atomic] holds a permit of desc.permits */
+    ctx__link_t link;              /* [in] among the idle, or the callers */
+    bool looking, idle, naps;      /* [in] */
+    unsigned drains;               /* [in] drains of this pool that its task is in */
     uint8_t state;                 /* [in] CTX__WORKER_... */
-    uint32_t begun;                /* [atomic] somebody has undertaken to start the thread */
-    ctx__thread_t *self;           /* [atomic] which thread it is */
+    bool begun;                    /* [who reserved it, then const] its thread has been asked for */
     pthread_t thread;
     ctx__parker_t parker;
 } ctx__worker_t;
@@ -4200,47 +4428,42 @@ struct ctx_pool {
     /* [const] */
     ctx_pool_desc_t desc; /* defaults resolved */
     ctx_t *ctx;           /* of all tasks, below the lifetime */
-    ctx_on_done_t on_end;   /* on ctx: drops what is queued */
-    size_t mask;          /* of cells; queue <= mask + 1 */
+    ctx_on_done_t on_end; /* on ctx: drops what is queued */
+    ctx__worker_t *all;   /* desc.workers of them */
+    void *raw;            /* what to free */
     unsigned forks;       /* ctx__forks when it was made: in a child of fork it has no threads */
     uint32_t refs;        /* [atomic] */
 
-    CTX__ALIGNED uint32_t in;
-    bool closed;           /* [atomic, set under in] */
-    bool quit;             /* [in] workers shall end */
-    uint64_t tail;         /* [atomic, set under in] tasks ever put */
-    uint64_t head_seen;    /* [in] */
-    unsigned looking;      /* [in] */
-    uint32_t epoch;        /* [in] moves when promises are revoked */
-    unsigned workers;      /* [in] slots in use */
-    unsigned starting;     /* [in] of these, threads being made */
-    unsigned idle_count;   /* [in] */
-    unsigned guards;       /* [in] bits: which guards nap */
-    unsigned callers;      /* [in] submitters that run a task themselves */
-    unsigned drain_tasks;  /* [in] workers whose task is draining this pool */
-    ctx__worker_t *idle;   /* [in] */
-    ctx__waiter_t *drainers, *blocked; /* [in] */
-    bool cut;              /* [in] a drain ran out of budget */
-    uint64_t tallied;      /* [in] of dropped, what a component's report has */
-    uint64_t caller_ran[3]; /* [in] completed, failed, canceled by callers */
-    uint64_t dropped;      /* [atomic] */
-    uint64_t excused;      /* [atomic] tasks of the library's own that were dropped: nothing is lost with them */
-    bool tiny;             /* [atomic] the tasks are not worth a second worker */
+    ctx__ring_t ring;     /* of ctx__task_t; with cells for ctx__pool_most() of them */
+    bool want_room;       /* [out] somebody waits for room */
+    uint32_t turns;       /* [atomic, set under in] wanted in all */
 
-    CTX__ALIGNED uint32_t out;
-    uint64_t head;         /* [atomic, set under out] tasks ever taken */
-    uint64_t tail_seen;    /* [out] */
-    bool want_room;        /* [out] somebody is blocked: say when half is free */
-
-    CTX__ALIGNED ctx__worker_t *all; /* [const] desc.workers of them */
-    ctx__task_t *cells;
-    void *raw;             /* what to free */
+    CTX__ALIGNED bool closed; /* [in] */
+    bool quit;            /* [in] workers shall end */
+    bool cut;             /* [in] a drain ran out of budget */
+    unsigned looking;     /* [in] workers on the way */
+    unsigned promised;    /* [in] workers that nap */
+    unsigned workers;     /* [in] threads that there are or are being made, ... */
+    unsigned starting;    /* ... and that are being made */
+    unsigned idle_count;  /* [in] */
+    ctx__link_t *idle;    /* [in] workers, the last to come first */
+    ctx__link_t *callers; /* [in] submitters that run a task */
+    ctx__queue_t agenda;  /* [in] of ctx__turns_t */
+    ctx__queue_t blocked; /* [in] submitters that wait for room */
+    ctx__queue_t waiters; /* [in] for tasks to end, or for threads to be made */
+    uint64_t by_callers;  /* [in] tasks that callers took, ... */
+    uint64_t done[3];     /* ... and what became of them */
+    uint64_t dropped;     /* [atomic] */
+    uint32_t dropping;    /* [atomic] tasks that are on their way to on_drop, or in it */
+    unsigned drop_drains; /* [in] drains of this pool that an on_drop of it is in */
+    uint64_t tallied;     /* [in] of dropped, what a component's report has */
 };
 
-static uint64_t ctx__pool_head(const ctx_pool_t *pool) { return CTX__LOAD(&pool->head, ACQUIRE); }
-static uint64_t ctx__pool_tail(const ctx_pool_t *pool) { return CTX__LOAD(&pool->tail, ACQUIRE); }
-static bool ctx__pool_empty(const ctx_pool_t *pool) { return ctx__pool_head(pool) == ctx__pool_tail(pool); }
 static bool ctx__pool_forked(const ctx_pool_t *pool) { return pool->forks != ctx__forks; }
+
+static bool ctx__pool_has_work(const void *pool) {
+    return CTX__LOAD(&((const ctx_pool_t *)pool)->turns, RELAXED) || ctx__ring_count(&((const ctx_pool_t *)pool)->ring);
+}
 
 static void ctx__pool_unref(ctx_pool_t *pool) {
     if (CTX__SUB(&pool->refs, 1u, ACQ_REL) != 1) return;
@@ -4248,45 +4471,204 @@ static void ctx__pool_unref(ctx_pool_t *pool) {
     CTXCANCEL_FREE(pool->raw);
 }
 
-/* Half is free again: those who wait for room may try. */
-static CTX__COLD void ctx__pool_room(ctx_pool_t *pool) {
-    ctx__lock(&pool->in);
-    ctx__waiters_wake(&pool->blocked);
-    ctx__unlock(&pool->in);
+/* -- who looks -- */
+
+static int ctx__worker_start(ctx__worker_t *worker);
+static void *ctx__worker_main(void *worker);
+
+/* [in] */
+static void ctx__worker_look(ctx__worker_t *worker) {
+    worker->pool->looking += !worker->looking;
+    worker->looking = true;
 }
 
-/* Take the oldest task, and note its name in `op`; `woke`: this took the time of a wake-up. */
-static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const char **op, bool *woke) {
-    uint64_t head;
-    bool room;
-    ctx__lock(&pool->out);
-    head = pool->head;
-    if (head >= pool->tail_seen) pool->tail_seen = ctx__pool_tail(pool); /* it lags where tasks were pushed out */
-    if (head == pool->tail_seen) {
-        ctx__unlock(&pool->out);
-        return false;
+/* [in] To be followed by ctx__pool_leave(), which passes on. */
+static void ctx__worker_unlook(ctx__worker_t *worker) {
+    worker->pool->looking -= worker->looking;
+    worker->looking = false;
+}
+
+/* [in] */
+static void ctx__worker_nap_end(ctx__worker_t *worker) {
+    worker->pool->promised -= worker->naps;
+    worker->naps = false;
+}
+
+/* [in] Off the idle stack, and on the way. */
+static ctx__worker_t *ctx__worker_rise(ctx__worker_t *worker) {
+    ctx__link_out(&worker->link);
+    worker->idle = false;
+    worker->pool->idle_count--;
+    ctx__worker_nap_end(worker);
+    ctx__worker_look(worker);
+    return worker;
+}
+
+/* [in] A place for one more thread, which is on the way from now on; NULL if there is none. */
+static ctx__worker_t *ctx__worker_reserve(ctx_pool_t *pool) {
+    ctx__worker_t *worker = pool->all;
+    if (pool->workers >= (unsigned)pool->desc.workers || pool->quit) return NULL;
+    while (worker->state != CTX__WORKER_NONE) worker++;
+    worker->state = CTX__WORKER_STARTING;
+    worker->begun = false;
+    pool->workers++;
+    pool->starting++;
+    ctx__worker_look(worker);
+    return worker;
+}
+
+/* [in] Is more than half the queue taken? The head's cache line is the workers': it is looked at only when what was
+   last seen of it says yes. */
+static bool ctx__pool_past_half(ctx_pool_t *pool) {
+    if (pool->ring.tail - pool->ring.head_seen <= pool->desc.queue / 2) return false;
+    pool->ring.head_seen = CTX__LOAD(&pool->ring.head, ACQUIRE);
+    return pool->ring.tail - pool->ring.head_seen > pool->desc.queue / 2;
+}
+
+/* [in] Nobody is on the way: who shall be? An idle worker, or one to be started; NULL if nobody can or needs to. */
+static ctx__worker_t *ctx__pool_rouse(ctx_pool_t *pool, bool may_start) {
+    if (!pool->idle && (!may_start || pool->workers >= (unsigned)pool->desc.workers)) return NULL;
+    if (!ctx__pool_has_work(pool)) return NULL;
+    if (pool->promised && !pool->closed && !ctx__pool_past_half(pool)) return NULL; /* tasks may gather */
+    if (pool->idle) return ctx__worker_rise(CTX__CONTAINER(pool->idle, ctx__worker_t, link));
+    return ctx__worker_reserve(pool);
+}
+
+static CTX__COLD void ctx__worker_wake(ctx__worker_t *worker) {
+    if (worker->begun) ctx__unpark(&worker->parker);
+    else ctx__worker_start(worker);
+}
+
+/* [in], released here. Wakes what is due. */
+static inline void ctx__pool_leave(ctx_pool_t *pool) {
+    ctx__worker_t *worker = pool->looking ? NULL : ctx__pool_rouse(pool, true);
+    ctx__unlock(&pool->ring.in);
+    if (CTX__UNLIKELY(worker != NULL)) ctx__worker_wake(worker);
+}
+
+/* 0, or CTX_NO_MEMORY: then an idle worker is roused in its stead, if there is one. */
+static CTX__COLD int ctx__worker_start(ctx__worker_t *worker) {
+    ctx_pool_t *pool = worker->pool;
+    ctx__worker_t *other = NULL;
+    int rc;
+    worker->begun = true;
+    CTX__ADD(&pool->refs, 1u, RELAXED);
+    rc = ctx__thread_start(&worker->thread, ctx__worker_main, worker);
+    ctx__lock(&pool->ring.in);
+    pool->starting--;
+    worker->state = rc ? CTX__WORKER_NONE : CTX__WORKER_STARTED;
+    if (rc) {
+        pool->workers--;
+        ctx__worker_unlook(worker);
+        if (!pool->looking) other = ctx__pool_rouse(pool, false);
     }
-    *task = pool->cells[head & pool->mask];
-    if (op) CTX__STORE(op, task->op, RELEASE); /* under `out`: who empties the ring sees who has what */
-    CTX__STORE(&pool->head, head + 1, RELEASE);
-    room = pool->want_room && ctx__pool_tail(pool) - (head + 1) <= pool->desc.queue / 2;
-    if (room) pool->want_room = false;
-    ctx__unlock(&pool->out);
-    *woke = room;
-    if (CTX__UNLIKELY(room)) ctx__pool_room(pool);
-    return true;
+    ctx__wake_all(&pool->waiters);
+    ctx__unlock(&pool->ring.in);
+    if (other) ctx__worker_wake(other);
+    if (rc) ctx__pool_unref(pool);
+    return rc;
 }
 
-/* Hand a task to on_drop. */
+/* -- room, and what is dropped -- */
+
+typedef struct {
+    ctx__wait_t wait;
+    ctx_pool_t *pool;
+    ctx__task_t *task;
+    ctx_t *parent;
+    bool served; /* [in] */
+} ctx__submitter_t;
+
+/* [in] How many tasks the ring may hold: as many as may wait, and one for each worker that is free to take it: that
+   looks, is idle or has no thread yet. The ring has cells for all. A worker that has just taken a task still looks, so
+   there may be one task more than this for a moment. */
+static inline uint64_t ctx__pool_most(const ctx_pool_t *pool) {
+    return pool->desc.queue + (unsigned)pool->desc.workers - pool->workers + pool->idle_count + pool->looking;
+}
+
+/* [in] The cell of the next task, NULL if the queue is full. */
+static inline char *ctx__pool_room(ctx_pool_t *pool) {
+    ctx__ring_t *ring = &pool->ring;
+    if (ring->tail - ring->head_seen >= pool->desc.queue) {
+        ring->head_seen = CTX__LOAD(&ring->head, ACQUIRE);
+        if (ring->tail - ring->head_seen >= ctx__pool_most(pool)) return NULL;
+    }
+    return ring->cells + ring->tail_slot * ring->size;
+}
+
+/* [in, out] */
+static bool ctx__pool_full(const ctx_pool_t *pool) {
+    return pool->ring.tail - pool->ring.head >= ctx__pool_most(pool);
+}
+
+/* [in] There is room. */
+static inline void ctx__pool_put(ctx_pool_t *pool, char *cell, ctx__task_t *task, const ctx_t *parent) {
+    task->from = ctx__task_from(parent);
+    memcpy(cell, task, sizeof *task);
+    ctx__ring_put(&pool->ring);
+}
+
+/* [in] */
+static int ctx__pool_refuses(const ctx_pool_t *pool) { return pool->closed ? CTX_CLOSED : ctx_err(pool->ctx); }
+
+/* [in] Have the worker that makes room serve those who wait for it. False: there is room now. */
+static bool ctx__pool_want_room(ctx_pool_t *pool) {
+    bool full;
+    ctx__lock(&pool->ring.out);
+    full = pool->want_room = ctx__pool_full(pool);
+    ctx__unlock(&pool->ring.out);
+    return full;
+}
+
+/* [in] Put the tasks of those who wait for room into the ring, in order. */
+static CTX__COLD void ctx__pool_serve(ctx_pool_t *pool) {
+    while (pool->blocked.first && !ctx__pool_refuses(pool)) {
+        char *cell = ctx__pool_room(pool);
+        if (cell) {
+            ctx__submitter_t *first = CTX__CONTAINER(pool->blocked.first, ctx__submitter_t, wait.link);
+            ctx__pool_put(pool, cell, first->task, first->parent);
+            first->served = true;
+            ctx__wake_first(&pool->blocked);
+        } else if (ctx__pool_want_room(pool)) {
+            return;
+        }
+    }
+}
+
+/* Take the oldest task, and note its name in `op`; with no `op`, to drop it. */
+static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const char **op) {
+    const char *cell;
+    bool serve = false;
+    ctx__lock(&pool->ring.out);
+    cell = ctx__ring_first(&pool->ring);
+    if (cell) {
+        memcpy(task, cell, sizeof *task);
+        if (op) CTX__STORE(op, task->op, RELEASE); /* before the head moves: a drain sees no task nowhere */
+        else CTX__ADD(&pool->dropping, 1u, RELAXED);
+        ctx__ring_take(&pool->ring);
+        serve = pool->want_room;
+        pool->want_room = false;
+    }
+    ctx__unlock(&pool->ring.out);
+    if (CTX__UNLIKELY(serve)) {
+        ctx__lock(&pool->ring.in);
+        ctx__pool_serve(pool);
+        ctx__pool_leave(pool);
+    }
+    return cell != NULL;
+}
+
+/* Hand a task to on_drop. It is counted in `dropping` by now: a drain waits until on_drop has returned. */
 static void ctx__pool_drop(ctx_pool_t *pool, const ctx__task_t *task, int reason) {
+    ctx__scope_t scope;
     if (ctx__task_values(task->from)) ctx__record_release(ctx__task_values(task->from));
-    if (task->fn == ctx__group_turn || task->fn == ctx__batch_turn) {
-        CTX__ADD(&pool->excused, 1u, RELAXED);
-        task->fn(NULL, task->arg);
-        return;
-    }
     CTX__ADD(&pool->dropped, 1u, RELAXED);
-    if (pool->desc.on_drop) pool->desc.on_drop(task->op, task->arg, reason, pool->desc.user);
+    if (pool->desc.on_drop) {
+        ctx__scope_enter(&scope, CTX__IN_DROP, pool);
+        pool->desc.on_drop(task->op, task->arg, reason, pool->desc.user);
+        ctx__scope_leave(&scope);
+    }
+    CTX__SUB(&pool->dropping, 1u, RELEASE);
 }
 
 static int ctx__pool_drop_reason(const ctx_pool_t *pool) {
@@ -4294,14 +4676,33 @@ static int ctx__pool_drop_reason(const ctx_pool_t *pool) {
     return cause.code == CTX_DEADLINE_EXCEEDED ? cause.code : ctx_err(pool->ctx);
 }
 
+/* [in] Take one turn off the agenda; NULL if there is none. */
+static ctx__turns_t *ctx__pool_take_turn(ctx_pool_t *pool) {
+    ctx__turns_t *turns;
+    if (!pool->agenda.first) return NULL;
+    turns = CTX__CONTAINER(pool->agenda.first, ctx__turns_t, link);
+    ctx__queue_out(&pool->agenda, &turns->link);
+    if (--turns->wanted) ctx__queue_add(&pool->agenda, &turns->link); /* behind the others */
+    CTX__STORE(&pool->turns, pool->turns - 1, RELAXED);
+    return turns;
+}
+
 /* Drop what is queued; the pool's context is done. Submitters look at that under `in`: after one turn of the lock none
    is left that did not see it. */
 static void ctx__pool_empty_out(ctx_pool_t *pool) {
+    ctx__turns_t *turns;
     ctx__task_t task;
-    bool woke;
-    ctx__lock(&pool->in);
-    ctx__unlock(&pool->in);
-    while (ctx__pool_take(pool, &task, NULL, &woke)) ctx__pool_drop(pool, &task, ctx__pool_drop_reason(pool));
+    do {
+        ctx__lock(&pool->ring.in);
+        turns = ctx__pool_take_turn(pool);
+        ctx__wake_all(&pool->blocked);
+        ctx__unlock(&pool->ring.in);
+        if (turns) turns->come(turns, true);
+    } while (turns);
+    while (ctx__pool_take(pool, &task, NULL)) ctx__pool_drop(pool, &task, ctx__pool_drop_reason(pool));
+    ctx__lock(&pool->ring.in);
+    ctx__wake_all(&pool->waiters);
+    ctx__unlock(&pool->ring.in);
 }
 
 /* Runs when the pool's context is done. on_drop may free the pool. */
@@ -4311,122 +4712,6 @@ static void ctx__pool_ended(void *arg) {
     CTX__ADD(&pool->refs, 1u, RELAXED);
     ctx__pool_empty_out(pool);
     ctx__pool_unref(pool);
-}
-
-static int ctx__task_verdict(ctx_t *ctx, int rc) { return rc == 0 ? 0 : ctx_err(ctx) ? 2 : 1; }
-
-/* -- workers -- */
-
-static void *ctx__worker_main(void *worker);
-
-/* [in] */
-static void ctx__worker_look(ctx__worker_t *worker) {
-    worker->looking = true;
-    worker->epoch = worker->pool->epoch;
-    worker->pool->looking++;
-}
-
-/* [in] */
-static void ctx__worker_unlook(ctx__worker_t *worker) {
-    if (worker->looking && worker->epoch == worker->pool->epoch) worker->pool->looking--;
-    worker->looking = false;
-}
-
-/* [in] Take a worker off the idle stack; `at` is the link to it. */
-static ctx__worker_t *ctx__idle_pop(ctx_pool_t *pool, ctx__worker_t **at) {
-    ctx__worker_t *worker = *at;
-    *at = worker->below;
-    pool->idle_count--;
-    pool->guards &= ~(unsigned)worker->guard;
-    worker->guard = 0;
-    worker->idle = false;
-    return worker;
-}
-
-/* [in] Take this one off, wherever it stands. */
-static void ctx__idle_leave(ctx__worker_t *worker) {
-    ctx__worker_t **at = &worker->pool->idle;
-    while (*at != worker) at = &(*at)->below;
-    ctx__idle_pop(worker->pool, at);
-}
-
-/* [in] The link to the first sleeper, or if all are guards to the first of them. */
-static ctx__worker_t **ctx__idle_sleeper(ctx_pool_t *pool) {
-    ctx__worker_t **at = &pool->idle;
-    while (*at && (*at)->guard) at = &(*at)->below;
-    return *at ? at : &pool->idle;
-}
-
-/* [in] A place for one more thread; the caller starts it when `in` is free. */
-static ctx__worker_t *ctx__worker_reserve(ctx_pool_t *pool) {
-    ctx__worker_t *worker = pool->all;
-    if (pool->workers >= (unsigned)pool->desc.workers || pool->quit) return NULL;
-    while (worker->state != CTX__WORKER_NONE) worker++;
-    worker->state = CTX__WORKER_STARTING;
-    worker->begun = 0;
-    pool->workers++;
-    pool->starting++;
-    return worker;
-}
-
-/* [in] Find somebody to look into the ring: an idle worker, the sleepers first so that guards go on napping, or a new
-   thread. NULL: all are at work. To be followed by ctx__worker_wake() once `in` is free. */
-static ctx__worker_t *ctx__pool_rouse(ctx_pool_t *pool) {
-    ctx__worker_t *worker = pool->idle ? ctx__idle_pop(pool, ctx__idle_sleeper(pool)) : ctx__worker_reserve(pool);
-    if (worker) ctx__worker_look(worker);
-    return worker;
-}
-
-/* [in] Have somebody nap as a guard, if nobody does and there is anybody. */
-static ctx__worker_t *ctx__pool_post_guard(ctx_pool_t *pool) {
-    ctx__worker_t *worker;
-    if (pool->guards) return NULL;
-    worker = pool->idle ? *ctx__idle_sleeper(pool) : ctx__worker_reserve(pool);
-    if (!worker) return NULL;
-    if (!worker->idle) {
-        worker->idle = true;
-        worker->below = pool->idle;
-        pool->idle = worker;
-        pool->idle_count++;
-    }
-    worker->guard = CTX__GUARD_SECOND;
-    worker->quiet = 0;
-    pool->guards |= CTX__GUARD_SECOND;
-    return worker;
-}
-
-/* [in] Nothing queued, nothing running, but for tasks that wait for just this themselves. */
-static bool ctx__pool_settled(const ctx_pool_t *pool) {
-    return ctx__pool_empty(pool) && pool->idle_count + pool->drain_tasks == pool->workers && !pool->callers;
-}
-
-static CTX__COLD int ctx__worker_start(ctx__worker_t *worker) {
-    ctx_pool_t *pool = worker->pool;
-    int rc;
-    CTX__ADD(&pool->refs, 1u, RELAXED);
-    rc = ctx__thread_start(&worker->thread, ctx__worker_main, worker);
-    ctx__lock(&pool->in);
-    pool->starting--;
-    if (!rc) {
-        worker->state = CTX__WORKER_STARTED;
-    } else {
-        if (worker->idle) ctx__idle_leave(worker);
-        ctx__worker_unlook(worker);
-        worker->state = CTX__WORKER_NONE;
-        pool->workers--;
-        ctx__waiters_wake(&pool->drainers);
-    }
-    ctx__unlock(&pool->in);
-    if (rc) ctx__pool_unref(pool);
-    return rc;
-}
-
-/* What ctx__pool_rouse() and its like found. 0, or the error of making a thread. */
-static int ctx__worker_wake(ctx__worker_t *worker) {
-    if (!worker) return 0;
-    if (!CTX__EXCHANGE(&worker->begun, 1u, ACQ_REL)) return ctx__worker_start(worker);
-    ctx__unpark(&worker->parker);
-    return 0;
 }
 
 /* -- what a worker does with a task -- */
@@ -4487,26 +4772,9 @@ static void ctx__worker_node_done(ctx__worker_t *worker) {
     }
 }
 
-/* Note how long tasks take: from the start of one to the start of the next, and from the last to the end of work.
-   Costs nothing where the clock is read anyway. */
-static void ctx__worker_pace(ctx__worker_t *worker, ctx_time_t now, uint32_t tasks) {
-    if (worker->last) {
-        ctx_dur_t each = (now - worker->last) / (ctx_dur_t)tasks;
-        if (each > CTX__QUICK_NS) worker->streak = 0;
-        else if (worker->streak < CTX__QUICK_STREAK) worker->streak += tasks;
-        worker->average += (each - worker->average) / 8;
-    }
-    worker->last = now;
-    worker->batch = 0;
-}
-
-static void ctx__worker_count(ctx__worker_t *worker, int verdict) {
-    uint64_t *count = verdict == 0 ? &worker->completed : verdict == 1 ? &worker->failed : &worker->canceled;
-    CTX__STORE(count, *count + 1, RELEASE);
-}
-
 /* It runs nothing then: ctx_pool_free() waits for on_drop to return, as it does not for a task. */
 static void ctx__worker_drop(ctx__worker_t *worker, const ctx__task_t *task, int reason) {
+    CTX__ADD(&worker->pool->dropping, 1u, RELAXED);
     CTX__STORE(&worker->op, (const char *)NULL, RELEASE);
     ctx__pool_drop(worker->pool, task, reason);
 }
@@ -4517,584 +4785,523 @@ static void ctx__worker_run(ctx__worker_t *worker, const ctx__task_t *task) {
     ctx_t *node;
     if (CTX__UNLIKELY(ctx_err(pool->ctx))) {
         ctx__worker_drop(worker, task, ctx__pool_drop_reason(pool));
-    } else {
-        if (pool->desc.task_timeout) {
-            ctx_time_t now = ctx_now();
-            deadline = ctx_time_add(now, pool->desc.task_timeout);
-            ctx__worker_pace(worker, now, 1);
-        } else if (!worker->last || ++worker->batch == CTX__QUICK_BATCH) {
-            ctx__worker_pace(worker, ctx__clock_read(), CTX__QUICK_BATCH);
-        }
-        node = ctx__worker_node(worker, task, deadline);
-        if (CTX__UNLIKELY(!node)) {
-            ctx__worker_drop(worker, task, CTX_NO_MEMORY);
-        } else {
-            int rc = task->fn(node, task->arg);
-            ctx__worker_count(worker, ctx__task_verdict(node, rc));
-            ctx__worker_node_done(worker);
-        }
+        return;
     }
-    CTX__STORE(&worker->op, (const char *)NULL, RELEASE);
+    if (pool->desc.task_timeout) {
+        ctx__timer_ready(); /* it was when the pool began, but ctx_runtime_stop() may have been called since */
+        deadline = ctx_time_add(ctx_now(), pool->desc.task_timeout);
+    }
+    node = ctx__worker_node(worker, task, deadline);
+    if (CTX__UNLIKELY(!node)) {
+        ctx__worker_drop(worker, task, CTX_NO_MEMORY);
+    } else {
+        int rc = task->fn(node, task->arg);
+        uint64_t *done = &worker->done[rc == 0 ? 0 : ctx_err(node) ? 2 : 1];
+        CTX__STORE(done, *done + 1, RELEASE);
+        ctx__worker_node_done(worker);
+    }
 }
 
-/* -- how a worker finds a task -- */
+/* -- how a worker finds work -- */
 
 static void ctx__worker_permit_return(ctx__worker_t *worker) {
     if (CTX__EXCHANGE(&worker->permit, 0u, ACQ_REL)) ctx_sem_release(worker->pool->desc.permits, 1);
 }
 
-/* Get a permit of the shared limit. Who has to wait for one does not look meanwhile. Once the pool is canceled none is
-   needed: tasks are then only dropped. */
+/* Get a permit of the shared limit; a worker that waits for one is still on the way. Once the pool's context is done it
+   needs none: tasks are then only dropped. */
 static void ctx__worker_permit(ctx__worker_t *worker) {
     ctx_pool_t *pool = worker->pool;
-    if (!ctx_sem_try_acquire(pool->desc.permits, 1)) {
-        ctx__lock(&pool->in);
-        ctx__worker_unlook(worker);
-        ctx__unlock(&pool->in);
-        if (ctx_sem_acquire(pool->desc.permits, pool->ctx, 1)) return;
-    }
-    CTX__STORE(&worker->permit, 1u, RELEASE);
+    if (ctx_sem_try_acquire(pool->desc.permits, 1) || ctx_sem_acquire(pool->desc.permits, pool->ctx, 1) == 0)
+        CTX__STORE(&worker->permit, 1u, RELEASE);
 }
 
-/* About to run a task. A quick worker goes on being counted as looking, and sees to it that there is a guard; another
-   stops, and rouses the next if it was the last to look and more is queued. */
-static void ctx__worker_promise(ctx__worker_t *worker, bool fresh) {
-    ctx_pool_t *pool = worker->pool;
-    bool quick = worker->streak >= CTX__QUICK_STREAK;
-    ctx__worker_t *other = NULL;
-    if (worker->looking == quick && !(quick && fresh)) return;
-    ctx__lock(&pool->in);
-    if (quick) {
-        if (!worker->looking) ctx__worker_look(worker);
-        other = ctx__pool_post_guard(pool);
-    } else {
-        ctx__worker_unlook(worker);
-        if (!ctx__pool_empty(pool)) {
-            if (!pool->looking) other = ctx__pool_rouse(pool);
-            else other = ctx__pool_post_guard(pool);
-        }
-    }
-    ctx__unlock(&pool->in);
-    ctx__worker_wake(other);
+/* It has taken something: no longer on the way. */
+static inline void ctx__worker_found(ctx__worker_t *worker) {
+    worker->ran = true;
+    if (!worker->looking) return;
+    ctx__lock(&worker->pool->ring.in);
+    ctx__worker_unlook(worker);
+    ctx__pool_leave(worker->pool);
 }
 
-static bool ctx__worker_next(ctx__worker_t *worker, ctx__task_t *task, bool fresh) {
-    ctx_pool_t *pool = worker->pool;
-    bool woke;
-    if (pool->desc.permits) {
-        if (ctx__pool_empty(pool)) return false;
-        ctx__worker_permit(worker);
-    }
-    if (!ctx__pool_take(pool, task, &worker->op, &woke)) {
-        if (pool->desc.permits) ctx__worker_permit_return(worker);
-        return false;
-    }
-    if (woke) worker->last = 0; /* not to be taken for a slow task */
-    ctx__worker_promise(worker, fresh);
+static bool ctx__worker_do_task(ctx__worker_t *worker) {
+    ctx__task_t task;
+    if (!ctx__pool_take(worker->pool, &task, &worker->op)) return false;
+    ctx__worker_found(worker);
+    ctx__worker_run(worker, &task);
     return true;
 }
 
-/* Look at the ring for a few microseconds, as long as that has paid. True: there is something. */
-static bool ctx__worker_spin(ctx__worker_t *worker) {
-    int i;
-    for (i = worker->spin * 8; i > 0; i--) {
-        if (!ctx__pool_empty(worker->pool)) {
-            if (worker->spin < CTX__SPIN_MAX) worker->spin++;
-            return true;
-        }
-        ctx__cpu_pause();
-    }
-    if (worker->spin > 0) worker->spin--;
-    return false;
-}
-
-/* [in] A guard whose nap is over: true if it has to step in. */
-static bool ctx__guard_tick(ctx__worker_t *worker) {
+static bool ctx__worker_do_turn(ctx__worker_t *worker) {
     ctx_pool_t *pool = worker->pool;
-    uint64_t head = ctx__pool_head(pool), tail = ctx__pool_tail(pool);
-    bool stuck = head != tail && head == worker->seen_head;
-    bool moved = tail != worker->seen_tail || head != worker->seen_head;
-    worker->seen_head = head;
-    worker->seen_tail = tail;
-    if (stuck) {
-        pool->epoch++;
-        pool->looking = 0;
+    ctx__turns_t *turns;
+    if (!CTX__LOAD(&pool->turns, RELAXED)) return false;
+    ctx__lock(&pool->ring.in);
+    turns = ctx__pool_take_turn(pool);
+    if (turns) {
+        CTX__STORE(&worker->turns, 1u, RELAXED);
+        CTX__STORE(&worker->op, turns->op, RELEASE);
+        ctx__worker_unlook(worker);
     }
-    if (stuck || (head != tail && worker->guard == CTX__GUARD_FIRST)) return true;
-    worker->quiet = moved ? 0 : (uint8_t)(worker->quiet + 1);
-    if (worker->quiet >= CTX__GUARD_QUIET) { /* sleep for good; nobody's promise counts without a guard */
-        pool->guards &= ~(unsigned)worker->guard;
-        worker->guard = 0;
-        pool->epoch++;
-        pool->looking = 0;
-    }
-    return false;
+    ctx__pool_leave(pool);
+    if (!turns) return false;
+    worker->ran = true;
+    turns->come(turns, false);
+    return true;
 }
 
-static void ctx__worker_lie_down(ctx__worker_t *worker);
-
-/* Tiny tasks go faster through one pair of hands: of several workers that look all but one lie down, once in a while.
-   */
-static bool ctx__worker_surplus(ctx__worker_t *worker) {
-    ctx_pool_t *pool = worker->pool;
-    bool tiny = worker->streak >= CTX__QUICK_STREAK && worker->average < CTX__TINY_NS, surplus = false;
-    if (CTX__LOAD(&pool->tiny, RELAXED) != tiny) CTX__STORE(&pool->tiny, tiny, RELAXED);
-    if (!tiny || !worker->looking) return false;
-    ctx__lock(&pool->in);
-    if (worker->epoch != pool->epoch) ctx__worker_look(worker); /* its promise was revoked, but it is back */
-    if (pool->looking > 1) {
-        surplus = true;
-        ctx__worker_lie_down(worker);
-        if (!pool->guards) {
-            worker->guard = CTX__GUARD_SECOND;
-            worker->quiet = 0;
-            pool->guards |= CTX__GUARD_SECOND;
-        }
+/* False: there is nothing to do. */
+static bool ctx__worker_work(ctx__worker_t *worker) {
+    bool turn, found;
+    if (worker->pool->desc.permits) {
+        if (!ctx__pool_has_work(worker->pool)) return false;
+        ctx__worker_permit(worker);
     }
-    ctx__unlock(&pool->in);
-    return surplus;
+    turn = worker->turn_next && ctx__worker_do_turn(worker);
+    found = turn || ctx__worker_do_task(worker) || (turn = ctx__worker_do_turn(worker));
+    worker->turn_next = !turn;
+    if (worker->pool->desc.permits) ctx__worker_permit_return(worker);
+    if (found) CTX__STORE(&worker->op, (const char *)NULL, RELEASE); /* it holds nothing: a drain may be over */
+    if (turn) CTX__STORE(&worker->turns, 0u, RELAXED);
+    return found;
 }
 
-/* [in] Onto the idle stack; while tasks are to gather, as a guard if it has been busy and there is room for one. */
+/* [in] Onto the idle stack. Where tasks gather, one that has been at work naps, if no other does. */
 static void ctx__worker_lie_down(ctx__worker_t *worker) {
     ctx_pool_t *pool = worker->pool;
     ctx__worker_unlook(worker);
+    ctx__link_in(&pool->idle, &worker->link);
     worker->idle = true;
-    worker->below = pool->idle;
-    pool->idle = worker;
     pool->idle_count++;
-    if (pool->desc.coalesce && worker->ran) {
-        if (!(pool->guards & CTX__GUARD_FIRST)) worker->guard = CTX__GUARD_FIRST;
-        else if (!(pool->guards & CTX__GUARD_SECOND)) worker->guard = CTX__GUARD_SECOND;
-        pool->guards |= worker->guard;
-        worker->quiet = 0;
-        worker->seen_head = worker->seen_tail = ctx__pool_tail(pool);
-    }
-    ctx__waiters_wake(&pool->drainers);
+    worker->naps = pool->desc.coalesce && worker->ran && !pool->promised;
+    worker->ran = false;
+    pool->promised += worker->naps;
 }
 
-static ctx_dur_t ctx__guard_nap(const ctx__worker_t *worker) {
-    ctx_dur_t coalesce = worker->pool->desc.coalesce;
-    if (worker->guard == CTX__GUARD_FIRST) return coalesce;
-    return coalesce < CTX_US(125) ? CTX_MS(1) : coalesce < CTX_S(1) ? 8 * coalesce : coalesce;
-}
-
-/* Sleep, or nap as a guard, until roused. False: the pool ends. */
-static bool ctx__worker_sleep(ctx__worker_t *worker) {
+/* [in], released meanwhile. Sleep until it is roused, the nap is over and there is work, or the pool ends. */
+static void ctx__worker_sleep(ctx__worker_t *worker) {
     ctx_pool_t *pool = worker->pool;
-    bool napped = false;
-    for (;;) {
-        ctx_time_t until = CTX_NO_DEADLINE;
-        ctx__lock(&pool->in);
-        if (worker->idle && pool->quit) {
-            ctx__idle_leave(worker);
-            ctx__unlock(&pool->in);
-            return false;
-        }
-        if (worker->idle && worker->guard && napped && ctx__guard_tick(worker)) {
-            ctx__idle_leave(worker);
-            ctx__worker_look(worker);
-        }
-        if (!worker->idle) {
-            ctx__unlock(&pool->in);
-            return true;
-        }
-        if (worker->guard) until = ctx_time_add(ctx__clock_read(), ctx__guard_nap(worker));
-        ctx__unlock(&pool->in);
-        napped = !ctx__park_real(&worker->parker, until);
-        ctx__parker_reset(&worker->parker);
+    while (worker->idle && !pool->quit) {
+        ctx_time_t until = worker->naps ? ctx_time_add(ctx__clock_read(), pool->desc.coalesce) : CTX_NO_DEADLINE;
+        bool woken;
+        ctx__unlock(&pool->ring.in);
+        woken = ctx__park_real(&worker->parker, until);
+        if (woken) ctx__parker_reset(&worker->parker);
+        ctx__lock(&pool->ring.in);
+        if (woken || !worker->naps) continue;
+        ctx__worker_nap_end(worker);
+        if (ctx__pool_has_work(pool)) ctx__worker_rise(worker);
     }
 }
 
-/* Nothing found. Wait until there may be something; false: the pool ends. */
-static bool ctx__worker_idle(ctx__worker_t *worker) {
+/* It found nothing: look for a moment, then lie down. False: the pool ends. */
+static bool ctx__worker_rest(ctx__worker_t *worker) {
     ctx_pool_t *pool = worker->pool;
-    if (worker->last) {
-        ctx__worker_pace(worker, ctx__clock_read(), worker->batch ? worker->batch : 1);
-        worker->last = 0;
-    }
-    if (worker->spin > 0) {
-        if (!worker->looking) {
-            ctx__lock(&pool->in);
-            ctx__worker_look(worker);
-            ctx__unlock(&pool->in);
-        }
-        if (ctx__worker_spin(worker)) return true;
-    }
-    if (worker->looking && worker->streak >= CTX__QUICK_STREAK) {
-        /* Where the submitter shares this core it has been waiting for it: let it add more before paying for a sleep.
-           */
-        ctx__cpu_yield();
-        if (!ctx__pool_empty(pool)) return true;
-    }
+    bool on;
+    ctx__lock(&pool->ring.in);
+    ctx__worker_look(worker);
+    ctx__wake_all(&pool->waiters);
+    ctx__unlock(&pool->ring.in);
+    if (ctx__look_out(ctx__pool_has_work, pool, CTX_NO_DEADLINE)) return true;
     ctx__worker_untime(worker);
-    ctx__lock(&pool->in);
-    if (!ctx__pool_empty(pool)) {
-        ctx__unlock(&pool->in);
-        return true;
+    ctx__lock(&pool->ring.in);
+    if (!ctx__pool_has_work(pool)) {
+        ctx__worker_lie_down(worker);
+        ctx__worker_sleep(worker);
     }
-    ctx__worker_lie_down(worker);
-    ctx__unlock(&pool->in);
-    return ctx__worker_sleep(worker);
+    on = !worker->idle;
+    if (!on) ctx__worker_unlook(ctx__worker_rise(worker));
+    ctx__pool_leave(pool);
+    return on;
 }
 
 static void *ctx__worker_main(void *arg) {
     ctx__worker_t *worker = (ctx__worker_t *)arg;
-    ctx__task_t task;
-    bool fresh = true;
-    bool more;
-    CTX__STORE(&worker->self, ctx__me(), RELEASE);
+    ctx__me();
     ctx__thread_name(worker->pool->desc.name);
-    ctx__lock(&worker->pool->in);
-    more = !worker->idle;
-    ctx__unlock(&worker->pool->in);
-    if (!more) more = ctx__worker_sleep(worker);
-    while (more) {
-        if (ctx__worker_next(worker, &task, fresh)) {
-            ctx__worker_run(worker, &task);
-            if (worker->pool->desc.permits) ctx__worker_permit_return(worker);
-            fresh = false;
-            if (worker->ran++ % 64 == 63 && ctx__worker_surplus(worker)) {
-                ctx__worker_untime(worker);
-                more = ctx__worker_sleep(worker);
-                worker->last = 0;
-                fresh = true;
-            }
-        } else {
-            more = ctx__worker_idle(worker);
-            fresh = true;
-        }
-    }
+    ctx__scope_enter(&worker->scope, CTX__IN_TASK, worker->pool);
+    do {
+        while (ctx__worker_work(worker)) {}
+    } while (ctx__worker_rest(worker));
     ctx__worker_untime(worker);
     if (worker->node) ctx__worker_node_end(worker);
+    ctx__scope_leave(&worker->scope);
     ctx__pool_unref(worker->pool);
     return NULL;
 }
 
-/* -- the public side -- */
+/* -- how tasks and turns come in -- */
+
+static bool ctx__pool_none_starts(void *pool) { return !((ctx_pool_t *)pool)->starting; }
+
+/* The pool has no thread: have one before anything is accepted, for then the error can still be told.
+   [in], released meanwhile. */
+static CTX__COLD int ctx__pool_first_worker(ctx_pool_t *pool) {
+    ctx__worker_t *worker;
+    int rc;
+    ctx__unlock(&pool->ring.in);
+    rc = pool->desc.task_timeout ? ctx__timer_ready() : 0;
+    ctx__lock(&pool->ring.in);
+    if (rc) return rc;
+    worker = pool->workers ? NULL : ctx__worker_reserve(pool);
+    if (!worker) { /* another thread is at it, or was */
+        ctx__await(&pool->ring.in, &pool->waiters, ctx__pool_none_starts, pool, &ctx__root, CTX_NO_DEADLINE);
+        return 0;
+    }
+    ctx__unlock(&pool->ring.in);
+    rc = ctx__worker_start(worker);
+    ctx__lock(&pool->ring.in);
+    return rc;
+}
+
+/* Is there a thread, and is the pool open? [in], released meanwhile. */
+static inline int ctx__pool_ready(ctx_pool_t *pool) {
+    for (;;) {
+        int rc = ctx__pool_refuses(pool);
+        if (CTX__UNLIKELY(rc)) return rc;
+        if (!CTX__UNLIKELY(pool->workers == pool->starting)) return 0;
+        rc = ctx__pool_first_worker(pool);
+        if (rc) return rc;
+    }
+}
+
+static bool ctx__submitter_over(void *submitter) {
+    const ctx__submitter_t *self = (const ctx__submitter_t *)submitter;
+    return self->served || ctx__pool_refuses(self->pool);
+}
+
+/* Wait for room until `parent` is done. [in], released meanwhile. */
+static CTX__COLD int ctx__pool_wait_room(ctx_pool_t *pool, ctx_t *parent, ctx__task_t *task) {
+    ctx__submitter_t self;
+    int rc;
+    ctx__wait_init(&self.wait);
+    self.pool = pool;
+    self.task = task;
+    self.parent = parent;
+    self.served = false;
+    ctx__queue_add(&pool->blocked, &self.wait.link);
+    ctx__pool_serve(pool);
+    ctx__pool_leave(pool);
+    ctx__lock(&pool->ring.in);
+    rc = ctx__wait_on(&self.wait, &pool->ring.in, NULL, ctx__submitter_over, &self, parent, CTX_NO_DEADLINE);
+    if (self.served) return 0;
+    ctx__queue_out(&pool->blocked, &self.wait.link);
+    return rc ? rc : ctx__pool_refuses(pool);
+}
+
+/* [in] Put a task into a full ring, in the place of the oldest. False: there was room now. */
+static CTX__COLD bool ctx__pool_replace(ctx_pool_t *pool, ctx_t *parent, ctx__task_t *task, ctx__task_t *oldest) {
+    bool full;
+    do {
+        ctx__pool_serve(pool); /* room that has come is first for those who wait */
+        ctx__lock(&pool->ring.out);
+        full = ctx__pool_full(pool);
+        if (full) {
+            memcpy(oldest, ctx__ring_first(&pool->ring), sizeof *oldest);
+            CTX__ADD(&pool->dropping, 1u, RELAXED);
+            ctx__ring_take(&pool->ring);
+        }
+        ctx__unlock(&pool->ring.out);
+    } while (!full && pool->blocked.first && !ctx__pool_refuses(pool));
+    ctx__pool_put(pool, ctx__ring_room(&pool->ring), task, parent);
+    return full;
+}
+
+/* Does a task that the calling thread is in hold a permit of `permits`? What it runs meanwhile is run under that. */
+static bool ctx__caller_permitted(const ctx_sem_t *permits) {
+    const ctx__scope_t *scope;
+    for (scope = ctx__self.scope; scope; scope = scope->outer) {
+        const ctx__worker_t *worker = CTX__CONTAINER(scope, const ctx__worker_t, scope);
+        if (scope->kind != CTX__IN_TASK || worker->pool->desc.permits != permits) continue;
+        if (CTX__LOAD(&worker->permit, RELAXED)) return true;
+    }
+    return false;
+}
+
+/* The permit of a task that its submitter runs. */
+static int ctx__caller_permit(ctx__worker_t *self, ctx_t *parent) {
+    ctx_sem_t *permits = self->pool->desc.permits;
+    ctx_t *both;
+    int rc;
+    if (!permits || ctx__caller_permitted(permits)) return 0;
+    both = ctx_merge_at(parent, self->pool->ctx, "ctx_pool_submit");
+    rc = ctx_sem_acquire(permits, both, 1);
+    ctx_end(both);
+    if (!rc) CTX__STORE(&self->permit, 1u, RELEASE);
+    return rc;
+}
+
+/* Run a task here, as a worker. [in], released meanwhile. */
+static CTX__COLD int ctx__pool_caller_runs(ctx_pool_t *pool, ctx_t *parent, ctx__task_t *task) {
+    ctx__worker_t self;
+    int rc, i;
+    memset(&self, 0, sizeof self);
+    self.pool = pool;
+    ctx__pool_leave(pool);
+    rc = ctx__caller_permit(&self, parent);
+    ctx__lock(&pool->ring.in);
+    if (!rc) rc = ctx__pool_refuses(pool);
+    if (!rc) {
+        pool->by_callers++;
+        self.op = task->op;
+        ctx__link_in(&pool->callers, &self.link);
+        ctx__unlock(&pool->ring.in);
+        task->from = ctx__task_from(parent);
+        ctx__scope_enter(&self.scope, CTX__IN_TASK, pool);
+        ctx__worker_run(&self, task);
+        ctx__scope_leave(&self.scope);
+        ctx__worker_untime(&self);
+        if (self.node) ctx__worker_node_end(&self);
+        ctx__worker_permit_return(&self);
+        ctx__lock(&pool->ring.in);
+        ctx__link_out(&self.link);
+        for (i = 0; i < 3; i++) pool->done[i] += self.done[i];
+        ctx__wake_all(&pool->waiters);
+    }
+    ctx__unlock(&pool->ring.in);
+    ctx__worker_permit_return(&self);
+    ctx__lock(&pool->ring.in);
+    return rc;
+}
+
+/* [in], released meanwhile. */
+static inline int ctx__pool_add(ctx_pool_t *pool, ctx_t *parent, ctx__task_t *task, ctx_when_full_t when_full) {
+    ctx__task_t oldest;
+    char *cell;
+    int rc = ctx__pool_ready(pool);
+    if (CTX__UNLIKELY(rc)) return rc;
+    cell = pool->blocked.first ? NULL : ctx__pool_room(pool);
+    if (cell) {
+        ctx__pool_put(pool, cell, task, parent);
+        return 0;
+    }
+    if (when_full == CTX_REJECT) return CTX_QUEUE_FULL;
+    if (when_full == CTX_BLOCK) return ctx__pool_wait_room(pool, parent, task);
+    if (when_full == CTX_CALLER_RUNS) return ctx__pool_caller_runs(pool, parent, task);
+    if (!ctx__pool_replace(pool, parent, task, &oldest)) return 0;
+    ctx__pool_leave(pool);
+    ctx__pool_drop(pool, &oldest, CTX_QUEUE_FULL);
+    ctx__lock(&pool->ring.in);
+    ctx__wake_all(&pool->waiters);
+    return 0;
+}
+
+static int ctx__pool_submit(ctx_pool_t *pool, ctx_t *parent, ctx__task_t *task, void *const *args, size_t n,
+                            size_t *taken, ctx_when_full_t when_full) {
+    bool held = when_full == CTX_CALLER_RUNS;
+    size_t done = 0;
+    int rc = 0;
+    if (taken) *taken = 0;
+    if (!pool || !parent || !task->fn || (n && !args)) return CTX_INVALID;
+    if (ctx__pool_forked(pool)) return CTX_CLOSED;
+    if (!task->op) task->op = "task";
+    if (held) CTX__ADD(&pool->refs, 1u, RELAXED);
+    ctx__lock(&pool->ring.in);
+    for (; done < n && !rc; done += !rc) {
+        task->arg = args[done];
+        rc = ctx__pool_add(pool, parent, task, when_full);
+    }
+    ctx__pool_leave(pool);
+    if (held) ctx__pool_unref(pool);
+    if (taken) *taken = done;
+    return rc;
+}
+
+CTXCANCEL_API int ctx_pool_submit(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn, void *arg) {
+    ctx__task_t task = { fn, arg, op, 0 };
+    return ctx__pool_submit(pool, parent, &task, &arg, 1, NULL, pool ? pool->desc.when_full : CTX_REJECT);
+}
+
+CTXCANCEL_API int ctx_pool_submit_wait(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn, void *arg) {
+    ctx__task_t task = { fn, arg, op, 0 };
+    return ctx__pool_submit(pool, parent, &task, &arg, 1, NULL, CTX_BLOCK);
+}
+
+CTXCANCEL_API int ctx_pool_submit_batch(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn,
+                                        void *const *args, size_t n, size_t *taken) {
+    ctx__task_t task = { fn, NULL, op, 0 };
+    return ctx__pool_submit(pool, parent, &task, args, n, taken, pool ? pool->desc.when_full : CTX_REJECT);
+}
+
+/* One more worker shall come for what `turns` has. 0, or why none will. */
+static int ctx__pool_want(ctx_pool_t *pool, ctx__turns_t *turns) {
+    int rc;
+    if (ctx__pool_forked(pool)) return CTX_CLOSED;
+    ctx__lock(&pool->ring.in);
+    rc = ctx__pool_ready(pool);
+    if (!rc) {
+        if (!turns->wanted++) ctx__queue_add(&pool->agenda, &turns->link);
+        CTX__STORE(&pool->turns, pool->turns + 1, RELAXED);
+    }
+    ctx__pool_leave(pool);
+    return rc;
+}
+
+/* Take back the turns that have not come. How many will not come any more. */
+static int ctx__pool_unwant(ctx_pool_t *pool, ctx__turns_t *turns) {
+    int n;
+    if (ctx__pool_forked(pool)) return 0;
+    ctx__lock(&pool->ring.in);
+    n = turns->wanted;
+    turns->wanted = 0;
+    if (n) ctx__queue_out(&pool->agenda, &turns->link);
+    CTX__STORE(&pool->turns, pool->turns - (uint32_t)n, RELAXED);
+    if (!ctx__pool_has_work(pool)) ctx__wake_all(&pool->waiters);
+    ctx__unlock(&pool->ring.in);
+    return n;
+}
+
+/* -- a pool's life -- */
+
+/* 0, or the errno of what is wrong. */
+static int ctx__pool_defaults(ctx_pool_desc_t *d) {
+    ctx__me();
+    if (!d->name) d->name = "pool";
+    if (!d->workers) d->workers = (int)ctx__cpus;
+    if (!d->queue) d->queue = 1024;
+    if (!d->grace) d->grace = CTX_MS(100);
+    if (d->workers < 0 || d->coalesce < 0 || d->task_timeout < 0 || (int)d->when_full < 0 ||
+        d->when_full > CTX_DROP_OLDEST)
+        return EINVAL;
+    return d->workers > 1 << 20 || d->queue > SIZE_MAX / 4 / sizeof(ctx__task_t) ? ENOMEM : 0;
+}
+
+/* A pool that is not in the tree yet; NULL: no memory. */
+static ctx_pool_t *ctx__pool_make(const ctx_pool_desc_t *desc) {
+    size_t head = ctx__round_up(sizeof(ctx_pool_t), CTX__LINE);
+    size_t workers = ctx__round_up((size_t)desc->workers * sizeof(ctx__worker_t), CTX__LINE);
+    size_t capacity = desc->queue + (size_t)desc->workers;
+    ctx_pool_t *pool;
+    void *raw;
+    int i;
+    pool = (ctx_pool_t *)ctx__alloc_lines(head + workers, capacity * sizeof(ctx__task_t), &raw);
+    if (!pool) return NULL;
+    pool->raw = raw;
+    pool->all = (ctx__worker_t *)(void *)((char *)pool + head);
+    pool->ring.cells = (char *)pool + head + workers;
+    pool->ring.size = sizeof(ctx__task_t);
+    pool->ring.capacity = capacity;
+    pool->desc = *desc;
+    pool->forks = ctx__forks;
+    pool->refs = 1;
+    for (i = 0; i < desc->workers; i++) pool->all[i].pool = pool;
+    return pool;
+}
 
 CTXCANCEL_API ctx_pool_t *ctx_pool_new(ctx_t *lifetime, const ctx_pool_desc_t *desc) {
     ctx_pool_desc_t d;
     ctx_desc_t node;
-    size_t cells = 1, head, workers;
     ctx_pool_t *pool;
-    void *raw;
-    int i;
     memset(&d, 0, sizeof d);
-    if (desc) d = *desc;
-    ctx__me();
-    if (!d.name) d.name = "pool";
-    if (!d.workers) d.workers = (int)ctx__cpus;
-    if (!d.queue) d.queue = 1024;
-    if (!d.grace) d.grace = CTX_MS(100);
-    errno = EINVAL;
-    if (!lifetime || d.workers < 0 || d.coalesce < 0 || d.task_timeout < 0 || (int)d.when_full < 0 ||
-        d.when_full > CTX_DROP_OLDEST)
-        return NULL;
-    errno = ENOMEM;
-    if (d.workers > 1 << 20 || d.queue > SIZE_MAX / 4 / sizeof(ctx__task_t)) return NULL;
-    while (cells < d.queue) cells *= 2;
-    head = ctx__round_up(sizeof *pool, CTX__LINE);
-    workers = ctx__round_up((size_t)d.workers * sizeof(ctx__worker_t), CTX__LINE);
-    pool = (ctx_pool_t *)ctx__alloc_lines(head + workers, cells * sizeof(ctx__task_t), &raw);
-    if (!pool) return NULL;
-    pool->raw = raw;
-    pool->all = (ctx__worker_t *)(void *)((char *)pool + head);
-    pool->cells = (ctx__task_t *)(void *)((char *)pool + head + workers);
-    pool->desc = d;
-    pool->mask = cells - 1;
-    pool->forks = ctx__forks;
-    pool->refs = 1;
-    for (i = 0; i < d.workers; i++) {
-        pool->all[i].pool = pool;
-        pool->all[i].spin = CTX__SPIN_MAX / 2;
-    }
     memset(&node, 0, sizeof node);
+    if (desc) d = *desc;
+    errno = lifetime ? ctx__pool_defaults(&d) : EINVAL;
+    if (errno) return NULL;
+    pool = ctx__pool_make(&d);
+    errno = ENOMEM;
+    if (!pool) return NULL;
     node.name = d.name;
     pool->ctx = ctx_derive_at(lifetime, &node, "ctx_pool_new");
     if (pool->ctx->flags & CTX__F_FAILED) {
         errno = -ctx_err(pool->ctx);
-        CTXCANCEL_FREE(raw);
+        CTXCANCEL_FREE(pool->raw);
         return NULL;
     }
     ctx__reg_or_run(&pool->on_end, pool->ctx, ctx__pool_ended, pool, CTX__REG_OWN);
     return pool;
 }
 
-/* The pool has no thread yet: make one before the first task is accepted, for then the error can still be told.
-   [in], released meanwhile. */
-static CTX__COLD int ctx__pool_first_worker(ctx_pool_t *pool) {
-    ctx__worker_t *worker = ctx__pool_rouse(pool);
-    int rc;
-    ctx__unlock(&pool->in);
-    rc = pool->desc.task_timeout ? ctx__timer_ready() : 0;
-    if (rc && worker) {
-        ctx__lock(&pool->in);
-        pool->starting--;
-        pool->workers--;
-        worker->state = CTX__WORKER_NONE;
-        ctx__worker_unlook(worker);
-        return rc;
-    }
-    rc = ctx__worker_wake(worker);
-    ctx__lock(&pool->in);
-    return rc;
+/* [in] Something runs, and is not in a drain of this pool itself. */
+static bool ctx__worker_busy(const ctx__worker_t *worker) {
+    return (CTX__LOAD(&worker->op, ACQUIRE) || CTX__LOAD(&worker->permit, ACQUIRE)) && !worker->drains;
 }
 
-/* [in] Is more than half the queue taken? The head's cache line is the workers': it is looked at only when what was
-   last seen of it says yes. */
-static bool ctx__pool_past_half(ctx_pool_t *pool) {
-    uint64_t half = pool->desc.queue / 2;
-    if (pool->tail - pool->head_seen <= half) return false;
-    pool->head_seen = ctx__pool_head(pool);
-    return pool->tail - pool->head_seen > half;
-}
-
-/* [in] Who must be woken now that tasks were added behind `before`? */
-static inline ctx__worker_t *ctx__pool_wake_for(ctx_pool_t *pool, uint64_t before) {
-    uint64_t half = pool->desc.queue / 2;
-    if (!pool->looking) {
-        if ((pool->guards & CTX__GUARD_FIRST) && !ctx__pool_past_half(pool)) return NULL; /* tasks may gather */
-        return ctx__pool_rouse(pool);
-    }
-    /* Those that promised to look cannot keep up: add one, each time half is passed, while there are cores and the
-       tasks are worth it. */
-    if (pool->tail - pool->head_seen > half && before - pool->head_seen <= half && ctx__pool_past_half(pool) &&
-        !CTX__LOAD(&pool->tiny, RELAXED) && pool->workers - pool->idle_count < ctx__cpus && pool->idle &&
-        !(*ctx__idle_sleeper(pool))->guard)
-        return ctx__pool_rouse(pool);
-    return NULL;
-}
-
-/* Wait until half the queue is free, the pool ends or `parent` is done. [in], released meanwhile. */
-static CTX__COLD int ctx__pool_wait_room(ctx_pool_t *pool, ctx_t *parent, ctx__worker_t *roused) {
-    ctx__waiter_t waiter;
-    ctx__watch_t on_parent, on_pool;
-    bool parent_live, pool_live = false;
-    ctx__unlock(&pool->in);
-    ctx__worker_wake(roused);
-    memset(&waiter, 0, sizeof waiter);
-    parent_live = ctx__watch(&on_parent, parent, &waiter.parker);
-    if (parent_live) pool_live = ctx__watch(&on_pool, pool->ctx, &waiter.parker);
-    ctx__lock(&pool->in);
-    if (parent_live && pool_live && !pool->closed) {
-        bool full;
-        ctx__lock(&pool->out); /* a worker that takes a task after this sees want_room */
-        full = pool->tail - pool->head >= pool->desc.queue;
-        if (full) pool->want_room = true;
-        ctx__unlock(&pool->out);
-        if (full) {
-            ctx__waiter_park(&pool->blocked, &waiter, &pool->in, CTX_NO_DEADLINE);
-        }
-    }
-    ctx__unlock(&pool->in);
-    if (parent_live) ctx__unwatch(&on_parent);
-    if (pool_live) ctx__unwatch(&on_pool);
-    ctx__lock(&pool->in);
-    return ctx_err(parent);
-}
-
-/* Run a task here. [in], released meanwhile. */
-static CTX__COLD void ctx__pool_caller_runs(ctx_pool_t *pool, ctx_t *parent, const ctx__task_t *task) {
-    ctx__make_t make = ctx__make_plain;
-    ctx_t *ctx;
-    int verdict;
-    pool->callers++;
-    ctx__unlock(&pool->in);
-    make.flags = CTX__F_VALUES;
-    make.name = task->op;
-    make.site = "ctx_pool_submit";
-    make.record = parent->values;
-    if (make.record) ctx__record_retain(make.record);
-    if (pool->desc.task_timeout) make.deadline = ctx_time_add(ctx_now(), pool->desc.task_timeout);
-    ctx = ctx__make(pool->ctx, NULL, &make);
-    if (!(ctx->flags & CTX__F_STATIC)) ctx->flags = (uint8_t)(CTX__F_VALUES | (parent->flags & CTX__F_SAMPLING));
-    verdict = ctx__task_verdict(ctx, task->fn(ctx, task->arg));
-    ctx_end(ctx);
-    ctx__lock(&pool->in);
-    pool->caller_ran[verdict]++;
-    pool->callers--;
-    ctx__waiters_wake(&pool->drainers);
-}
-
-/* Make room by the oldest task. [in], released meanwhile. */
-static CTX__COLD void ctx__pool_push_out(ctx_pool_t *pool) {
-    ctx__task_t oldest;
-    bool took;
-    ctx__lock(&pool->out);
-    took = pool->tail - pool->head >= pool->desc.queue;
-    if (took) {
-        oldest = pool->cells[pool->head & pool->mask];
-        CTX__STORE(&pool->head, pool->head + 1, RELEASE);
-    }
-    ctx__unlock(&pool->out);
-    if (!took) return;
-    ctx__unlock(&pool->in);
-    ctx__pool_drop(pool, &oldest, CTX_QUEUE_FULL);
-    ctx__lock(&pool->in);
-}
-
-static int ctx__pool_put(ctx_pool_t *pool, ctx_t *parent, ctx__task_t *task, void *const *args, size_t n, size_t *taken,
-                         ctx_when_full_t when_full) {
-    size_t done = 0;
-    ctx__worker_t *roused;
-    uint64_t before;
-    int rc = 0;
-    if (taken) *taken = 0;
-    if (!pool || !parent || !task->fn || (n && !args)) return CTX_INVALID;
-    if (ctx__pool_forked(pool)) return CTX_CLOSED;
-    if (!task->op) task->op = "task";
-    ctx__lock(&pool->in);
-    before = pool->tail;
-    while (done < n) {
-        task->arg = args[done];
-        if (CTX__UNLIKELY(pool->closed)) {
-            rc = CTX_CLOSED;
-            break;
-        }
-        if (CTX__UNLIKELY((rc = ctx_err(pool->ctx)) != 0)) break;
-        if (CTX__UNLIKELY(!pool->workers)) {
-            if ((rc = ctx__pool_first_worker(pool)) != 0) break;
-            continue;
-        }
-        if (CTX__UNLIKELY(pool->tail - pool->head_seen >= pool->desc.queue) &&
-            pool->tail - (pool->head_seen = ctx__pool_head(pool)) >= pool->desc.queue) {
-            if (when_full == CTX_REJECT) {
-                rc = CTX_QUEUE_FULL;
-                break;
-            } else if (when_full == CTX_BLOCK) {
-                roused = before != pool->tail ? ctx__pool_wake_for(pool, before) : NULL;
-                before = pool->tail;
-                if ((rc = ctx__pool_wait_room(pool, parent, roused)) != 0) break;
-            } else if (when_full == CTX_CALLER_RUNS) {
-                ctx__pool_caller_runs(pool, parent, task);
-                done++;
-            } else {
-                ctx__pool_push_out(pool);
-            }
-            continue;
-        }
-        task->from = ctx__task_from(parent);
-        pool->cells[pool->tail & pool->mask] = *task;
-        CTX__STORE(&pool->tail, pool->tail + 1, RELEASE);
-        done++;
-    }
-    roused = before != pool->tail ? ctx__pool_wake_for(pool, before) : NULL;
-    ctx__unlock(&pool->in);
-    if (roused) ctx__worker_wake(roused);
-    if (taken) *taken = done;
-    return rc;
-}
-
-CTXCANCEL_API int ctx_pool_submit(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn, void *arg) {
-    ctx__task_t task;
-    task.fn = fn;
-    task.op = op;
-    return ctx__pool_put(pool, parent, &task, &arg, 1, NULL, pool ? pool->desc.when_full : CTX_REJECT);
-}
-
-CTXCANCEL_API int ctx_pool_submit_wait(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn, void *arg) {
-    ctx__task_t task;
-    task.fn = fn;
-    task.op = op;
-    return ctx__pool_put(pool, parent, &task, &arg, 1, NULL, CTX_BLOCK);
-}
-
-CTXCANCEL_API int ctx_pool_submit_batch(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn,
-                                        void *const *args, size_t n, size_t *taken) {
-    ctx__task_t task;
-    task.fn = fn;
-    task.op = op;
-    return ctx__pool_put(pool, parent, &task, args, n, taken, pool ? pool->desc.when_full : CTX_REJECT);
-}
-
-static bool ctx__pool_runs_me(const ctx_pool_t *pool) {
+/* [in] Nothing is queued, and nothing runs or is dropped but by calls that wait for just this themselves. */
+static bool ctx__pool_settled(void *arg) {
+    const ctx_pool_t *pool = (const ctx_pool_t *)arg;
+    const ctx__link_t *link;
     int i;
+    if (ctx__pool_has_work(pool)) return false;
     for (i = 0; i < pool->desc.workers; i++)
-        if (CTX__LOAD(&pool->all[i].self, ACQUIRE) == &ctx__self) return true;
-    return false;
+        if (ctx__worker_busy(&pool->all[i])) return false;
+    for (link = pool->callers; link; link = link->next)
+        if (ctx__worker_busy(CTX__CONTAINER(link, const ctx__worker_t, link))) return false;
+    return CTX__LOAD(&pool->dropping, ACQUIRE) == pool->drop_drains;
 }
 
-/* Wait until the pool has settled. [in], released meanwhile. */
-static bool ctx__pool_wait_settled(ctx_pool_t *pool, ctx_time_t until) {
-    ctx__waiter_t waiter;
-    bool settled, in_time = true;
-    memset(&waiter, 0, sizeof waiter);
-    while (!(settled = ctx__pool_settled(pool)) && in_time) {
-        in_time = ctx__waiter_park(&pool->drainers, &waiter, &pool->in, until);
+/* [in] The tasks and on_drops of this pool that the calling thread is in begin (1) or end (-1) a drain. */
+static void ctx__pool_note_drain(ctx_pool_t *pool, int change) {
+    ctx__scope_t *scope;
+    for (scope = ctx__self.scope; scope; scope = scope->outer) {
+        if (scope->owner != pool) continue;
+        if (scope->kind == CTX__IN_TASK) CTX__CONTAINER(scope, ctx__worker_t, scope)->drains += (unsigned)change;
+        if (scope->kind == CTX__IN_DROP) pool->drop_drains += (unsigned)change;
     }
-    return settled;
 }
 
-/* What the drains of a component lose is added up for the report of its shutdown: section 14 sets where. */
-typedef struct {
-    uint64_t dropped, stuck; /* [atomic] */
-} ctx__tally_t;
-static __thread ctx__tally_t *ctx__tally;
-
-static void ctx__tally_add(uint64_t dropped, uint64_t stuck) {
-    if (!ctx__tally) return;
-    CTX__ADD(&ctx__tally->dropped, dropped, RELAXED);
-    CTX__ADD(&ctx__tally->stuck, stuck, RELAXED);
+/* [in] */
+static void ctx__worker_report(const ctx__worker_t *worker, ctx_drain_report_t *report, size_t *names) {
+    const char *op = CTX__LOAD(&worker->op, ACQUIRE);
+    report->completed += CTX__LOAD(&worker->done[0], ACQUIRE);
+    report->failed += CTX__LOAD(&worker->done[1], ACQUIRE);
+    report->canceled += CTX__LOAD(&worker->done[2], ACQUIRE);
+    if (op && *names < CTX_DRAIN_OPS) report->running[(*names)++] = op;
+    if (op && CTX__LOAD(&worker->turns, RELAXED)) report->stuck++;
 }
 
+/* [in] */
 static void ctx__pool_report(ctx_pool_t *pool, ctx_drain_report_t *report) {
-    uint64_t accepted;
+    const ctx__link_t *link;
     size_t names = 0;
     int i;
-    report->completed = pool->caller_ran[0];
-    report->failed = pool->caller_ran[1];
-    report->canceled = pool->caller_ran[2];
-    accepted = pool->tail + pool->callers + report->completed + report->failed + report->canceled;
-    for (i = 0; i < pool->desc.workers; i++) {
-        const ctx__worker_t *worker = &pool->all[i];
-        const char *op = CTX__LOAD(&worker->op, ACQUIRE);
-        report->completed += CTX__LOAD(&worker->completed, ACQUIRE);
-        report->failed += CTX__LOAD(&worker->failed, ACQUIRE);
-        report->canceled += CTX__LOAD(&worker->canceled, ACQUIRE);
-        if (op && names < CTX_DRAIN_OPS) report->running[names++] = op;
-    }
+    report->completed = pool->done[0];
+    report->failed = pool->done[1];
+    report->canceled = pool->done[2];
+    for (i = 0; i < pool->desc.workers; i++) ctx__worker_report(&pool->all[i], report, &names);
+    for (link = pool->callers; link; link = link->next)
+        ctx__worker_report(CTX__CONTAINER(link, const ctx__worker_t, link), report, &names);
     report->dropped = CTX__LOAD(&pool->dropped, ACQUIRE);
-    accepted -= CTX__LOAD(&pool->excused, ACQUIRE);
-    report->stuck = accepted - report->completed - report->failed - report->canceled - report->dropped;
+    report->stuck += pool->ring.tail + pool->by_callers - report->completed - report->failed - report->canceled -
+                     report->dropped;
     while (names > report->stuck) report->running[--names] = NULL; /* ended between the two looks */
 }
 
+/* [in], released meanwhile. The budget has passed: cancel what is left, and give it the grace period. */
+static CTX__COLD void ctx__pool_cut(ctx_pool_t *pool, ctx_time_t cut_at, ctx_dur_t grace) {
+    pool->cut = true;
+    ctx__unlock(&pool->ring.in);
+    ctx__cancel(pool->ctx, CTX_CANCELED, CTX_DEADLINE_EXCEEDED, "pool drained", false);
+    ctx__pool_empty_out(pool);
+    ctx__lock(&pool->ring.in);
+    ctx__await(&pool->ring.in, &pool->waiters, ctx__pool_settled, pool, &ctx__root,
+               ctx_time_add(cut_at, grace > 0 ? grace : 0));
+}
+
 static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t grace, ctx_drain_report_t *report) {
-    bool self = ctx__pool_runs_me(pool);
     ctx_time_t start = ctx_now(), cut_at;
-    ctx__worker_t *roused = NULL;
     ctx_drain_report_t r;
     int rc;
     memset(&r, 0, sizeof r);
-    ctx__lock(&pool->in);
+    ctx__lock(&pool->ring.in);
     CTX__STORE(&pool->closed, true, RELEASE);
-    pool->drain_tasks += self;
-    ctx__waiters_wake(&pool->blocked);
-    ctx__waiters_wake(&pool->drainers);
-    if (!pool->looking && !ctx__pool_empty(pool)) roused = ctx__pool_rouse(pool); /* tasks gather no longer */
-    ctx__unlock(&pool->in);
-    ctx__worker_wake(roused);
-    ctx__lock(&pool->in);
-    if (!ctx__pool_wait_settled(pool, ctx_time_add(start, budget > 0 ? budget : 0))) {
-        cut_at = ctx_now();
-        pool->cut = true;
-        ctx__unlock(&pool->in);
-        ctx__cancel(pool->ctx, CTX_CANCELED, CTX_DEADLINE_EXCEEDED, "pool drained", false);
-        ctx__pool_empty_out(pool);
-        ctx__lock(&pool->in);
-        ctx__pool_wait_settled(pool, ctx_time_add(cut_at, grace > 0 ? grace : 0));
-        r.grace_time = ctx_now() - cut_at;
-    } else {
-        cut_at = ctx_now();
-    }
+    ctx__pool_note_drain(pool, 1);
+    ctx__wake_all(&pool->blocked);
+    ctx__wake_all(&pool->waiters);
+    ctx__pool_leave(pool); /* tasks gather no longer */
+    ctx__lock(&pool->ring.in);
+    rc = ctx__await(&pool->ring.in, &pool->waiters, ctx__pool_settled, pool, &ctx__root,
+                    ctx_time_add(start, budget > 0 ? budget : 0));
+    cut_at = ctx_now();
     r.wait_time = cut_at - start;
-    if (report || ctx__tally) ctx__pool_report(pool, &r);
+    if (rc) ctx__pool_cut(pool, cut_at, grace);
+    if (rc) r.grace_time = ctx_now() - cut_at;
+    if (report || ctx__tally()) ctx__pool_report(pool, &r);
     ctx__tally_add(r.dropped - pool->tallied, r.stuck);
-    if (ctx__tally) pool->tallied = r.dropped;
-    pool->drain_tasks -= self;
+    if (ctx__tally()) pool->tallied = r.dropped;
+    ctx__pool_note_drain(pool, -1);
     rc = pool->cut ? CTX_DEADLINE_EXCEEDED : 0;
-    ctx__unlock(&pool->in);
+    ctx__pool_leave(pool);
     if (report) *report = r;
     return rc;
 }
@@ -5108,9 +5315,11 @@ CTXCANCEL_API int ctx_pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_drain_r
 
 /* Let go of a worker's thread: one that still runs a task is left behind, without its permit. */
 static void ctx__worker_dismiss(ctx__worker_t *worker) {
-    bool self = CTX__LOAD(&worker->self, ACQUIRE) == &ctx__self;
-    if (self || CTX__LOAD(&worker->op, ACQUIRE)) {
-        if (worker->pool->desc.permits) ctx__worker_permit_return(worker);
+    const ctx__scope_t *scope = ctx__self.scope;
+    if (worker->state != CTX__WORKER_STARTED) return;
+    while (scope && scope != &worker->scope) scope = scope->outer;
+    if (scope || CTX__LOAD(&worker->op, ACQUIRE)) {
+        ctx__worker_permit_return(worker);
         pthread_detach(worker->thread);
     } else {
         ctx__thread_join(worker->thread);
@@ -5118,8 +5327,7 @@ static void ctx__worker_dismiss(ctx__worker_t *worker) {
 }
 
 CTXCANCEL_API void ctx_pool_free(ctx_pool_t *pool) {
-    ctx__worker_t *worker;
-    unsigned turn = 0;
+    ctx__link_t *link;
     int i;
     if (!pool) return;
     if (ctx__pool_forked(pool)) { /* its threads and its tasks are the parent process's */
@@ -5131,17 +5339,14 @@ CTXCANCEL_API void ctx_pool_free(ctx_pool_t *pool) {
     ctx__pool_drain(pool, 0, 0, NULL);
     ctx_cancel(pool->ctx);
     ctx_on_done_stop(&pool->on_end);
-    ctx__lock(&pool->in);
+    ctx__lock(&pool->ring.in);
     pool->quit = true;
-    while (pool->starting) {
-        ctx__unlock(&pool->in);
-        ctx__relax(&turn);
-        ctx__lock(&pool->in);
-    }
-    for (worker = pool->idle; worker; worker = worker->below) ctx__unpark(&worker->parker);
-    ctx__unlock(&pool->in);
-    for (i = 0; i < pool->desc.workers; i++)
-        if (pool->all[i].state == CTX__WORKER_STARTED) ctx__worker_dismiss(&pool->all[i]);
+    ctx__await(&pool->ring.in, &pool->waiters, ctx__pool_none_starts, pool, &ctx__root, CTX_NO_DEADLINE);
+    for (link = pool->idle; link; link = link->next) ctx__unpark(&CTX__CONTAINER(link, ctx__worker_t, link)->parker);
+    for (link = pool->callers; link; link = link->next)
+        ctx__worker_permit_return(CTX__CONTAINER(link, ctx__worker_t, link));
+    ctx__unlock(&pool->ring.in);
+    for (i = 0; i < pool->desc.workers; i++) ctx__worker_dismiss(&pool->all[i]);
     ctx__pool_unref(pool);
 }
 
@@ -5161,27 +5366,25 @@ CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_pe
    with its job takes the next one out of whatever runner has it and has not begun, which is idle again then: where jobs
    are over sooner than a wake-up takes, few threads do all the work and the others sleep on.
 
-   So that no job waits for another to end, somebody is always on the way while a job has not begun: `woken` counts the
-   runners that were woken and have not looked yet, and is not 0 while there is a loaded one. Who puts the first job in
-   wakes its runner; who takes one out and leaves others, with nobody on the way, wakes the next before it runs its own.
-   An idle runner watches its parker for a few microseconds before it sleeps, as long as that has paid, one for each
-   core but one; after CTX__RUNNER_IDLE it ends. Work of ctx_go() is counted under the same lock.
+   While a job has not begun, somebody is on the way: `woken` counts the runners that were woken and have not looked
+   yet, and is not 0 while there is a loaded one. Who puts the first job in wakes its runner; who takes one out and
+   leaves others, with nobody on the way, wakes the next before it runs its own. So no job waits for another to end. An
+   idle runner looks for a moment before it sleeps, and ends after CTX__RUNNER_IDLE. Work of ctx_go() is counted under
+   the same lock.
 
-   A group on threads hands each task to a runner. A group on a pool keeps its tasks in a queue of its own and sends
-   `turns` to the pool, at most as many as can run at once; a turn runs the group's tasks one after the other until
-   there are none. So the group's threads that wait, for room or for the end, can take tasks from that queue themselves:
-   what has no thread is run by whoever waits for it, and what has one goes on by itself, so groups of groups never lock
-   up, however small the pool. `turns` counts a turn once the pool has taken it, so it is never more than there are; who
-   adds a task and then finds it 0, because the pool would not take a turn, sees to it itself.
+   A group on threads hands each task to a runner. A group on a pool keeps its tasks in a queue of its own, and wants
+   turns of the pool (section 9), at most as many as can run at once; a turn runs the group's tasks one after the other
+   until there are none. While a task is queued, a turn is wanted or at work, or the owner waits and runs it itself: a
+   turn finds the queue empty, and stops being one, under the lock under which tasks are queued. A thread that waits,
+   for room or for the end, takes tasks from that queue too: so groups of groups never lock up, however small the pool.
 
-   The group lives until its owner has waited and its last turn has come back. A pool that drops a turn tells it. */
+   A task that waits in ctx_group_go() does not count against the limit: while all tasks wait to add others, one of them
+   can. The group lives until its owner has waited and its last turn has come back or was taken back. */
 
-#define CTX__RUNNER_IDLE CTX_S(10)  /* of real time */
-#define CTX__RUNNER_WATCH CTX_US(8) /* how long an idle one watches at most: about what a wake-up costs */
+#define CTX__RUNNER_IDLE CTX_S(10)    /* of real time */
 #define CTX__RUNNER_SETTLE CTX_MS(20) /* how long the end of the runtime waits for one to become idle */
-#define CTX__RUNNER_LOOK CTX_US(5)  /* how long to look out for an idle one before a thread is made */
 
-enum { CTX__TURN_TASKS = 32 }; /* that a turn runs before it queues up again behind the pool's other tasks */
+enum { CTX__TURN_TASKS = 32 }; /* that a turn runs before it queues up again behind the pool's other work */
 
 typedef struct ctx__job {
     void (*run)(const struct ctx__job *job);
@@ -5192,80 +5395,72 @@ typedef struct ctx__job {
 } ctx__job_t;
 
 typedef struct ctx__runner {
-    struct ctx__runner *next, **pprev; /* [mu] among the idle or the loaded */
-    ctx__job_t job;  /* [mu while idle or loaded, else owner thread] */
-    bool idle;       /* [mu] */
-    bool loaded;     /* [mu] has a job that nobody has begun */
-    bool woken;      /* [mu] was woken and has not looked */
-    bool ends;       /* [mu] has been told to end */
-    bool watches;    /* [mu] */
-    bool waits;      /* [mu] its work of ctx_go() is inside ctx_go_wait() */
-    ctx_dur_t watch; /* [owner thread] how long to watch, by how that has paid lately */
+    ctx__link_t link; /* [mu] among the idle or the loaded */
+    ctx__job_t job;   /* [mu while idle or loaded, else owner thread] */
+    bool idle;        /* [mu] */
+    bool loaded;      /* [mu] has a job that nobody has begun */
+    bool woken;       /* [mu] was woken and has not looked */
+    bool ends;        /* [mu] has been told to end */
     pthread_t thread; /* [const] before it is first idle */
     ctx__parker_t parker;
 } ctx__runner_t;
 
 static struct {
     uint32_t mu;
-    ctx__runner_t *idle;    /* [mu] the last to come first */
-    ctx__runner_t *loaded, **loaded_end; /* [mu] the first to come first; loaded_end NULL: none yet */
-    unsigned threads;       /* [mu] how many there are */
-    unsigned idlers;        /* [atomic, set under mu] how many are idle */
-    unsigned woken;         /* [mu] runners on the way */
-    unsigned watching;      /* [mu] */
-    size_t going;           /* [mu] work of ctx_go() */
-    size_t waiting;         /* [mu] of that, inside ctx_go_wait() */
-    uint64_t emptied;       /* [mu] how often no other work was left */
-    ctx__waiter_t *waiters; /* [mu] in ctx_go_wait() */
+    ctx__link_t *idle;    /* [mu] the last to come first */
+    ctx__queue_t loaded;  /* [mu] the first to come first */
+    unsigned threads;     /* [mu] how many there are, ... */
+    unsigned idlers;      /* [mu] ... how many of them are idle, ... */
+    unsigned woken;       /* [mu] ... and how many on the way */
+    size_t going;         /* [mu] work of ctx_go() */
+    size_t waiting;       /* [mu] of that, inside ctx_go_wait() */
+    uint64_t emptied;     /* [mu] how often no other work was left */
+    ctx__queue_t waiters; /* [mu] in ctx_go_wait() */
 } ctx__runners;
 
+/* Work of ctx_go(), on the stack of the runner that does it. */
+typedef struct {
+    ctx__scope_t scope;
+    bool waits; /* [mu of the runners] it is inside ctx_go_wait() */
+} ctx__work_t;
+
 static void ctx__go_work(const ctx__job_t *job) {
+    ctx__work_t work;
+    work.waits = false;
+    ctx__scope_enter(&work.scope, CTX__IN_GO, NULL);
     job->fn(job->ctx, job->arg);
+    ctx__scope_leave(&work.scope);
     ctx_end(job->ctx);
 }
 
-/* [mu] Whoever waits now is through, also if there is work again when it has come to see. */
-static void ctx__go_emptied(void) {
+static ctx__work_t *ctx__work_here(void) {
+    ctx__scope_t *scope = ctx__scope_of(CTX__IN_GO, NULL);
+    return scope ? CTX__CONTAINER(scope, ctx__work_t, scope) : NULL;
+}
+
+/* [mu] `n` have returned. If none is left, the threads that wait are through, also if there is work again when they
+   have come to see. */
+static void ctx__go_left(size_t n) {
+    ctx__runners.going -= n;
     if (ctx__runners.going > ctx__runners.waiting) return;
     ctx__runners.emptied++;
-    ctx__waiters_wake(&ctx__runners.waiters);
+    ctx__wake_all(&ctx__runners.waiters);
 }
 
-/* [mu] */
-static void ctx__go_left(void) {
-    ctx__runners.going--;
-    ctx__go_emptied();
-}
-
-/* [mu] */
+/* [mu] Out of where it stands. */
 static void ctx__runner_unlink(ctx__runner_t *runner) {
-    *runner->pprev = runner->next;
-    if (runner->next) runner->next->pprev = runner->pprev;
-    else if (runner->loaded) ctx__runners.loaded_end = runner->pprev;
-    if (runner->idle) CTX__STORE(&ctx__runners.idlers, ctx__runners.idlers - 1, RELAXED);
+    if (runner->loaded) ctx__queue_out(&ctx__runners.loaded, &runner->link);
+    else ctx__link_out(&runner->link);
+    ctx__runners.idlers -= runner->idle;
     runner->idle = runner->loaded = false;
 }
 
 /* [mu] */
 static void ctx__runner_set_idle(ctx__runner_t *runner) {
-    CTX__STORE(&ctx__runners.idlers, ctx__runners.idlers + 1, RELAXED);
+    ctx__runners.idlers++;
     runner->job.run = NULL;
     runner->idle = true;
-    runner->next = ctx__runners.idle;
-    runner->pprev = &ctx__runners.idle;
-    if (runner->next) runner->next->pprev = &runner->next;
-    ctx__runners.idle = runner;
-}
-
-/* [mu] */
-static void ctx__runner_load(ctx__runner_t *runner, const ctx__job_t *job) {
-    if (!ctx__runners.loaded) ctx__runners.loaded_end = &ctx__runners.loaded;
-    runner->job = *job;
-    runner->loaded = true;
-    runner->next = NULL;
-    runner->pprev = ctx__runners.loaded_end;
-    *ctx__runners.loaded_end = runner;
-    ctx__runners.loaded_end = &runner->next;
+    ctx__link_in(&ctx__runners.idle, &runner->link);
 }
 
 /* [mu] To be unparked once `mu` is free: NULL if it is on the way already. */
@@ -5278,13 +5473,15 @@ static ctx__runner_t *ctx__runner_wake(ctx__runner_t *runner) {
 
 /* [mu] If there is a job that nobody has begun and nobody is on the way, somebody who is to be unparked for it. */
 static ctx__runner_t *ctx__runner_pass_on(void) {
-    return ctx__runners.loaded && !ctx__runners.woken ? ctx__runner_wake(ctx__runners.loaded) : NULL;
+    if (!ctx__runners.loaded.first || ctx__runners.woken) return NULL;
+    return ctx__runner_wake(CTX__CONTAINER(ctx__runners.loaded.first, ctx__runner_t, link));
 }
 
 /* [mu] Take a job that nobody has begun, its own or else the first. True: there was one. */
 static bool ctx__runner_take(ctx__runner_t *runner) {
-    ctx__runner_t *from = runner->loaded ? runner : ctx__runners.loaded;
-    if (!from) return false;
+    ctx__runner_t *from = runner;
+    if (!runner->loaded && !ctx__runners.loaded.first) return false;
+    if (!runner->loaded) from = CTX__CONTAINER(ctx__runners.loaded.first, ctx__runner_t, link);
     ctx__runner_unlink(from);
     if (runner->idle) ctx__runner_unlink(runner);
     if (from == runner) return true;
@@ -5293,39 +5490,19 @@ static bool ctx__runner_take(ctx__runner_t *runner) {
     return true;
 }
 
-static bool ctx__runner_told(const ctx__runner_t *runner) {
-    return CTX__LOAD(&runner->parker.state, ACQUIRE) == CTX__SET;
-}
-
-/* Watch for being woken. Who was just woken may be waiting for this very core, so let it go first. */
-static void ctx__runner_watch(ctx__runner_t *runner) {
-    ctx_time_t until = ctx__clock_read() + runner->watch;
-    do {
-        int i;
-        ctx__cpu_yield();
-        for (i = 0; i < 64 && !ctx__runner_told(runner); i++) ctx__cpu_pause();
-    } while (!ctx__runner_told(runner) && ctx__clock_read() < until);
-    runner->watch = ctx__runner_told(runner) ? CTX__RUNNER_WATCH : runner->watch / 2;
-    ctx__enter(&ctx__runners.mu);
-    runner->watches = false;
-    ctx__runners.watching--;
-    ctx__leave(&ctx__runners.mu);
-}
-
 /* [mu] A look after sleeping. True: it goes on, to a job or to its end. */
 static bool ctx__runner_look(ctx__runner_t *runner) {
-    if (runner->woken) ctx__runners.woken--;
+    ctx__runners.woken -= runner->woken;
     runner->woken = false;
     return runner->ends || ctx__runner_take(runner);
 }
 
 /* Idle: sleep until there is a job for this runner. False: it has been idle for long, and ends. */
-static bool ctx__runner_rest(ctx__runner_t *runner, bool watch) {
-    bool told, on, retire;
-    if (watch) ctx__runner_watch(runner);
+static bool ctx__runner_rest(ctx__runner_t *runner) {
+    bool told = ctx__look_out(ctx__parker_is_set, &runner->parker, CTX_NO_DEADLINE), on, retire;
     do {
         ctx__runner_t *wake;
-        told = ctx__park_real(&runner->parker, ctx__clock_read() + CTX__RUNNER_IDLE);
+        told = told || ctx__park_real(&runner->parker, ctx__clock_read() + CTX__RUNNER_IDLE);
         ctx__enter(&ctx__runners.mu);
         if (!told && runner->woken) { /* just now */
             ctx__leave(&ctx__runners.mu);
@@ -5336,12 +5513,11 @@ static bool ctx__runner_rest(ctx__runner_t *runner, bool watch) {
         on = ctx__runner_look(runner);
         wake = ctx__runner_pass_on();
         retire = !on && !told;
-        if (retire) {
-            ctx__runners.threads--;
-            ctx__runner_unlink(runner);
-        }
+        ctx__runners.threads -= retire;
+        if (retire) ctx__runner_unlink(runner);
         ctx__leave(&ctx__runners.mu);
         if (wake) ctx__unpark(&wake->parker);
+        told = false;
     } while (!on && !retire);
     if (retire) pthread_detach(runner->thread);
     return on;
@@ -5350,20 +5526,15 @@ static bool ctx__runner_rest(ctx__runner_t *runner, bool watch) {
 /* The job is done: the next, or become idle. False: end, and nobody will join the thread. */
 static bool ctx__runner_next(ctx__runner_t *runner) {
     ctx__runner_t *wake;
-    bool took, watch = false;
+    bool took;
     ctx__enter(&ctx__runners.mu);
-    if (runner->job.run == ctx__go_work) ctx__go_left();
+    if (runner->job.run == ctx__go_work) ctx__go_left(1);
     took = ctx__runner_take(runner);
-    if (!took) {
-        watch = ctx__runners.watching + 1 < ctx__cpus; /* more would only take each other's core */
-        runner->watches = watch;
-        ctx__runners.watching += watch;
-        ctx__runner_set_idle(runner);
-    }
+    if (!took) ctx__runner_set_idle(runner);
     wake = ctx__runner_pass_on();
     ctx__leave(&ctx__runners.mu);
     if (wake) ctx__unpark(&wake->parker);
-    return took || ctx__runner_rest(runner, watch);
+    return took || ctx__runner_rest(runner);
 }
 
 static void *ctx__runner_main(void *arg) {
@@ -5386,41 +5557,30 @@ static CTX__COLD int ctx__runner_start(const ctx__job_t *job) {
     pthread_t thread;
     if (!runner) return CTX_NO_MEMORY;
     runner->job = *job;
-    runner->watch = CTX__RUNNER_WATCH;
     if (!ctx__thread_start(&thread, ctx__runner_main, runner)) return 0;
     CTXCANCEL_FREE(runner);
     return CTX_NO_MEMORY;
 }
 
-/* No runner is idle. A thread is dear: wait a little for one that becomes so. [mu], released meanwhile. */
-static void ctx__runner_look_out(void) {
-    ctx_time_t until;
-    if (!ctx__runners.loaded || ctx__cpus == 1) return; /* all are at work, on jobs that they have begun */
-    ctx__leave(&ctx__runners.mu);
-    until = ctx__clock_read() + CTX__RUNNER_LOOK;
-    do {
-        int i;
-        for (i = 0; i < 32; i++) ctx__cpu_pause();
-    } while (!CTX__LOAD(&ctx__runners.idlers, RELAXED) && ctx__clock_read() < until);
-    ctx__enter(&ctx__runners.mu);
-}
-
 /* Run a job on a thread of its own. 0, or CTX_NO_MEMORY. */
 static int ctx__run(const ctx__job_t *job) {
     bool counted = job->run == ctx__go_work;
-    ctx__runner_t *runner, *wake = NULL;
+    ctx__runner_t *runner = NULL, *wake = NULL;
     int rc;
     ctx__me();
     ctx__enter(&ctx__runners.mu);
     ctx__runners.going += counted;
-    if (!ctx__runners.idle) ctx__runner_look_out();
-    runner = ctx__runners.idle;
-    ctx__runners.threads += !runner;
-    if (runner) {
+    if (ctx__runners.idle) {
+        runner = CTX__CONTAINER(ctx__runners.idle, ctx__runner_t, link);
         ctx__runner_unlink(runner);
-        ctx__runner_load(runner, job);
-        if (!ctx__runners.woken || runner->watches) wake = ctx__runner_wake(runner);
+        runner->job = *job;
+        runner->loaded = true;
+        ctx__queue_add(&ctx__runners.loaded, &runner->link);
     }
+    ctx__runners.threads += !runner;
+    /* One that has not gone to sleep yet is woken for nothing. */
+    if (runner && (!ctx__runners.woken || CTX__LOAD(&runner->parker.state, RELAXED) != CTX__PARKED))
+        wake = ctx__runner_wake(runner);
     ctx__leave(&ctx__runners.mu);
     if (wake) ctx__unpark(&wake->parker);
     if (runner) return 0;
@@ -5428,7 +5588,7 @@ static int ctx__run(const ctx__job_t *job) {
     if (!rc) return 0;
     ctx__enter(&ctx__runners.mu);
     ctx__runners.threads--;
-    if (counted) ctx__go_left();
+    if (counted) ctx__go_left(1);
     ctx__leave(&ctx__runners.mu);
     return rc;
 }
@@ -5437,7 +5597,7 @@ static int ctx__run(const ctx__job_t *job) {
    work cannot be told, so the wait for them is short. */
 static void ctx__runners_stop(void) {
     ctx_time_t until = ctx__clock_read() + CTX__RUNNER_SETTLE;
-    ctx__runner_t *runner, *all, *next;
+    ctx__link_t *link, *all, *next;
     unsigned turn = 0;
     ctx__enter(&ctx__runners.mu);
     while (ctx__runners.threads > ctx__runners.idlers && ctx__clock_read() < until) {
@@ -5447,26 +5607,28 @@ static void ctx__runners_stop(void) {
     }
     all = ctx__runners.idle;
     ctx__runners.idle = NULL;
-    CTX__STORE(&ctx__runners.idlers, 0u, RELAXED);
-    for (runner = all; runner; runner = runner->next) {
+    ctx__runners.idlers = 0;
+    for (link = all; link; link = link->next) {
+        ctx__runner_t *runner = CTX__CONTAINER(link, ctx__runner_t, link);
         runner->idle = false;
         runner->ends = true;
         ctx__runners.threads--;
         ctx__runner_wake(runner);
     }
     ctx__leave(&ctx__runners.mu);
-    for (runner = all; runner; runner = next) {
-        next = runner->next;
+    for (link = all; link; link = next) {
+        ctx__runner_t *runner = CTX__CONTAINER(link, ctx__runner_t, link);
+        next = link->next;
         ctx__unpark(&runner->parker);
         ctx__thread_join(runner->thread);
         CTXCANCEL_FREE(runner);
     }
 }
 
-static void ctx__runners_free(ctx__runner_t *all) {
-    while (all) {
-        ctx__runner_t *runner = all;
-        all = runner->next;
+static void ctx__runners_free(ctx__link_t *link) {
+    while (link) {
+        ctx__runner_t *runner = CTX__CONTAINER(link, ctx__runner_t, link);
+        link = link->next;
         CTXCANCEL_FREE(runner);
     }
 }
@@ -5474,30 +5636,27 @@ static void ctx__runners_free(ctx__runner_t *all) {
 /* In the child of a fork: the threads are the parent's, and so are their jobs; this one may be a runner itself. */
 static void ctx__runners_forget(void) {
     ctx__runner_t *self = (ctx__runner_t *)ctx__self.runner;
+    ctx__work_t *work = ctx__work_here();
     ctx__runners_free(ctx__runners.idle);
-    ctx__runners_free(ctx__runners.loaded);
-    ctx__runners.idle = ctx__runners.loaded = NULL;
-    ctx__runners.idlers = ctx__runners.woken = ctx__runners.watching = 0;
+    ctx__runners_free(ctx__runners.loaded.first);
+    ctx__runners.idle = ctx__runners.loaded.first = NULL;
+    ctx__runners.idlers = ctx__runners.woken = 0;
     ctx__runners.threads = self != NULL;
-    ctx__runners.going = self && self->job.run == ctx__go_work;
-    ctx__runners.waiting = self && self->waits;
-    ctx__runners.waiters = NULL;
+    ctx__runners.going = work != NULL;
+    ctx__runners.waiting = work && work->waits;
+    ctx__runners.waiters.first = NULL;
 }
 
 CTXCANCEL_API int ctx_go(ctx_t *ctx, const char *name, ctx_task_fn fn, void *arg) {
     ctx__make_t make = ctx__make_plain;
-    ctx__job_t job;
+    ctx__job_t job = { ctx__go_work, NULL, NULL, fn, arg };
     int rc;
     if (!ctx || !fn) return CTX_INVALID;
     rc = ctx_err(ctx);
     if (rc) return rc;
     make.name = name;
     make.site = "ctx_go";
-    job.run = ctx__go_work;
-    job.owner = NULL;
     job.ctx = ctx__make(ctx, NULL, &make);
-    job.fn = fn;
-    job.arg = arg;
     if (job.ctx->flags & CTX__F_FAILED) return ctx_err(job.ctx);
     rc = ctx__run(&job);
     if (rc) ctx_end(job.ctx);
@@ -5512,91 +5671,84 @@ CTXCANCEL_API size_t ctx_go_count(void) {
     return n;
 }
 
+static bool ctx__go_over(void *emptied) {
+    return ctx__runners.going <= ctx__runners.waiting || ctx__runners.emptied != *(uint64_t *)emptied;
+}
+
 CTXCANCEL_API int ctx_go_wait(ctx_t *ctx) {
-    ctx__runner_t *self = (ctx__runner_t *)ctx__me()->runner;
-    ctx__waiter_t waiter;
-    ctx__watch_t watch;
+    ctx__work_t *work = ctx__work_here();
     uint64_t emptied;
-    bool left;
+    int rc;
     if (!ctx) return CTX_INVALID;
-    memset(&waiter, 0, sizeof waiter);
-    if (!ctx__watch(&watch, ctx, &waiter.parker)) return ctx_err(ctx);
-    if (self && (self->job.run != ctx__go_work || self->waits)) self = NULL;
+    rc = ctx_err(ctx);
+    if (rc) return rc;
+    if (work && work->waits) work = NULL;
     ctx__enter(&ctx__runners.mu);
-    if (self) {
-        self->waits = true;
+    if (work) {
+        work->waits = true;
         ctx__runners.waiting++;
-        ctx__go_emptied();
+        ctx__go_left(0);
     }
     emptied = ctx__runners.emptied;
-    while ((left = ctx__runners.going > ctx__runners.waiting && ctx__runners.emptied == emptied) && !ctx_err(ctx))
-        ctx__waiter_park(&ctx__runners.waiters, &waiter, &ctx__runners.mu, CTX_NO_DEADLINE);
-    if (self) {
-        self->waits = false;
+    rc = ctx__await(&ctx__runners.mu, &ctx__runners.waiters, ctx__go_over, &emptied, ctx, CTX_NO_DEADLINE);
+    if (work) {
+        work->waits = false;
         ctx__runners.waiting--;
     }
     ctx__leave(&ctx__runners.mu);
-    ctx__unwatch(&watch);
-    return left ? ctx_err(ctx) : 0;
+    return rc;
 }
 
 /* -- groups -- */
 
-typedef struct ctx__cell {
-    struct ctx__cell *next, *prev; /* [mu] */
-    uint64_t number;               /* [mu] which task it holds; 0: none that is queued */
+typedef struct {
+    ctx__link_t link; /* [mu] in the queue, or among the spare */
+    uint64_t number;  /* [mu] which task it holds; 0: none that is queued */
     ctx_task_fn fn;
     void *arg;
 } ctx__cell_t;
 
 struct ctx_group {
-    ctx_t *ctx;         /* [const] */
-    ctx_pool_t *pool;   /* [const] */
-    const char *name;   /* [const] of its turns */
-    size_t limit;       /* [const] */
-    int most_turns;     /* [const] */
-    uint32_t refs;      /* [atomic] its owner, and each turn that the pool has */
+    ctx_t *ctx;           /* [const] */
+    ctx_pool_t *pool;     /* [const] */
+    size_t limit;         /* [const] */
+    int most_turns;       /* [const] */
+    uint32_t refs;        /* [atomic] its owner, each turn that is wanted or at work */
     uint32_t mu;
-    int rc;             /* [mu] of the first task that failed */
-    size_t live;        /* [mu] tasks taken that have not returned */
-    uint64_t taken;     /* [mu] tasks ever queued */
-    bool awaited;       /* [mu] its owner waits, and runs what is queued */
-    int turns;          /* [mu] that the pool has; less for a moment, never more */
-    ctx__cell_t *first, *last; /* [mu] tasks that no thread has begun */
-    ctx__cell_t *spare; /* [mu] */
-    ctx__waiter_t *at_limit, *at_end; /* [mu] */
+    int rc;               /* [mu] of the first task that failed */
+    size_t live;          /* [mu] tasks taken that have not returned, ... */
+    size_t adding;        /* [mu] ... and of these, in ctx_group_go() */
+    bool awaited;         /* [mu] its owner waits, and runs what is queued */
+    bool spread;          /* [mu] tasks wait for each other: each that is queued gets a thread */
+    int active;           /* [mu] turns wanted or at work; less for a moment, never more */
+    uint64_t taken;       /* [mu] tasks ever queued */
+    ctx__turns_t turns;   /* what the pool comes for */
+    ctx__queue_t queue;   /* [mu] tasks that no thread has begun */
+    ctx__link_t *spare;   /* [mu] */
+    ctx__queue_t at_limit, at_end; /* [mu] */
 };
 
-static void ctx__group_unref(ctx_group_t *group) {
-    ctx__cell_t *cell;
-    if (CTX__SUB(&group->refs, 1u, ACQ_REL) != 1) return;
-    while ((cell = group->spare) != NULL) {
-        group->spare = cell->next;
-        CTXCANCEL_FREE(cell);
+static void ctx__group_unref(ctx_group_t *group, int n) {
+    ctx__link_t *link, *next;
+    if (CTX__SUB(&group->refs, (uint32_t)n, ACQ_REL) != (uint32_t)n) return;
+    for (link = group->spare; link; link = next) {
+        next = link->next;
+        CTXCANCEL_FREE(CTX__CONTAINER(link, ctx__cell_t, link));
     }
     CTXCANCEL_FREE(group);
 }
 
-/* [mu] */
-static void ctx__group_unqueue(ctx_group_t *group, ctx__cell_t *cell) {
-    if (cell->prev) cell->prev->next = cell->next;
-    else group->first = cell->next;
-    if (cell->next) cell->next->prev = cell->prev;
-    else group->last = cell->prev;
-    cell->number = 0;
-}
-
 /* [mu] Whoever waits has something to do, or to see. */
 static void ctx__group_wake(ctx_group_t *group) {
-    ctx__waiters_wake(&group->at_limit);
-    ctx__waiters_wake(&group->at_end);
+    ctx__wake_all(&group->at_limit);
+    ctx__wake_all(&group->at_end);
 }
 
 /* [mu] */
 static void ctx__group_left(ctx_group_t *group) {
     group->live--;
-    if (group->at_limit) ctx__waiters_wake(&group->at_limit);
-    if (!group->live) ctx__waiters_wake(&group->at_end);
+    ctx__wake_all(&group->at_limit);
+    if (!group->live) ctx__wake_all(&group->at_end);
 }
 
 /* A task has failed: the first stops the others. */
@@ -5609,60 +5761,98 @@ static CTX__COLD void ctx__group_failed(ctx_group_t *group, int rc) {
     if (first) ctx_cancel_cause(group->ctx, rc, NULL);
 }
 
-/* Run a task that was taken off the queue. [mu], released meanwhile. */
-static void ctx__group_run(ctx_group_t *group, ctx__cell_t *cell) {
+/* Run a task. [mu], released meanwhile. */
+static void ctx__group_run(ctx_group_t *group, ctx_task_fn fn, void *arg) {
+    ctx__scope_t scope;
     int rc;
     ctx__unlock(&group->mu);
-    rc = cell->fn(group->ctx, cell->arg);
-    if (rc) ctx__group_failed(group, rc);
+    ctx__scope_enter(&scope, CTX__IN_GROUP, group);
+    rc = fn(group->ctx, arg);
+    ctx__scope_leave(&scope);
+    if (CTX__UNLIKELY(rc)) ctx__group_failed(group, rc);
     ctx__lock(&group->mu);
-    cell->next = group->spare;
-    group->spare = cell;
     ctx__group_left(group);
 }
 
-/* [mu], released meanwhile. True if there was a task to run. */
-static bool ctx__group_run_next(ctx_group_t *group) {
-    ctx__cell_t *cell = group->first;
-    if (!cell) return false;
+/* [mu] Its cell may be used again at once. */
+static void ctx__group_unqueue(ctx_group_t *group, ctx__cell_t *cell) {
+    ctx__queue_out(&group->queue, &cell->link);
+    ctx__link_in(&group->spare, &cell->link);
+    cell->number = 0;
+}
+
+/* [mu], released meanwhile. Run the task that was queued first, or last. True if there was one. */
+static bool ctx__group_run_one(ctx_group_t *group, bool last) {
+    ctx__link_t *link = group->queue.first;
+    ctx__cell_t *cell;
+    if (!link) return false;
+    if (last) link = CTX__CONTAINER(group->queue.end, ctx__link_t, next);
+    cell = CTX__CONTAINER(link, ctx__cell_t, link);
     ctx__group_unqueue(group, cell);
-    ctx__group_run(group, cell);
+    ctx__group_run(group, cell->fn, cell->arg);
     return true;
 }
 
-/* Have the pool take a turn. */
-static int ctx__group_send_turn(ctx_group_t *group) {
-    void *arg = group;
-    ctx__task_t task;
-    task.fn = ctx__group_turn;
-    task.op = group->name;
-    return ctx__pool_put(group->pool, &ctx__root, &task, &arg, 1, NULL, CTX_REJECT);
-}
+static bool ctx__group_run_next(ctx_group_t *group) { return ctx__group_run_one(group, false); }
 
-static int ctx__group_turn(ctx_t *ctx, void *arg) {
-    ctx_group_t *group = (ctx_group_t *)arg;
+/* For a thread that waits to add: what it runs may have to wait to add too, and runs others on the same stack. The
+   newest task is the lowest in a tree of tasks, so the stack gets as deep as that tree; with the oldest it would get as
+   deep as the queue is long. */
+static bool ctx__group_run_last(ctx_group_t *group) { return ctx__group_run_one(group, true); }
+
+/* A turn. */
+static void ctx__group_come(ctx__turns_t *turns, bool lost) {
+    ctx_group_t *group = CTX__CONTAINER(turns, ctx_group_t, turns);
     int ran = 0;
     ctx__lock(&group->mu);
-    while (ctx && ctx__group_run_next(group)) {
-        if (++ran % CTX__TURN_TASKS || !group->first) continue;
+    while (!lost && ctx__group_run_next(group)) {
+        if (++ran % CTX__TURN_TASKS || !group->queue.first) continue;
         ctx__unlock(&group->mu);
-        if (!ctx__group_send_turn(group)) return 0; /* that one goes on in the place of this */
+        if (!ctx__pool_want(group->pool, turns)) return; /* that one goes on in the place of this */
         ctx__lock(&group->mu);
     }
-    group->turns--;
-    if (!ctx) ctx__group_wake(group);
+    group->active--;
+    if (lost) ctx__group_wake(group);
     ctx__unlock(&group->mu);
-    ctx__group_unref(group);
-    return 0;
+    ctx__group_unref(group, 1);
 }
 
 static void ctx__group_thread_run(const ctx__job_t *job) {
     ctx_group_t *group = (ctx_group_t *)job->owner;
-    int rc = job->fn(job->ctx, job->arg);
-    if (rc) ctx__group_failed(group, rc);
     ctx__lock(&group->mu);
-    ctx__group_left(group);
+    ctx__group_run(group, job->fn, job->arg);
     ctx__unlock(&group->mu);
+}
+
+/* A queued task of a group whose tasks wait for each other. */
+static void ctx__group_spread_run(const ctx__job_t *job) {
+    ctx_group_t *group = (ctx_group_t *)job->owner;
+    ctx__lock(&group->mu);
+    ctx__group_run_next(group);
+    ctx__unlock(&group->mu);
+    ctx__group_unref(group, 1);
+}
+
+static void ctx__group_spread_one(ctx_group_t *group) {
+    const ctx__job_t job = { ctx__group_spread_run, group, NULL, NULL, NULL };
+    CTX__ADD(&group->refs, 1u, RELAXED);
+    if (ctx__run(&job)) CTX__SUB(&group->refs, 1u, RELAXED); /* no thread: a turn will come. The caller's is left */
+}
+
+/* The calling task is one that waits for other tasks of its group, such as a stage. If that is on a pool, which may
+   have too few workers for all of them, give those that are queued, now or later, threads beside the pool. */
+static void ctx__group_spread(void) {
+    ctx__scope_t *scope = ctx__scope_of(CTX__IN_GROUP, NULL);
+    ctx_group_t *group = scope ? (ctx_group_t *)(uintptr_t)scope->owner : NULL;
+    const ctx__link_t *link;
+    size_t n = 0;
+    if (!group || !group->pool) return;
+    ctx__lock(&group->mu);
+    if (!group->spread)
+        for (link = group->queue.first; link; link = link->next) n++;
+    group->spread = true;
+    ctx__unlock(&group->mu);
+    while (n-- > 0) ctx__group_spread_one(group);
 }
 
 CTXCANCEL_API ctx_group_t *ctx_group_new(ctx_t *parent, const ctx_group_desc_t *desc) {
@@ -5684,11 +5874,12 @@ CTXCANCEL_API ctx_group_t *ctx_group_new(ctx_t *parent, const ctx_group_desc_t *
         return NULL;
     }
     if (desc->name) group->ctx->name = desc->name;
-    group->name = desc->name ? desc->name : "group";
     group->pool = desc->pool;
     group->limit = desc->limit ? (size_t)desc->limit : desc->pool ? desc->pool->desc.queue : SIZE_MAX;
     if (group->pool) group->most_turns = group->pool->desc.workers;
     if ((size_t)group->most_turns > group->limit) group->most_turns = (int)group->limit;
+    group->turns.come = ctx__group_come;
+    group->turns.op = desc->name ? desc->name : "group";
     group->refs = 1;
     return group;
 }
@@ -5698,41 +5889,39 @@ CTXCANCEL_API ctx_t *ctx_group_ctx(ctx_group_t *group) {
     return group->ctx;
 }
 
+/* [mu] */
+static int ctx__group_refuses(const ctx_group_t *group) {
+    int err = ctx_err(group->ctx);
+    return !err && group->pool && CTX__LOAD(&group->pool->closed, ACQUIRE) ? CTX_CLOSED : err;
+}
+
+/* [mu] */
+static bool ctx__group_has_room(const ctx_group_t *group) { return group->live - group->adding < group->limit; }
+
+static bool ctx__group_may_go(void *arg) {
+    const ctx_group_t *group = (const ctx_group_t *)arg;
+    return ctx__group_has_room(group) || group->queue.first || ctx__group_refuses(group);
+}
+
 /* Get a place below the limit, helping out while there is none. [mu], released meanwhile. 0, or why there is none. */
 static int ctx__group_enter(ctx_group_t *group, bool wait) {
-    ctx__waiter_t waiter;
-    ctx__watch_t watch;
-    int err;
-    for (;;) {
-        err = ctx_err(group->ctx);
-        if (!err && group->pool && CTX__LOAD(&group->pool->closed, ACQUIRE)) err = CTX_CLOSED;
-        if (err || group->live < group->limit) break;
+    bool task = wait && ctx__scope_of(CTX__IN_GROUP, group);
+    int rc;
+    group->adding += task;
+    if (task) ctx__wake_all(&group->at_limit);
+    while ((rc = ctx__group_refuses(group)) == 0 && !ctx__group_has_room(group)) {
         if (!wait) return CTX_QUEUE_FULL;
-        if (ctx__group_run_next(group)) continue;
-        ctx__unlock(&group->mu);
-        memset(&waiter, 0, sizeof waiter);
-        if (ctx__watch(&watch, group->ctx, &waiter.parker)) {
-            ctx__lock(&group->mu);
-            if (group->live >= group->limit && !group->first)
-                ctx__waiter_park(&group->at_limit, &waiter, &group->mu, CTX_NO_DEADLINE);
-            ctx__unlock(&group->mu);
-            ctx__unwatch(&watch);
-        }
-        ctx__lock(&group->mu);
+        if (!ctx__group_run_last(group))
+            ctx__await(&group->mu, &group->at_limit, ctx__group_may_go, group, group->ctx, CTX_NO_DEADLINE);
     }
-    if (!err) group->live++;
-    return err;
+    group->adding -= task;
+    if (!rc) group->live++;
+    return rc;
 }
 
 static int ctx__group_go_thread(ctx_group_t *group, ctx_task_fn fn, void *arg) {
-    ctx__job_t job;
-    int rc;
-    job.run = ctx__group_thread_run;
-    job.owner = group;
-    job.ctx = group->ctx;
-    job.fn = fn;
-    job.arg = arg;
-    rc = ctx__run(&job);
+    const ctx__job_t job = { ctx__group_thread_run, group, NULL, fn, arg };
+    int rc = ctx__run(&job);
     if (!rc) return 0;
     ctx__lock(&group->mu);
     ctx__group_left(group);
@@ -5740,78 +5929,58 @@ static int ctx__group_go_thread(ctx_group_t *group, ctx_task_fn fn, void *arg) {
     return rc;
 }
 
-/* The pool did not take the turn that the queued task `number` in `cell` wants. If nobody else will come for it, this
-   thread takes a turn if the pool is only full, or takes the task back. A turn, and not just this task: so tasks that
-   add tasks do so below one turn and not below each other. */
-static CTX__COLD int ctx__group_take_back(ctx_group_t *group, ctx__cell_t *cell, uint64_t number, int rc, bool wait) {
+/* Queue a task, for which there is a place, and see to it that somebody comes for it. [mu], released here. */
+static int ctx__group_go_pool(ctx_group_t *group, ctx__cell_t *cell) {
+    bool want = group->active < group->most_turns, spread = group->spread;
+    uint64_t number = ++group->taken;
+    int rc;
+    cell->number = number;
+    ctx__queue_add(&group->queue, &cell->link);
+    ctx__group_wake(group);
+    if (want) CTX__ADD(&group->refs, 1u, RELAXED);
+    ctx__unlock(&group->mu);
+    if (spread) ctx__group_spread_one(group);
+    if (!want) return 0;
+    rc = ctx__pool_want(group->pool, &group->turns);
     ctx__lock(&group->mu);
-    if (group->turns > 0 || group->awaited || cell->number != number) {
-        rc = 0;
-    } else if (rc == CTX_QUEUE_FULL && wait) {
-        CTX__ADD(&group->refs, 1u, RELAXED);
-        group->turns++;
-        ctx__unlock(&group->mu);
-        return ctx__group_turn(group->ctx, group);
-    } else {
+    group->active += !rc;
+    if (rc && (group->active > 0 || group->awaited || cell->number != number)) {
+        rc = 0; /* somebody has come, or will */
+    } else if (rc) {
         ctx__group_unqueue(group, cell);
-        cell->next = group->spare;
-        group->spare = cell;
         ctx__group_left(group);
+    } else {
+        want = false; /* the turn has the reference */
     }
     ctx__unlock(&group->mu);
+    if (want) ctx__group_unref(group, 1);
     return rc;
 }
 
-/* Queue a task, for which there is a place, and see to it that the pool comes for it. [mu], released here. */
-static int ctx__group_go_pool(ctx_group_t *group, ctx__cell_t *cell, ctx_task_fn fn, void *arg, bool wait) {
-    uint64_t number = ++group->taken;
-    bool send = group->turns < group->most_turns;
-    int rc;
-    cell->fn = fn;
-    cell->arg = arg;
-    cell->number = number;
-    cell->next = NULL;
-    cell->prev = group->last;
-    if (group->last) group->last->next = cell;
-    else group->first = cell;
-    group->last = cell;
-    if (group->at_end || group->at_limit) ctx__group_wake(group);
-    if (send) CTX__ADD(&group->refs, 1u, RELAXED);
-    ctx__unlock(&group->mu);
-    if (!send) return 0;
-    rc = ctx__group_send_turn(group);
-    if (rc) {
-        ctx__group_unref(group); /* not the last: the caller's is still there */
-        return ctx__group_take_back(group, cell, number, rc, wait);
-    }
-    ctx__lock(&group->mu);
-    group->turns++;
-    ctx__unlock(&group->mu);
-    return 0;
-}
-
 static int ctx__group_add(ctx_group_t *group, ctx_task_fn fn, void *arg, bool wait) {
-    ctx__cell_t *cell;
+    ctx__cell_t *cell = NULL;
     int rc;
     if (!group || !fn) return CTX_INVALID;
     ctx__lock(&group->mu);
     rc = ctx__group_enter(group, wait);
-    if (rc || !group->pool) {
+    if (!rc && group->spare) {
+        cell = CTX__CONTAINER(group->spare, ctx__cell_t, link);
+        ctx__link_out(&cell->link);
+    } else {
         ctx__unlock(&group->mu);
-        return rc ? rc : ctx__group_go_thread(group, fn, arg);
+        if (rc) return rc;
+        if (!group->pool) return ctx__group_go_thread(group, fn, arg);
+        cell = (ctx__cell_t *)CTXCANCEL_MALLOC(sizeof *cell);
+        ctx__lock(&group->mu);
     }
-    cell = group->spare;
-    if (cell) {
-        group->spare = cell->next;
-        return ctx__group_go_pool(group, cell, fn, arg, wait);
+    if (!cell) {
+        ctx__group_left(group);
+        ctx__unlock(&group->mu);
+        return CTX_NO_MEMORY;
     }
-    ctx__unlock(&group->mu);
-    cell = (ctx__cell_t *)CTXCANCEL_MALLOC(sizeof *cell);
-    ctx__lock(&group->mu);
-    if (cell) return ctx__group_go_pool(group, cell, fn, arg, wait);
-    ctx__group_left(group);
-    ctx__unlock(&group->mu);
-    return CTX_NO_MEMORY;
+    cell->fn = fn;
+    cell->arg = arg;
+    return ctx__group_go_pool(group, cell);
 }
 
 CTXCANCEL_API int ctx_group_go(ctx_group_t *group, ctx_task_fn fn, void *arg) {
@@ -5822,20 +5991,27 @@ CTXCANCEL_API int ctx_group_try_go(ctx_group_t *group, ctx_task_fn fn, void *arg
     return ctx__group_add(group, fn, arg, false);
 }
 
+static bool ctx__group_may_end(void *arg) {
+    const ctx_group_t *group = (const ctx_group_t *)arg;
+    return !group->live || group->queue.first;
+}
+
 CTXCANCEL_API int ctx_group_wait(ctx_group_t *group) {
-    ctx__waiter_t waiter;
-    int rc;
+    int rc, turns = 0;
+    bool turn;
     if (!group) return CTX_INVALID;
-    memset(&waiter, 0, sizeof waiter);
+    CTXCANCEL_ASSERT(!ctx__scope_of(CTX__IN_GROUP, group)); /* a task that waits for itself */
     ctx__lock(&group->mu);
     group->awaited = true;
     while (group->live)
         if (!ctx__group_run_next(group))
-            ctx__waiter_park(&group->at_end, &waiter, &group->mu, CTX_NO_DEADLINE);
+            ctx__await(&group->mu, &group->at_end, ctx__group_may_end, group, &ctx__root, CTX_NO_DEADLINE);
     rc = group->rc;
+    turn = group->active > 0; /* if there is none, the pool may be freed already: its last worker left with a task */
     ctx__unlock(&group->mu);
+    if (turn) turns = ctx__pool_unwant(group->pool, &group->turns);
     ctx_end(group->ctx);
-    ctx__group_unref(group);
+    ctx__group_unref(group, 1 + turns);
     return rc;
 }
 
@@ -5856,403 +6032,211 @@ CTXCANCEL_API int ctx_run_either(ctx_t *a, ctx_t *b, ctx_task_fn fn, void *arg) 
 
 /* == 11. channel ================================================== */
 
-/* A ring of items with a lock at each end, as in the pool, so that senders and receivers do not meet: `in` guards the
-   tail, `out` the head, and each end keeps what it last saw of the other. Who has to wait, and what else needs to see
-   all of the channel, takes both, `in` first. Lists of those that wait may be read under either lock and are changed
-   under both; so a sender, under `in`, sees a receiver that waits, and no wake-up is lost.
+/* Nobody waits while there is something to do, and the thread that finds a waiter does what that one waits for.
 
-   Nobody waits while there is something to do: receivers wait only if the ring is empty, senders only if it is full.
-   So a sender gives its item to the receiver that waits longest, and a receiver moves the item of the sender that waits
-   longest into the ring: what was waited for is done when the waiter wakes, in the order of arrival.
+   So receivers wait only if the ring is empty, senders only if it is full; a sender gives its item to the receiver that
+   has waited longest, and a receiver moves the item of the sender that has waited longest into the ring. With capacity
+   0 the ring is always empty and full.
 
-   A waiter has one op for each channel that it waits on: one, or several for a select. `claimed` says which of them
-   happens: whoever swaps it from 0 does so, copies the item and wakes the waiter, all under the locks of that op's
-   channel. The waiter takes its ops out again under those locks; after that nobody can reach it, and it either was
-   claimed, also when it was canceled at the same instant, or never will be. To start waiting on several channels it
-   holds the locks of all, taken in the order of their addresses, and looks once more.
+   The ring is that of section 9, with a lock at each end. A send or receive that need not wait takes one of the two,
+   and does not meet the other end. Everything else takes both, `in` first; several channels in the order of their
+   addresses. The queues of waiters may be read under either lock and are changed under both. So a sender, under `in`,
+   sees a receiver that waits, and no wake-up is lost.
 
-   With capacity 0 there is no ring, only the waiting. */
+     waiting --claimed, under both locks--> claimed --item moved, unparked--> done
+             \--the waiter gives up--> claimed, by itself
+
+   A thread waits for one of the cases of a select; a single send or receive is a select of one. It queues one op for
+   each case while it holds the locks of all, and after it has found that none can be done. The thread that claims it
+   takes all its ops out of that channel, moves the item, and stores `done`, which is its last access to the waiter. The
+   waiter takes its ops out of the other channels. It does not touch the channel in which it was served: the other side
+   may have freed that. For the same reason the last access of each call to a channel is the unlock of `in` or, if it
+   took only that, of `out`, and ctx_chan_free() passes through both locks. */
 
 enum {
-    CTX__CASES = 16, /* of a select that needs no allocation */
-    CTX__CHAN_SPIN_MAX = 64,
+    CTX__CASES = 16,      /* of a select that needs no allocation */
     CTX__GATHER_MAX = 16, /* turns of 4 pauses that gathering takes at most */
     CTX__GATHER_TRY = 64  /* how seldom it is tried again where it has not paid */
 };
-
-typedef struct {
-    uint32_t claimed; /* [atomic] */
-    int index, rc;    /* [locks of the channel of the op that claimed it] */
-    ctx__parker_t parker;
-} ctx__chan_wait_t;
-
-typedef struct ctx__chan_op {
-    struct ctx__chan_op *next, *prev; /* [in and out] */
-    ctx__chan_wait_t *wait;           /* [const] */
-    void *item;                       /* [const] */
-    int index;                        /* [const] */
-    bool linked;                      /* [in and out] */
-} ctx__chan_op_t;
-
-typedef struct {
-    ctx__chan_op_t *first, *last;
-} ctx__chan_ops_t;
+enum { CTX__CHAN_WAITING, CTX__CHAN_CLAIMED, CTX__CHAN_DONE };
 
 struct ctx_chan {
-    size_t item_size, capacity; /* [const] */
-    char *ring;                 /* [const] */
-    void *raw;                  /* [const] what to free */
-    int spin[2];                /* [atomic] how much watching has paid lately for receivers and senders */
-    int gather[2];              /* [atomic] how much waiting for more than one has paid lately */
-
-    CTX__ALIGNED uint32_t in;
-    bool closed;               /* [in; changed under both] */
-    size_t tail_slot;          /* [in] */
-    uint64_t tail;             /* [atomic, set under in] items ever sent */
-    uint64_t head_seen;        /* [in] */
-    ctx__chan_ops_t receivers; /* [in or out; changed under both] */
-
-    CTX__ALIGNED uint32_t out;
-    size_t head_slot;        /* [out] */
-    uint64_t head;           /* [atomic, set under out] items ever received */
-    uint64_t tail_seen;      /* [out] */
-    ctx__chan_ops_t senders; /* [in or out; changed under both] */
+    void *raw;               /* [const] what to free */
+    unsigned forks;          /* [const] as for pools */
+    bool closed;             /* [in; changed under both] */
+    int gather[2];           /* [atomic] how much waiting for more than one has paid lately, by CTX_RECV and CTX_SEND */
+    ctx__queue_t queue[2];   /* [in or out; changed under both] ops that wait */
+    ctx__ring_t ring;
 };
 
+typedef struct {
+    ctx__link_t link;           /* [in and out] */
+    struct ctx__select *select; /* [const] */
+    int index;                  /* [const while it is queued] of its case */
+} ctx__chan_op_t;
+
+typedef struct ctx__select {
+    ctx_case_t *cases;   /* rc: [set by the thread that claims it] */
+    size_t n;            /* [const] */
+    ctx_t *ctx;          /* [const] NULL: does not wait */
+    ctx__chan_op_t *ops; /* one for each case, in no order */
+    ctx__wait_t wait;    /* stands in no queue: its ops do */
+    uint32_t state;      /* [atomic] CTX__CHAN_... */
+    int index;           /* [set by the thread that claims it] the case that was done */
+} ctx__select_t;
+
 static void ctx__chan_lock(ctx_chan_t *chan) {
-    ctx__lock(&chan->in);
-    ctx__lock(&chan->out);
+    ctx__lock(&chan->ring.in);
+    ctx__lock(&chan->ring.out);
 }
 
 static void ctx__chan_unlock(ctx_chan_t *chan) {
-    ctx__unlock(&chan->out);
-    ctx__unlock(&chan->in);
+    ctx__unlock(&chan->ring.out);
+    ctx__unlock(&chan->ring.in);
 }
 
 static inline void ctx__chan_copy(const ctx_chan_t *chan, void *to, const void *from) {
+    size_t size = chan->ring.size;
     __asm__("" : "+r"(to), "+r"(from)); /* else gcc warns of 8 bytes where it sees that an item is smaller */
-    if (chan->item_size == sizeof(uint64_t) && to) memcpy(to, from, sizeof(uint64_t));
-    else if (chan->item_size && to) memcpy(to, from, chan->item_size);
+    if (size == sizeof(uint64_t) && to) memcpy(to, from, sizeof(uint64_t));
+    else if (size && to) memcpy(to, from, size);
 }
 
-/* [in] There is room. */
-static inline void ctx__chan_put(ctx_chan_t *chan, const void *item) {
-    ctx__chan_copy(chan, chan->ring + chan->tail_slot * chan->item_size, item);
-    if (++chan->tail_slot == chan->capacity) chan->tail_slot = 0;
-    CTX__STORE(&chan->tail, chan->tail + 1, RELEASE); /* pairs with ctx__chan_filled() */
-}
-
-/* [out] There is an item. */
-static inline void ctx__chan_take(ctx_chan_t *chan, void *item) {
-    ctx__chan_copy(chan, item, chan->ring + chan->head_slot * chan->item_size);
-    if (++chan->head_slot == chan->capacity) chan->head_slot = 0;
-    CTX__STORE(&chan->head, chan->head + 1, RELEASE); /* pairs with ctx__chan_room() */
-}
-
-/* [in] */
-static inline bool ctx__chan_room(ctx_chan_t *chan) {
-    if (chan->tail - chan->head_seen < chan->capacity) return true;
-    chan->head_seen = CTX__LOAD(&chan->head, ACQUIRE);
-    return chan->tail - chan->head_seen < chan->capacity;
-}
-
-/* [out] */
-static inline bool ctx__chan_filled(ctx_chan_t *chan) {
-    if (chan->head != chan->tail_seen) return true;
-    chan->tail_seen = CTX__LOAD(&chan->tail, ACQUIRE);
-    return chan->head != chan->tail_seen;
-}
-
-/* [in and out] */
-static void ctx__chan_link(ctx__chan_ops_t *ops, ctx__chan_op_t *op) {
-    op->next = NULL;
-    op->prev = ops->last;
-    if (op->prev) op->prev->next = op;
-    else ops->first = op;
-    ops->last = op;
-    op->linked = true;
-}
-
-/* [in and out] */
-static void ctx__chan_unlink(ctx__chan_ops_t *ops, ctx__chan_op_t *op) {
-    if (!op->linked) return;
-    if (op->prev) op->prev->next = op->next;
-    else ops->first = op->next;
-    if (op->next) op->next->prev = op->prev;
-    else ops->last = op->prev;
-    op->linked = false;
-}
-
-/* [in and out] Take out the op that waits longest and claim its waiter, to be followed by ctx__chan_finish(). */
-static ctx__chan_op_t *ctx__chan_claim(ctx__chan_ops_t *ops) {
-    ctx__chan_op_t *op;
-    while ((op = ops->first) != NULL) {
-        uint32_t unclaimed = 0;
-        ctx__chan_unlink(ops, op);
-        if (CTX__CAS(&op->wait->claimed, &unclaimed, 1u, ACQ_REL, RELAXED))
-            return op;
+/* [in and out] Claim the waiter that has waited longest, and take its ops out; ctx__chan_finish() is to follow. NULL if
+   there is none: waiters whose context is done, and those that were claimed elsewhere, are passed over. */
+static ctx__chan_op_t *ctx__chan_claim(ctx_chan_t *chan, int which) {
+    while (chan->queue[which].first) {
+        ctx__chan_op_t *op = CTX__CONTAINER(chan->queue[which].first, ctx__chan_op_t, link);
+        ctx__select_t *select = op->select;
+        uint32_t state = CTX__CHAN_WAITING;
+        size_t i;
+        ctx__queue_out(&chan->queue[which], &op->link);
+        if (ctx_err(select->ctx) || !CTX__CAS(&select->state, &state, CTX__CHAN_CLAIMED, ACQ_REL, RELAXED)) continue;
+        for (i = 0; i < select->n; i++) {
+            const ctx_case_t *c = &select->cases[select->ops[i].index];
+            if (c->chan == chan) ctx__queue_out(&chan->queue[c->op], &select->ops[i].link);
+        }
+        return op;
     }
     return NULL;
 }
 
-/* [in and out] The address to wake once the locks are free, so that who wakes does not run into them; or NULL. It may
-   be gone by then: see section 1. */
-static uint32_t *ctx__chan_finish(ctx__chan_op_t *op, int rc) {
-    uint32_t *state = &op->wait->parker.state;
-    op->wait->index = op->index;
-    op->wait->rc = rc;
-    return CTX__EXCHANGE(state, (uint32_t)CTX__SET, ACQ_REL) == CTX__PARKED ? state : NULL;
+static void *ctx__chan_item(const ctx__chan_op_t *op) { return op->select->cases[op->index].item; }
+
+/* [in and out] Returns the address to wake once the locks are free, so that the waiter does not run into them, or NULL.
+   It may be gone by then: see section 1. */
+static uint32_t *ctx__chan_finish(const ctx__chan_op_t *op, int rc) {
+    ctx__select_t *select = op->select;
+    uint32_t *parker = &select->wait.parker.state;
+    bool parked;
+    select->cases[op->index].rc = rc;
+    select->index = op->index;
+    parked = CTX__EXCHANGE(parker, (uint32_t)CTX__SET, ACQ_REL) == CTX__PARKED;
+    CTX__STORE(&select->state, CTX__CHAN_DONE, RELEASE); /* the waiter may leave: pairs with ctx__select_done() */
+    return parked ? parker : NULL;
 }
 
-static void ctx__chan_wake(uint32_t *state) {
-    if (state) ctx__futex_wake(state, 1);
+static void ctx__chan_wake(uint32_t *parker) {
+    if (parker) ctx__futex_wake(parker, 1);
 }
 
 /* [in and out] */
 static int ctx__chan_send_locked(ctx_chan_t *chan, const void *item, uint32_t **wake) {
     ctx__chan_op_t *receiver;
+    void *cell;
     if (chan->closed) return CTX_CLOSED;
-    receiver = ctx__chan_claim(&chan->receivers);
-    if (receiver) {
-        ctx__chan_copy(chan, receiver->item, item);
-        *wake = ctx__chan_finish(receiver, 0);
-        return 0;
-    }
-    if (!ctx__chan_room(chan)) return CTX_QUEUE_FULL;
-    ctx__chan_put(chan, item);
+    receiver = ctx__chan_claim(chan, CTX_RECV);
+    cell = receiver ? ctx__chan_item(receiver) : ctx__ring_room(&chan->ring);
+    if (!receiver && !cell) return CTX_QUEUE_FULL;
+    ctx__chan_copy(chan, cell, item);
+    if (receiver) *wake = ctx__chan_finish(receiver, 0);
+    else ctx__ring_put(&chan->ring);
     return 0;
 }
 
 /* [in and out] */
 static int ctx__chan_recv_locked(ctx_chan_t *chan, void *item, uint32_t **wake) {
-    bool filled = ctx__chan_filled(chan);
+    const void *first = ctx__ring_first(&chan->ring);
     ctx__chan_op_t *sender;
-    if (filled) ctx__chan_take(chan, item);
-    sender = ctx__chan_claim(&chan->senders);
+    if (first) {
+        ctx__chan_copy(chan, item, first);
+        ctx__ring_take(&chan->ring);
+    }
+    sender = ctx__chan_claim(chan, CTX_SEND);
     if (sender) {
-        if (filled) ctx__chan_put(chan, sender->item);
-        else ctx__chan_copy(chan, item, sender->item);
+        ctx__chan_copy(chan, first ? ctx__ring_room(&chan->ring) : item, ctx__chan_item(sender));
+        if (first) ctx__ring_put(&chan->ring);
         *wake = ctx__chan_finish(sender, 0);
     }
-    return filled || sender ? 0 : chan->closed ? CTX_CLOSED : CTX_NOT_READY;
+    return first || sender ? 0 : chan->closed ? CTX_CLOSED : CTX_NOT_READY;
 }
 
-/* [in and out] `*wake`: see ctx__chan_finish(). */
-static int ctx__chan_do_locked(ctx_chan_t *chan, int op, void *item, uint32_t **wake) {
-    *wake = NULL;
-    return op == CTX_SEND ? ctx__chan_send_locked(chan, item, wake) : ctx__chan_recv_locked(chan, item, wake);
+/* [in and out] `ctx` (may be NULL) is looked at under the locks, and in the usual send too, so that a thread which has
+   seen it done and the channel empty after that will not find an item sent with it later. `*wake`: see
+   ctx__chan_finish(). */
+static int ctx__chan_do_locked(const ctx_case_t *c, const ctx_t *ctx, uint32_t **wake) {
+    if (ctx && ctx_err(ctx)) return CTX_NOT_READY;
+    return c->op == CTX_SEND ? ctx__chan_send_locked(c->chan, c->item, wake)
+                             : ctx__chan_recv_locked(c->chan, c->item, wake);
 }
 
 static bool ctx__chan_blocked(int rc) { return rc == CTX_QUEUE_FULL || rc == CTX_NOT_READY; }
 
-/* The usual send: one lock, no waiter. `ctx` is looked at under the lock, so that who has seen it done and the channel
-   empty after that will not find an item sent with it later. False: it takes more than this. */
+/* The usual send: one lock, no waiter. False: it takes more than this. */
 static inline bool ctx__chan_send_fast(ctx_chan_t *chan, const ctx_t *ctx, const void *item) {
-    bool can;
-    ctx__lock(&chan->in);
-    can = !chan->closed && !chan->receivers.first && (!ctx || !ctx_err(ctx)) && ctx__chan_room(chan);
-    if (can) ctx__chan_put(chan, item);
-    ctx__unlock(&chan->in);
-    return can;
+    void *cell = NULL;
+    ctx__lock(&chan->ring.in);
+    if (!chan->closed && !chan->queue[CTX_RECV].first && (!ctx || !ctx_err(ctx))) cell = ctx__ring_room(&chan->ring);
+    if (cell) {
+        ctx__chan_copy(chan, cell, item);
+        ctx__ring_put(&chan->ring);
+    }
+    ctx__unlock(&chan->ring.in);
+    return cell != NULL;
 }
 
 static inline bool ctx__chan_recv_fast(ctx_chan_t *chan, void *item) {
-    bool can;
-    ctx__lock(&chan->out);
-    can = !chan->senders.first && ctx__chan_filled(chan);
-    if (can) ctx__chan_take(chan, item);
-    ctx__unlock(&chan->out);
-    return can;
+    const void *first = NULL;
+    ctx__lock(&chan->ring.out);
+    if (!chan->queue[CTX_SEND].first) first = ctx__ring_first(&chan->ring);
+    if (first) {
+        ctx__chan_copy(chan, item, first);
+        ctx__ring_take(&chan->ring);
+    }
+    ctx__unlock(&chan->ring.out);
+    return first != NULL;
 }
 
 static inline bool ctx__chan_do_fast(ctx_chan_t *chan, int op, const ctx_t *ctx, void *item) {
     return op == CTX_SEND ? ctx__chan_send_fast(chan, ctx, item) : ctx__chan_recv_fast(chan, item);
 }
 
-static int ctx__chan_try(ctx_chan_t *chan, int op, void *item) {
-    uint32_t *wake;
-    int rc;
-    if (ctx__chan_do_fast(chan, op, NULL, item)) return 0;
-    ctx__chan_lock(chan);
-    rc = ctx__chan_do_locked(chan, op, item, &wake);
-    ctx__chan_unlock(chan);
-    ctx__chan_wake(wake);
-    return rc;
-}
-
-/* How often could it be done now? Only a hint. */
-static uint64_t ctx__chan_ready(const ctx_chan_t *chan, int op) {
-    uint64_t head = CTX__LOAD(&chan->head, RELAXED);
-    uint64_t tail = CTX__LOAD(&chan->tail, RELAXED);
-    return op == CTX_SEND ? chan->capacity - (tail - head) : tail - head;
-}
-
-/* There is something. Where items stream in, let a few gather, for under a microsecond and without looking, since each
-   look at the other end costs both ends the exchange of a cache line. Where they come one by one, do not. */
-static void ctx__chan_gather(ctx_chan_t *chan, int op) {
-    int turns = CTX__LOAD(&chan->gather[op], RELAXED), i;
-    if (turns == 0 && ctx__random() % CTX__GATHER_TRY == 0) turns = 1;
-    if (turns == 0) return;
-    for (i = turns * 4; i > 0; i--) ctx__cpu_pause();
-    turns = ctx__chan_ready(chan, op) > 1 ? CTX__GATHER_MAX : turns / 2;
-    CTX__STORE(&chan->gather[op], turns, RELAXED);
-}
-
-/* Watch the ring for a few microseconds, as long as that has paid, before sleeping. True: there may be something. */
-static bool ctx__chan_watch(ctx_chan_t *chan, int op) {
-    int spin = CTX__LOAD(&chan->spin[op], RELAXED), turn, i;
-    bool ready = false;
-    if (!chan->capacity) return false;
-    for (turn = 0; turn < spin && !ready; turn++) {
-        for (i = turn < 16 ? turn : 16; i >= 0; i--) ctx__cpu_pause();
-        ready = ctx__chan_ready(chan, op) != 0;
-    }
-    if (ready) {
-        CTX__STORE(&chan->spin[op], CTX__CHAN_SPIN_MAX, RELAXED);
-        ctx__chan_gather(chan, op);
-        return true;
-    }
-    CTX__STORE(&chan->spin[op], spin / 2, RELAXED);
-    ctx__cpu_yield();
-    return ctx__chan_ready(chan, op) != 0;
-}
-
-static void ctx__chan_op_init(ctx__chan_op_t *op, ctx__chan_wait_t *wait, void *item, int index) {
-    op->next = op->prev = NULL;
-    op->wait = wait;
-    op->item = item;
-    op->index = index;
-    op->linked = false;
-}
-
-static ctx__chan_ops_t *ctx__chan_ops(ctx_chan_t *chan, int op) {
-    return op == CTX_SEND ? &chan->senders : &chan->receivers;
-}
-
-/* Queue up and park until somebody has done it or `ctx` is done. */
-static CTX__COLD int ctx__chan_block(ctx_chan_t *chan, int op, ctx_t *ctx, void *item) {
-    ctx__chan_wait_t wait;
-    ctx__chan_op_t self;
-    ctx__watch_t watch;
+static int ctx__chan_try_locked(const ctx_case_t *c, const ctx_t *ctx) {
     uint32_t *wake = NULL;
     int rc;
-    memset(&wait, 0, sizeof wait);
-    ctx__chan_op_init(&self, &wait, item, 0);
-    if (!ctx__watch(&watch, ctx, &wait.parker)) return ctx_err(ctx);
-    ctx__chan_lock(chan);
-    rc = ctx_err(ctx);
-    if (!rc) rc = ctx__chan_do_locked(chan, op, item, &wake);
-    if (ctx__chan_blocked(rc)) ctx__chan_link(ctx__chan_ops(chan, op), &self);
-    ctx__chan_unlock(chan);
+    ctx__chan_lock(c->chan);
+    rc = ctx__chan_do_locked(c, ctx, &wake);
+    ctx__chan_unlock(c->chan);
     ctx__chan_wake(wake);
-    if (ctx__chan_blocked(rc)) {
-        ctx__park(&wait.parker, CTX_NO_DEADLINE);
-        ctx__chan_lock(chan);
-        ctx__chan_unlink(ctx__chan_ops(chan, op), &self);
-        ctx__chan_unlock(chan);
-        rc = wait.claimed ? wait.rc : ctx_err(ctx);
-    }
-    ctx__unwatch(&watch);
     return rc;
-}
-
-static int ctx__chan_do(ctx_chan_t *chan, int op, ctx_t *ctx, void *item) {
-    int err;
-    if (!chan || !ctx || (op == CTX_SEND && !item && chan->item_size)) return CTX_INVALID;
-    err = ctx_err(ctx);
-    if (err) return err;
-    if (ctx__chan_do_fast(chan, op, ctx, item)) return 0;
-    if (ctx__chan_watch(chan, op) && ctx__chan_do_fast(chan, op, ctx, item)) return 0;
-    return ctx__chan_block(chan, op, ctx, item);
-}
-
-CTXCANCEL_API ctx_chan_t *ctx_chan_new(size_t item_size, size_t capacity) {
-    size_t head = ctx__round_up(sizeof(ctx_chan_t), CTX__LINE);
-    ctx_chan_t *chan;
-    void *raw;
-    ctx__me();
-    errno = ENOMEM;
-    if (item_size && capacity > (SIZE_MAX / 4) / item_size) return NULL;
-    chan = (ctx_chan_t *)ctx__alloc_lines(head, item_size * capacity, &raw);
-    if (!chan) return NULL;
-    chan->item_size = item_size;
-    chan->capacity = capacity;
-    chan->ring = (char *)chan + head;
-    chan->raw = raw;
-    if (ctx__cpus > 1) chan->spin[CTX_RECV] = chan->spin[CTX_SEND] = CTX__CHAN_SPIN_MAX;
-    chan->gather[CTX_RECV] = chan->gather[CTX_SEND] = CTX__GATHER_MAX;
-    return chan;
-}
-
-CTXCANCEL_API int ctx_chan_send(ctx_chan_t *chan, ctx_t *ctx, const void *item) {
-    return ctx__chan_do(chan, CTX_SEND, ctx, (void *)(uintptr_t)item);
-}
-
-CTXCANCEL_API int ctx_chan_recv(ctx_chan_t *chan, ctx_t *ctx, void *item) {
-    return ctx__chan_do(chan, CTX_RECV, ctx, item);
-}
-
-CTXCANCEL_API int ctx_chan_try_send(ctx_chan_t *chan, const void *item) {
-    if (!chan || (!item && chan->item_size)) return CTX_INVALID;
-    return ctx__chan_try(chan, CTX_SEND, (void *)(uintptr_t)item);
-}
-
-CTXCANCEL_API int ctx_chan_try_recv(ctx_chan_t *chan, void *item) {
-    return chan ? ctx__chan_try(chan, CTX_RECV, item) : CTX_INVALID;
-}
-
-CTXCANCEL_API int ctx_chan_close(ctx_chan_t *chan) {
-    ctx__chan_op_t *op;
-    int rc;
-    if (!chan) return CTX_INVALID;
-    ctx__chan_lock(chan);
-    rc = chan->closed ? CTX_CLOSED : 0;
-    chan->closed = true;
-    while ((op = ctx__chan_claim(&chan->receivers)) != NULL) ctx__chan_wake(ctx__chan_finish(op, CTX_CLOSED));
-    while ((op = ctx__chan_claim(&chan->senders)) != NULL) ctx__chan_wake(ctx__chan_finish(op, CTX_CLOSED));
-    ctx__chan_unlock(chan);
-    return rc;
-}
-
-CTXCANCEL_API size_t ctx_chan_len(const ctx_chan_t *chan) {
-    uint64_t head, tail;
-    CTXCANCEL_ASSERT(chan != NULL);
-    head = CTX__LOAD(&chan->head, ACQUIRE);
-    tail = CTX__LOAD(&chan->tail, ACQUIRE);
-    return tail - head < chan->capacity ? (size_t)(tail - head) : chan->capacity;
-}
-
-/* What is in the channel or waits to get in. */
-static uint64_t ctx__chan_pending(ctx_chan_t *chan) {
-    const ctx__chan_op_t *op;
-    uint64_t n;
-    ctx__chan_lock(chan);
-    n = chan->tail - chan->head;
-    for (op = chan->senders.first; op; op = op->next) n++;
-    ctx__chan_unlock(chan);
-    return n;
-}
-
-CTXCANCEL_API void ctx_chan_free(ctx_chan_t *chan) {
-    if (!chan) return;
-    CTXCANCEL_ASSERT(!chan->receivers.first && !chan->senders.first);
-    CTXCANCEL_FREE(chan->raw);
 }
 
 /* -- select -- */
 
-typedef struct {
-    ctx_case_t *cases;
-    size_t n;
-    ctx__chan_op_t *ops;  /* one for each case */
-    ctx_chan_t **chans;   /* those of the cases, each once, in the order of their addresses; n_chans of them */
-    size_t n_chans;
-    uint32_t *wake;       /* by what was done under the locks of all */
-    ctx__chan_wait_t wait;
-} ctx__select_t;
+static void ctx__select_init(ctx__select_t *select, ctx_t *ctx, ctx_case_t *cases, size_t n, ctx__chan_op_t *ops) {
+    size_t i;
+    select->cases = cases;
+    select->n = n;
+    select->ctx = ctx;
+    select->ops = ops;
+    select->state = CTX__CHAN_WAITING;
+    ctx__wait_init(&select->wait);
+    for (i = 0; i < n; i++) ops[i].index = (int)i;
+}
 
-/* Try the cases in a random order: so each that can be done is as likely. The index, or CTX_NOT_READY. */
-static int ctx__select_try(ctx__select_t *select, bool locked) {
+/* Try the cases in a random order: so each that can be done is as likely. With the locks of all if there is a `wake`.
+   The index, or CTX_NOT_READY. */
+static int ctx__select_try(ctx__select_t *select, uint32_t **wake) {
     size_t left;
     for (left = select->n; left > 0; left--) {
         /* The places of the ops serve to shuffle: those of the first `left` are still to be tried. */
@@ -6262,8 +6246,9 @@ static int ctx__select_try(ctx__select_t *select, bool locked) {
         select->ops[pick].index = select->ops[left - 1].index;
         select->ops[left - 1].index = i;
         if (!c->chan) continue;
-        rc = locked ? ctx__chan_do_locked(c->chan, c->op, c->item, &select->wake)
-                    : ctx__chan_try(c->chan, c->op, c->item);
+        if (wake) rc = ctx__chan_do_locked(c, select->ctx, wake);
+        else if (ctx__chan_do_fast(c->chan, c->op, select->ctx, c->item)) rc = 0;
+        else rc = ctx__chan_try_locked(c, select->ctx);
         if (ctx__chan_blocked(rc)) continue;
         c->rc = rc;
         return i;
@@ -6271,81 +6256,97 @@ static int ctx__select_try(ctx__select_t *select, bool locked) {
     return CTX_NOT_READY;
 }
 
-static void ctx__select_sort(ctx__select_t *select) {
-    size_t i, at, n = 0;
+/* Lock or unlock all channels, each once, in the order of their addresses. */
+static void ctx__select_each(const ctx__select_t *select, void (*fn)(ctx_chan_t *chan)) {
+    uintptr_t last = 0, next;
+    do {
+        size_t i;
+        for (i = 0, next = UINTPTR_MAX; i < select->n; i++) {
+            uintptr_t chan = (uintptr_t)select->cases[i].chan;
+            if (chan > last && chan < next) next = chan;
+        }
+        last = next;
+        if (next != UINTPTR_MAX) fn((ctx_chan_t *)next);
+    } while (next != UINTPTR_MAX);
+}
+
+/* [in and out of all] */
+static void ctx__select_queue(ctx__select_t *select) {
+    size_t i;
     for (i = 0; i < select->n; i++) {
-        ctx_chan_t *chan = select->cases[i].chan;
-        if (!chan) continue;
-        for (at = 0; at < n && (uintptr_t)select->chans[at] < (uintptr_t)chan; at++) {}
-        if (at < n && select->chans[at] == chan) continue;
-        memmove(&select->chans[at + 1], &select->chans[at], (n - at) * sizeof(ctx_chan_t *));
-        select->chans[at] = chan;
-        n++;
+        ctx__chan_op_t *op = &select->ops[i];
+        const ctx_case_t *c = &select->cases[op->index];
+        op->select = select;
+        if (c->chan) ctx__queue_add(&c->chan->queue[c->op], &op->link);
     }
-    select->n_chans = n;
 }
 
-static int ctx__select_block(ctx__select_t *select, ctx_t *ctx) {
-    ctx__watch_t watch;
+/* Take the ops out of the channels other than `served`, which the thread that claimed has done. */
+static void ctx__select_leave(ctx__select_t *select, const ctx_chan_t *served) {
     size_t i;
-    int index = CTX_NOT_READY;
-    if (!ctx__watch(&watch, ctx, &select->wait.parker)) return ctx_err(ctx);
-    ctx__select_sort(select);
-    for (i = 0; i < select->n_chans; i++) ctx__chan_lock(select->chans[i]);
-    if (!ctx_err(ctx)) index = ctx__select_try(select, true);
-    if (index == CTX_NOT_READY) {
-        for (i = 0; i < select->n; i++) {
-            ctx__chan_op_t *op = &select->ops[i];
-            const ctx_case_t *c = &select->cases[op->index];
-            ctx__chan_op_init(op, &select->wait, c->item, op->index);
-            if (c->chan) ctx__chan_link(ctx__chan_ops(c->chan, c->op), op);
-        }
+    for (i = 0; i < select->n; i++) {
+        const ctx_case_t *c = &select->cases[select->ops[i].index];
+        if (!c->chan || c->chan == served) continue;
+        ctx__chan_lock(c->chan);
+        ctx__queue_out(&c->chan->queue[c->op], &select->ops[i].link);
+        ctx__chan_unlock(c->chan);
     }
-    for (i = select->n_chans; i > 0; i--) ctx__chan_unlock(select->chans[i - 1]);
-    ctx__chan_wake(select->wake);
-    if (index == CTX_NOT_READY) {
-        ctx__park(&select->wait.parker, CTX_NO_DEADLINE);
-        for (i = 0; i < select->n; i++) {
-            ctx__chan_op_t *op = &select->ops[i];
-            const ctx_case_t *c = &select->cases[op->index];
-            if (!c->chan) continue;
-            ctx__chan_lock(c->chan);
-            ctx__chan_unlink(ctx__chan_ops(c->chan, c->op), op);
-            ctx__chan_unlock(c->chan);
-        }
-        if (select->wait.claimed) select->cases[index = select->wait.index].rc = select->wait.rc;
-    }
-    ctx__unwatch(&watch);
-    return index == CTX_NOT_READY ? ctx_err(ctx) : index;
 }
 
-/* `ctx` NULL: do not wait. */
-static int ctx__select(ctx_t *ctx, ctx_case_t *cases, size_t n) {
-    ctx__chan_op_t few_ops[CTX__CASES];
-    ctx_chan_t *few_chans[CTX__CASES];
-    ctx__select_t select;
-    char *many = NULL;
-    size_t i;
+/* Pairs with ctx__chan_finish(), whose thread is about to store `done` when it has claimed. */
+static bool ctx__select_done(void *arg) {
+    const ctx__select_t *select = (const ctx__select_t *)arg;
+    unsigned turn = 0;
+    uint32_t state;
+    while ((state = CTX__LOAD(&select->state, ACQUIRE)) == CTX__CHAN_CLAIMED) ctx__relax(&turn);
+    return state == CTX__CHAN_DONE;
+}
+
+/* With the locks of all channels: do one of the cases, or queue up and wait. */
+static int ctx__select_block(ctx__select_t *select) {
+    const ctx_chan_t *served = NULL;
+    uint32_t *wake = NULL, state = CTX__CHAN_WAITING;
     int index;
+    ctx__select_each(select, ctx__chan_lock);
+    index = ctx__select_try(select, &wake);
+    if (index < 0 && select->ctx) ctx__select_queue(select);
+    ctx__select_each(select, ctx__chan_unlock);
+    ctx__chan_wake(wake);
+    if (index >= 0 || !select->ctx) return index;
+    index = ctx__wait_on(&select->wait, NULL, NULL, ctx__select_done, select, select->ctx, CTX_NO_DEADLINE);
+    if (!index || !CTX__CAS(&select->state, &state, CTX__CHAN_CLAIMED, ACQ_REL, RELAXED)) {
+        ctx__select_done(select); /* it was claimed as it gave up */
+        index = select->index;
+        served = select->cases[index].chan;
+    }
+    ctx__select_leave(select, served);
+    return index;
+}
+
+/* Returns CTX_INVALID if a case makes no sense. */
+static int ctx__select_check(const ctx_case_t *cases, size_t n) {
+    size_t i;
     if (n > INT32_MAX || (n && !cases)) return CTX_INVALID;
     for (i = 0; i < n; i++) {
         const ctx_case_t *c = &cases[i];
         if (c->op != CTX_RECV && c->op != CTX_SEND) return CTX_INVALID;
-        if (c->chan && c->op == CTX_SEND && !c->item && c->chan->item_size) return CTX_INVALID;
+        if (c->chan && c->op == CTX_SEND && !c->item && c->chan->ring.size) return CTX_INVALID;
     }
-    if (n > CTX__CASES) many = (char *)CTXCANCEL_MALLOC(n * (sizeof(ctx__chan_op_t) + sizeof(ctx_chan_t *)));
-    if (n > CTX__CASES && !many) return CTX_NO_MEMORY;
-    memset(&select.wait, 0, sizeof select.wait);
-    select.cases = cases;
-    select.n = n;
-    select.n_chans = 0;
-    select.wake = NULL;
-    select.ops = many ? (ctx__chan_op_t *)(void *)many : few_ops;
-    select.chans = many ? (ctx_chan_t **)(void *)(many + n * sizeof(ctx__chan_op_t)) : few_chans;
-    for (i = 0; i < n; i++) select.ops[i].index = (int)i;
-    index = ctx__select_try(&select, false);
-    if (index == CTX_NOT_READY && ctx) index = ctx__select_block(&select, ctx);
-    if (many) CTXCANCEL_FREE(many);
+    return 0;
+}
+
+/* `ctx` NULL: do not wait. */
+static int ctx__select_run(ctx_t *ctx, ctx_case_t *cases, size_t n) {
+    ctx__chan_op_t few[CTX__CASES], *ops = few;
+    ctx__select_t select;
+    int index = ctx__select_check(cases, n);
+    if (index) return index;
+    if (n > CTX__CASES) ops = n <= SIZE_MAX / sizeof *ops ? (ctx__chan_op_t *)CTXCANCEL_MALLOC(n * sizeof *ops) : NULL;
+    if (!ops) return CTX_NO_MEMORY;
+    ctx__select_init(&select, ctx, cases, n, ops);
+    index = ctx__select_try(&select, NULL);
+    if (index < 0) index = ctx__select_block(&select); /* between its tries a case may have become ready that was not */
+    if (ops != few) CTXCANCEL_FREE(ops);
     return index;
 }
 
@@ -6353,17 +6354,147 @@ CTXCANCEL_API int ctx_select(ctx_t *ctx, ctx_case_t *cases, size_t n) {
     int err;
     if (!ctx) return CTX_INVALID;
     err = ctx_err(ctx);
-    return err ? err : ctx__select(ctx, cases, n);
+    return err ? err : ctx__select_run(ctx, cases, n);
 }
 
-CTXCANCEL_API int ctx_try_select(ctx_case_t *cases, size_t n) { return ctx__select(NULL, cases, n); }
+CTXCANCEL_API int ctx_try_select(ctx_case_t *cases, size_t n) { return ctx__select_run(NULL, cases, n); }
+
+/* -- one send or receive -- */
+
+/* How often could it be done now? Only a hint. */
+static uint64_t ctx__chan_room(const ctx_case_t *c) {
+    uint64_t n = ctx__ring_count(&c->chan->ring);
+    return c->op == CTX_SEND ? c->chan->ring.capacity - n : n;
+}
+
+static bool ctx__chan_ready(const void *c) { return ctx__chan_room((const ctx_case_t *)c) != 0; }
+
+/* There is something, but little. Where items stream in, let a few gather, for under a microsecond and without looking,
+   since each look at the other end costs both ends the exchange of a cache line. Where they come one by one, do not. */
+static void ctx__chan_gather(const ctx_case_t *c) {
+    int *gather = &c->chan->gather[c->op], turns = CTX__LOAD(gather, RELAXED), i;
+    if (turns == 0 && ctx__random() % CTX__GATHER_TRY == 0) turns = 1;
+    if (turns == 0 || ctx__chan_room(c) > CTX__GATHER_MAX) return;
+    for (i = turns * 4; i > 0; i--) ctx__cpu_pause();
+    turns = ctx__chan_room(c) > 1 ? CTX__GATHER_MAX : turns / 2;
+    CTX__STORE(gather, turns, RELAXED);
+}
+
+/* Look at the ring for a moment, and let others run once, before queueing up: a hand-over to a thread that is queued
+   costs more. True: there may be something. */
+static bool ctx__chan_look(const ctx_case_t *c, ctx_time_t until) {
+    if (!c->chan->ring.capacity) return false;
+    if (ctx__look_out(ctx__chan_ready, c, until)) {
+        ctx__chan_gather(c);
+        return true;
+    }
+    ctx__cpu_yield();
+    return ctx__chan_ready(c);
+}
+
+static CTX__COLD int ctx__chan_slow(ctx_chan_t *chan, int op, ctx_t *ctx, void *item) {
+    ctx__chan_op_t self;
+    ctx__select_t select;
+    ctx_case_t c;
+    int index;
+    c.chan = chan, c.op = op, c.item = item, c.rc = 0;
+    if (!ctx) return ctx__chan_try_locked(&c, NULL);
+    if (ctx__chan_look(&c, ctx->timer.deadline) && ctx__chan_do_fast(chan, op, ctx, item)) return 0;
+    ctx__select_init(&select, ctx, &c, 1, &self);
+    index = ctx__select_block(&select);
+    return index < 0 ? index : c.rc;
+}
+
+/* `ctx` NULL: do not wait. */
+static inline int ctx__chan_do(ctx_chan_t *chan, int op, ctx_t *ctx, void *item) {
+    int err = ctx ? ctx_err(ctx) : 0;
+    if (!chan || (op == CTX_SEND && !item && chan->ring.size)) return CTX_INVALID;
+    if (err) return err;
+    return ctx__chan_do_fast(chan, op, ctx, item) ? 0 : ctx__chan_slow(chan, op, ctx, item);
+}
+
+CTXCANCEL_API ctx_chan_t *ctx_chan_new(size_t item_size, size_t capacity) {
+    size_t head = ctx__round_up(sizeof(ctx_chan_t), CTX__LINE);
+    ctx_chan_t *chan;
+    void *raw;
+    ctx__me();
+    errno = ENOMEM;
+    if (item_size > SIZE_MAX / 4 / (capacity ? capacity : 1)) return NULL;
+    chan = (ctx_chan_t *)ctx__alloc_lines(head, item_size * capacity, &raw);
+    if (!chan) return NULL;
+    chan->raw = raw;
+    chan->forks = ctx__forks;
+    chan->ring.size = item_size;
+    chan->ring.capacity = capacity;
+    chan->ring.cells = (char *)chan + head;
+    chan->gather[CTX_RECV] = chan->gather[CTX_SEND] = CTX__GATHER_MAX;
+    return chan;
+}
+
+CTXCANCEL_API int ctx_chan_send(ctx_chan_t *chan, ctx_t *ctx, const void *item) {
+    return ctx ? ctx__chan_do(chan, CTX_SEND, ctx, (void *)(uintptr_t)item) : CTX_INVALID;
+}
+
+CTXCANCEL_API int ctx_chan_recv(ctx_chan_t *chan, ctx_t *ctx, void *item) {
+    return ctx ? ctx__chan_do(chan, CTX_RECV, ctx, item) : CTX_INVALID;
+}
+
+CTXCANCEL_API int ctx_chan_try_send(ctx_chan_t *chan, const void *item) {
+    return ctx__chan_do(chan, CTX_SEND, NULL, (void *)(uintptr_t)item);
+}
+
+CTXCANCEL_API int ctx_chan_try_recv(ctx_chan_t *chan, void *item) { return ctx__chan_do(chan, CTX_RECV, NULL, item); }
+
+CTXCANCEL_API int ctx_chan_close(ctx_chan_t *chan) {
+    const ctx__chan_op_t *op;
+    int rc, which;
+    if (!chan) return CTX_INVALID;
+    ctx__chan_lock(chan);
+    rc = chan->closed ? CTX_CLOSED : 0;
+    chan->closed = true;
+    for (which = CTX_RECV; which <= CTX_SEND; which++)
+        while ((op = ctx__chan_claim(chan, which)) != NULL) ctx__chan_wake(ctx__chan_finish(op, CTX_CLOSED));
+    ctx__chan_unlock(chan);
+    return rc;
+}
+
+CTXCANCEL_API size_t ctx_chan_len(const ctx_chan_t *chan) {
+    uint64_t n;
+    CTXCANCEL_ASSERT(chan != NULL);
+    n = ctx__ring_count(&chan->ring);
+    return n < chan->ring.capacity ? (size_t)n : chan->ring.capacity;
+}
+
+/* What is in the channel or waits to get in. `*over`: that is nothing, and it is closed. */
+static uint64_t ctx__chan_pending(ctx_chan_t *chan, bool *over) {
+    const ctx__link_t *link;
+    uint64_t n;
+    ctx__chan_lock(chan);
+    n = ctx__ring_count(&chan->ring);
+    for (link = chan->queue[CTX_SEND].first; link; link = link->next) n++;
+    *over = chan->closed && n == 0;
+    ctx__chan_unlock(chan);
+    return n;
+}
+
+CTXCANCEL_API void ctx_chan_free(ctx_chan_t *chan) {
+    if (!chan) return;
+    if (chan->forks == ctx__forks) { /* else the locks are the parent process's */
+        ctx__chan_lock(chan);        /* until the calls that have had their effect are out */
+        CTXCANCEL_ASSERT(!chan->queue[CTX_RECV].first && !chan->queue[CTX_SEND].first);
+        ctx__chan_unlock(chan);
+    }
+    CTXCANCEL_FREE(chan->raw);
+}
 
 /* -- stages --
+
+   Every item that a worker has received is sent on, skipped or a dead letter before the worker returns.
 
    The caller is the first worker; others run on idle threads. With CTX_CANCEL_FINISH it works on none: it watches the
    context, from which that of the workers is detached, and cancels theirs when the budget is over. In an ordered stage
    one worker at a time receives, which numbers the items, and the results leave by number: each worker has at most one
-   item, so who waits for its number to come up waits only for items that others are working on. */
+   item, so a worker that waits for its number waits only for items that others are working on. */
 
 typedef struct {
     ctx_stage_desc_t desc;  /* [const] defaults resolved */
@@ -6377,14 +6508,14 @@ typedef struct {
     uint64_t sent;          /* [mu] ordered: the number that may leave */
     int left;               /* [mu] workers that have not returned */
     int rc;                 /* [mu] what stopped it */
-    bool through;           /* [mu] `.in` was closed and empty */
-    ctx__waiter_t *turns;   /* [mu] ordered: workers that wait for their number */
-    ctx__waiter_t *at_end;  /* [mu] the caller */
+    ctx__queue_t turns;     /* [mu] ordered: workers that wait for their number */
+    ctx__queue_t at_end;    /* [mu] the caller */
 } ctx__stage_t;
 
 typedef struct {
     ctx__stage_t *stage;
     char *in, *out;
+    uint64_t number; /* ordered: of the item in hand */
 } ctx__stage_worker_t;
 
 static void ctx__stage_stop(ctx__stage_t *stage, int rc) {
@@ -6401,104 +6532,83 @@ static void ctx__stage_letter(ctx__stage_t *stage, const void *item, int reason)
     ctx_sem_release(&stage->letters, 1);
 }
 
-static int ctx__stage_recv(ctx__stage_t *stage, void *item, uint64_t *number) {
+static int ctx__stage_recv(ctx__stage_worker_t *worker) {
+    ctx__stage_t *stage = worker->stage;
     int rc;
-    if (!stage->desc.ordered) return ctx_chan_recv(stage->desc.in, stage->work, item);
+    if (!stage->desc.ordered) return ctx_chan_recv(stage->desc.in, stage->work, worker->in);
     rc = ctx_sem_acquire(&stage->receiving, stage->work, 1);
     if (rc) return rc;
-    rc = ctx_chan_recv(stage->desc.in, stage->work, item);
-    if (!rc) *number = stage->received++;
+    rc = ctx_chan_recv(stage->desc.in, stage->work, worker->in);
+    if (!rc) worker->number = stage->received++;
     ctx_sem_release(&stage->receiving, 1);
     return rc;
 }
 
-static void ctx__stage_await_turn(ctx__stage_t *stage, uint64_t number) {
-    ctx__waiter_t waiter;
-    memset(&waiter, 0, sizeof waiter);
+static bool ctx__stage_is_turn(void *arg) {
+    const ctx__stage_worker_t *worker = (const ctx__stage_worker_t *)arg;
+    return worker->stage->sent == worker->number;
+}
+
+static void ctx__stage_await_turn(ctx__stage_worker_t *worker) {
+    ctx__stage_t *stage = worker->stage;
     ctx__lock(&stage->mu);
-    while (stage->sent != number) ctx__waiter_park(&stage->turns, &waiter, &stage->mu, CTX_NO_DEADLINE);
+    ctx__await(&stage->mu, &stage->turns, ctx__stage_is_turn, worker, &ctx__root, CTX_NO_DEADLINE);
     ctx__unlock(&stage->mu);
 }
 
 static void ctx__stage_pass_turn(ctx__stage_t *stage) {
     ctx__lock(&stage->mu);
     stage->sent++;
-    ctx__waiters_wake(&stage->turns);
+    ctx__wake_all(&stage->turns);
     ctx__unlock(&stage->mu);
 }
 
 /* One item. 0, or what stops the stage. */
-static int ctx__stage_item(ctx__stage_t *stage, const ctx__stage_worker_t *worker, uint64_t number) {
+static int ctx__stage_item(ctx__stage_worker_t *worker) {
+    ctx__stage_t *stage = worker->stage;
     ctx_chan_t *out = stage->desc.out;
     int rc = stage->desc.fn(stage->work, worker->in, out ? worker->out : NULL, stage->desc.user);
     if (rc < 0) ctx__stage_stop(stage, rc); /* before its turn: those before it may need to know */
-    if (stage->desc.ordered) ctx__stage_await_turn(stage, number);
+    if (stage->desc.ordered) ctx__stage_await_turn(worker);
     if (rc == 0 && out) rc = ctx_chan_send(out, stage->work, worker->out);
     if (rc < 0) ctx__stage_letter(stage, worker->in, rc);
     if (stage->desc.ordered) ctx__stage_pass_turn(stage);
+    if (rc < 0) ctx__stage_stop(stage, rc);
     return rc < 0 ? rc : 0;
 }
 
-static void ctx__stage_worker(const ctx__stage_worker_t *worker) {
-    ctx__stage_t *stage = worker->stage;
-    uint64_t number = 0;
-    int rc;
-    while ((rc = ctx__stage_recv(stage, worker->in, &number)) == 0) {
-        rc = ctx__stage_item(stage, worker, number);
-        if (rc) {
-            ctx__stage_stop(stage, rc);
-            break;
-        }
-    }
-    ctx__lock(&stage->mu);
-    if (!stage->rc && rc == CTX_CLOSED) stage->through = true;
-    if (--stage->left == 0) ctx__waiters_wake(&stage->at_end);
-    ctx__unlock(&stage->mu);
-}
-
-static void ctx__stage_worker_place(ctx__stage_t *stage, ctx__stage_worker_t *worker, int i) {
-    worker->stage = stage;
-    worker->in = stage->items + (size_t)i * stage->room;
-    worker->out = worker->in + stage->in_room;
-}
-
-static void ctx__stage_job(const ctx__job_t *job) {
+static void ctx__stage_worker(ctx__stage_t *stage, char *in) {
     ctx__stage_worker_t worker;
-    worker.stage = (ctx__stage_t *)job->owner;
-    worker.in = (char *)job->arg;
-    worker.out = worker.in + worker.stage->in_room;
-    ctx__stage_worker(&worker);
-}
-
-/* Wait until no worker is left, until `until`, or until `ctx` (may be NULL) is done. */
-static void ctx__stage_await(ctx__stage_t *stage, ctx_t *ctx, ctx_time_t until) {
-    ctx__waiter_t waiter;
-    ctx__watch_t watch;
-    bool woken = true;
-    memset(&waiter, 0, sizeof waiter);
-    if (ctx && !ctx__watch(&watch, ctx, &waiter.parker)) return;
+    worker.stage = stage;
+    worker.in = in;
+    worker.out = in + stage->in_room;
+    worker.number = 0;
+    while (ctx__stage_recv(&worker) == 0 && ctx__stage_item(&worker) == 0) {}
     ctx__lock(&stage->mu);
-    while (stage->left && woken && !(ctx && ctx_err(ctx)))
-        woken = ctx__waiter_park(&stage->at_end, &waiter, &stage->mu, until);
+    if (--stage->left == 0) ctx__wake_all(&stage->at_end);
     ctx__unlock(&stage->mu);
-    if (ctx) ctx__unwatch(&watch);
 }
 
-/* Start workers from number `first` on: fewer if threads cannot be had. */
+static void ctx__stage_job(const ctx__job_t *job) { ctx__stage_worker((ctx__stage_t *)job->owner, (char *)job->arg); }
+
+static bool ctx__stage_is_over(void *stage) { return ((ctx__stage_t *)stage)->left == 0; }
+
+/* Wait until no worker is left, until `until`, or until `ctx` is done. */
+static void ctx__stage_await(ctx__stage_t *stage, ctx_t *ctx, ctx_time_t until) {
+    ctx__lock(&stage->mu);
+    ctx__await(&stage->mu, &stage->at_end, ctx__stage_is_over, stage, ctx, until);
+    ctx__unlock(&stage->mu);
+}
+
+/* Start workers from number `first` on: fewer if threads cannot be had. Without any it fails. */
 static void ctx__stage_start(ctx__stage_t *stage, int first) {
     int i;
     for (i = first; i < stage->desc.workers; i++) {
-        ctx__stage_worker_t worker;
-        ctx__job_t job;
-        ctx__stage_worker_place(stage, &worker, i);
-        memset(&job, 0, sizeof job);
-        job.run = ctx__stage_job;
-        job.owner = stage;
-        job.arg = worker.in;
+        const ctx__job_t job = { ctx__stage_job, stage, NULL, NULL, stage->items + (size_t)i * stage->room };
         if (!ctx__run(&job)) continue;
         ctx__lock(&stage->mu);
         stage->left -= stage->desc.workers - i;
-        if (stage->left == 0) stage->rc = CTX_NO_MEMORY;
+        if (i == 0) stage->rc = CTX_NO_MEMORY;
         ctx__unlock(&stage->mu);
         return;
     }
@@ -6509,27 +6619,33 @@ static void ctx__stage_work(ctx__stage_t *stage, ctx_t *ctx) {
     ctx__stage_start(stage, emit ? 0 : 1);
     if (emit) {
         ctx__stage_await(stage, ctx, CTX_NO_DEADLINE);
-        ctx__stage_await(stage, NULL, ctx__from_now(stage->desc.finish_budget));
+        ctx__stage_await(stage, &ctx__root, ctx__from_now(stage->desc.finish_budget));
         ctx_cancel_cause(stage->work, CTX_DEADLINE_EXCEEDED, "emit budget");
     } else {
-        ctx__stage_worker_t worker;
-        ctx__stage_worker_place(stage, &worker, 0);
-        ctx__stage_worker(&worker);
+        ctx__stage_worker(stage, stage->items);
     }
-    ctx__stage_await(stage, NULL, CTX_NO_DEADLINE);
+    ctx__stage_await(stage, &ctx__root, CTX_NO_DEADLINE);
 }
 
 /* All workers have returned: what becomes of the rest, and what the result is. */
 static int ctx__stage_finish(ctx__stage_t *stage, ctx_t *ctx) {
-    int err = ctx_err(ctx), rc = stage->rc ? stage->rc : stage->through ? 0 : err;
-    uint64_t rest = 0;
-    if (rc && stage->desc.on_cancel != CTX_CANCEL_DROP && stage->desc.dead_letter)
-        rest = ctx__chan_pending(stage->desc.in);
-    while (rest-- > 0 && ctx_chan_try_recv(stage->desc.in, stage->items) == 0)
+    bool over, letters = stage->desc.on_cancel != CTX_CANCEL_DROP && stage->desc.dead_letter;
+    uint64_t rest = ctx__chan_pending(stage->desc.in, &over);
+    int err = ctx_err(ctx), rc = stage->rc ? stage->rc : over ? 0 : err;
+    while (rc && letters && rest-- > 0 && ctx_chan_try_recv(stage->desc.in, stage->items) == 0)
         ctx__stage_letter(stage, stage->items, rc);
     if (stage->desc.on_cancel == CTX_CANCEL_FINISH && rc == CTX_DEADLINE_EXCEEDED && err) rc = err;
     if (stage->desc.out) ctx_chan_close(stage->desc.out);
     return rc;
+}
+
+/* Memory for the items in hand, or NULL. */
+static char *ctx__stage_items(ctx__stage_t *stage) {
+    const ctx_chan_t *in = stage->desc.in, *out = stage->desc.out;
+    stage->in_room = ctx__round_up(in->ring.size + 1, 2 * sizeof(void *));
+    stage->room = stage->in_room + ctx__round_up(out ? out->ring.size : 0, 2 * sizeof(void *));
+    if ((size_t)stage->desc.workers > SIZE_MAX / 2 / stage->room) return NULL;
+    return (char *)CTXCANCEL_MALLOC((size_t)stage->desc.workers * stage->room);
 }
 
 CTXCANCEL_API int ctx_stage_run(ctx_t *ctx, const ctx_stage_desc_t *desc) {
@@ -6543,13 +6659,12 @@ CTXCANCEL_API int ctx_stage_run(ctx_t *ctx, const ctx_stage_desc_t *desc) {
     if (!stage.desc.workers) stage.desc.workers = 1;
     if (desc->on_cancel == CTX_CANCEL_FINISH && desc->finish_budget <= 0) stage.desc.on_cancel = CTX_CANCEL_DEAD_LETTER;
     stage.left = stage.desc.workers;
-    stage.in_room = ctx__round_up(desc->in->item_size + 1, 2 * sizeof(void *));
-    stage.room = stage.in_room + ctx__round_up(desc->out ? desc->out->item_size : 0, 2 * sizeof(void *));
     ctx_sem_init(&stage.letters, 1);
     ctx_sem_init(&stage.receiving, 1);
+    ctx__group_spread(); /* stages wait for each other */
     stage.work = stage.desc.on_cancel == CTX_CANCEL_FINISH ? ctx_without_cancel_at(ctx, "ctx_stage_run")
                                                           : ctx_with_cancel_at(ctx, "ctx_stage_run");
-    stage.items = (char *)CTXCANCEL_MALLOC((size_t)stage.desc.workers * stage.room);
+    stage.items = ctx__stage_items(&stage);
     if ((stage.work->flags & CTX__F_FAILED) || !stage.items) {
         rc = stage.items ? ctx_err(stage.work) : CTX_NO_MEMORY;
         if (desc->out) ctx_chan_close(desc->out);
@@ -6564,49 +6679,70 @@ CTXCANCEL_API int ctx_stage_run(ctx_t *ctx, const ctx_stage_desc_t *desc) {
 
 /* == 12. flow ===================================================== */
 
-/* Batcher. A ring of blocks of max_items, so that what one flush gets lies in one piece: the block being flushed, if
-   any, then full ones, then the one that is filled. Only that last is ever flushed in part, when it is `due`: by its
-   delay, on request or at the close. One lock; the callbacks run without it.
+/* While something is ready to be flushed, a thread is at work on it or has been asked to come; and a thread at work
+   can lose its turn, but never the block that it has out.
 
-   It has no thread. Whoever makes something ready to be flushed while nobody flushes sets `turning` and sends a turn:
-   to the pool, or to a runner of section 10 if there is none or it has closed. The turn flushes until nothing is ready
-   and clears `turning` under the lock, so nothing that is ready is ever left without one. Should a turn not be had,
-   the next add and a timer try again. The timer of the delay is armed by the first item and left armed when the block
-   is flushed sooner: when it fires it looks how old the current first item is, and arms itself again.
+   Batcher. A ring of blocks of max_items, so that the items of one flush lie in one piece: the block that is out, if
+   any, then full ones, then the one that is being filled. Only that last is ever flushed in part, when it is `due`: by
+   its delay, on request, in a drain or at the end of the lifetime. One lock, `mu`; before it nothing, behind it the
+   locks of timers. Callbacks, the pool and the start of threads run without it.
 
-   Once the context is done, whoever holds the turn hands everything to on_drop. The batcher is counted: its owner, an
-   armed timer and a turn hold it, so closing need not wait for a stuck flush. */
+     rests --something is ready--> asked --a thread comes--> works --nothing is ready any more--> rests
+       ^                            |  \                      | \--a drain takes the turn away--> rests
+       |<--no thread: asks later----/   \--a drain or the end of the lifetime comes first--> works
 
-#define CTX__BATCH_AGAIN CTX_MS(1) /* until a turn is asked for again that could not be had */
+   The thread that makes something ready while nobody works and nobody is asked asks for a thread: a worker of the pool,
+   or a runner of section 10 if there is no pool or it has ended. If there is neither, a timer asks again, and so does
+   the next call. Any thread may come at any time: ctx__batch_work() does what is ready, one block after the other,
+   unless another thread is at it, and a thread that finds nothing leaves. Once the context is done it hands everything
+   to on_drop instead; the thread that ends the lifetime comes for that itself.
+
+   `works` names the thread whose turn it is, by its scope. A drain takes the turn away from its own thread, if it is
+   called by flush or on_drop, and from one that is stuck. That call keeps its block, which nobody uses again because
+   the batcher is closed, and the rest is for the next thread to come. So a drain never waits for itself.
+
+   The timer of the delay is armed by the first item of a block and left armed when the block is flushed sooner: when
+   it fires it looks how old the first item now is, and is armed again.
+
+   The batcher is counted: its owner, the callback on its context, an armed timer, each thread that was asked, each
+   drain and each thread that waits for room hold it. So freeing waits for no flush; it waits only for threads that are
+   just asking the pool, because the pool may be freed next. */
+
+#define CTX__BATCH_AGAIN CTX_MS(1) /* until a thread is asked for again that could not be had */
 
 struct ctx_batch {
     ctx_batch_desc_t desc; /* [const] defaults resolved */
     ctx_t *ctx;            /* [const] below the lifetime */
     ctx_on_done_t on_end;  /* on ctx */
-    char *items;           /* blocks of desc.max_items; who has taken a block out may read it */
+    char *items;           /* blocks of desc.max_items; a thread that has taken a block out may read it */
     size_t blocks;         /* [const] */
     void *raw;             /* [const] what to free */
     unsigned forks;        /* [const] as for pools */
     uint32_t refs;         /* [atomic] */
+    uint32_t askers;       /* [atomic, raised under mu] threads that are asking for another */
+    ctx__turns_t turns;    /* what the pool is asked for */
     uint32_t mu;
-    size_t head;           /* [mu] the oldest block */
-    size_t flushing;       /* [mu] 1 while that is out */
-    size_t full;           /* [mu] full blocks that wait, behind it */
+    size_t head;           /* [mu] the oldest block: it is out while a thread works */
+    size_t full;           /* [mu] full blocks that wait, behind that */
     size_t fill;           /* [mu] items in the block behind those */
     ctx_time_t first_at;   /* [mu] when the first of these came */
     bool due;              /* [mu] flush that block as it is */
-    bool turning;          /* [mu] a turn is on its way or at work */
-    bool queued;           /* [mu] the turn is in the pool's hands and has not begun */
+    bool asked;            /* [mu] a thread has been asked to come, and has not */
     bool closed;           /* [mu] */
-    bool armed;            /* [mu] the timer is, or is about to call */
-    ctx__call_t timer;
     bool drained;          /* [mu] */
+    bool armed;            /* [mu] the timer is, or is about to call */
+    ctx__scope_t *works;   /* [mu] the thread whose turn it is, with a block out; NULL: none */
+    unsigned calls;        /* [mu] threads in flush or on_drop, with those that have lost the turn */
+    unsigned draining;     /* [mu] of these, inside a drain */
+    ctx__call_t timer;
     uint64_t added;        /* [mu] items ever */
+    uint64_t tallied;      /* [mu] dropped items that the shutdown report has */
     uint64_t flushed;      /* [atomic] items of flushes that returned 0 */
     uint64_t dropped;      /* [atomic] items that went to on_drop */
-    uint64_t tallied;      /* [atomic] of these, told to the shutdown report */
-    ctx__waiter_t *at_room, *at_end; /* [mu] */
+    ctx__queue_t at_room, at_end; /* [mu] */
 };
+
+static void ctx__batch_ref(ctx_batch_t *batch) { CTX__ADD(&batch->refs, 1u, RELAXED); }
 
 static void ctx__batch_unref(ctx_batch_t *batch) {
     if (CTX__SUB(&batch->refs, 1u, ACQ_REL) != 1) return;
@@ -6617,190 +6753,186 @@ static void ctx__batch_unref(ctx_batch_t *batch) {
 /* [mu] */
 static size_t ctx__batch_waiting(const ctx_batch_t *batch) { return batch->full * batch->desc.max_items + batch->fill; }
 
-/* [mu] Has something become ready while nobody flushes? Then the caller sends a turn once `mu` is free. */
-static bool ctx__batch_claim_turn(ctx_batch_t *batch) {
-    if (batch->turning || !(batch->full || (batch->fill && batch->due))) return false;
-    batch->turning = true;
-    batch->queued = batch->desc.pool != NULL;
-    CTX__ADD(&batch->refs, 1u, RELAXED);
-    return true;
+/* [mu] */
+static bool ctx__batch_ready(const ctx_batch_t *batch) {
+    return batch->full || (batch->fill && (batch->due || ctx_err(batch->ctx)));
 }
 
-/* [mu] Have the timer call at `when` at the latest. */
+/* [mu] Something is ready that nobody sees to. */
+static bool ctx__batch_left(const ctx_batch_t *batch) {
+    return !batch->works && !batch->asked && ctx__batch_ready(batch);
+}
+
+/* [mu] Make the timer call at `when` at the latest. */
 static void ctx__batch_arm(ctx_batch_t *batch, ctx_time_t when) {
     if (batch->armed && when < batch->timer.timer.deadline) ctx__timer_move(&batch->timer.timer, when);
     if (batch->armed) return;
     batch->armed = true;
-    CTX__ADD(&batch->refs, 1u, RELAXED);
+    ctx__batch_ref(batch);
     ctx__timer_add(&batch->timer.timer, when);
 }
 
-static void ctx__batch_drop(ctx_batch_t *batch, const char *items, size_t n, int reason) {
-    CTX__ADD(&batch->dropped, n, RELAXED);
-    if (batch->desc.on_drop) batch->desc.on_drop(items, n, reason, batch->desc.user);
-}
-
-static void ctx__batch_do(ctx_batch_t *batch, const char *items, size_t n) {
-    int tries = batch->desc.retries, rc = 0;
-    if (ctx_err(batch->ctx)) {
-        ctx__batch_drop(batch, items, n, ctx_err(batch->ctx));
-        return;
+static void ctx__batch_flush_or_drop(ctx_batch_t *batch, ctx_t *ctx, const char *items, size_t n) {
+    int tries = batch->desc.retries, rc;
+    if (ctx->timer.deadline != CTX_NO_DEADLINE && ctx_now() >= ctx->timer.deadline) ctx__expire(ctx);
+    rc = ctx_err(ctx);
+    if (!rc) {
+        do rc = batch->desc.flush(ctx, items, n, batch->desc.user);
+        while (rc && tries-- > 0 && !ctx_err(ctx));
     }
-    do {
-        rc = batch->desc.flush(batch->ctx, items, n, batch->desc.user);
-    } while (rc && tries-- > 0 && !ctx_err(batch->ctx));
-    if (rc) ctx__batch_drop(batch, items, n, rc);
-    else CTX__ADD(&batch->flushed, n, RELAXED);
+    CTX__ADD(rc ? &batch->dropped : &batch->flushed, n, RELAXED);
+    if (rc && batch->desc.on_drop) batch->desc.on_drop(items, n, rc, batch->desc.user);
 }
 
-/* [mu] Take the next block out, if it is ready: its items. */
-static char *ctx__batch_next(ctx_batch_t *batch, size_t *n) {
-    if (!batch->full && !(batch->fill && (batch->due || ctx_err(batch->ctx)))) return NULL;
-    *n = batch->full ? batch->desc.max_items : batch->fill;
-    if (batch->full) batch->full--;
-    else batch->fill = 0, batch->due = false;
-    batch->flushing = 1;
-    return batch->items + batch->head * batch->desc.max_items * batch->desc.item_size;
+/* [mu] The block that is out is no longer the batcher's, and the turn is free. */
+static void ctx__batch_pass(ctx_batch_t *batch) {
+    batch->head = batch->head + 1 < batch->blocks ? batch->head + 1 : 0;
+    batch->works = NULL;
 }
 
-/* The work of a turn that was claimed. */
-static void ctx__batch_work(ctx_batch_t *batch) {
-    char *items;
-    size_t n;
+/* Do what is ready, unless another thread is at it. The caller holds the batcher. */
+static void ctx__batch_work(ctx_batch_t *batch, ctx_t *ctx) {
+    ctx__scope_t scope;
+    ctx__scope_enter(&scope, CTX__IN_FLUSH, batch);
     ctx__lock(&batch->mu);
-    while ((items = ctx__batch_next(batch, &n)) != NULL) {
-        ctx__waiters_wake(&batch->at_room);
+    batch->asked = false;
+    ctx__wake_all(&batch->at_room); /* the context may be done */
+    while (!batch->works && ctx__batch_ready(batch)) {
+        const char *items = batch->items + batch->head * batch->desc.max_items * batch->desc.item_size;
+        size_t n = batch->full ? batch->desc.max_items : batch->fill;
+        if (batch->full) batch->full--;
+        else batch->fill = 0, batch->due = false;
+        /* cppcheck-suppress autoVariables ; it is taken back below */
+        batch->works = &scope;
+        batch->calls++;
+        ctx__wake_all(&batch->at_room);
         ctx__unlock(&batch->mu);
-        ctx__batch_do(batch, items, n);
+        ctx__batch_flush_or_drop(batch, ctx, items, n);
+        if (batch->forks != ctx__forks) break; /* flush has forked: the rest and the lock are the parent process's */
         ctx__lock(&batch->mu);
-        batch->flushing = 0;
-        if (++batch->head == batch->blocks) batch->head = 0;
+        batch->calls--;
+        if (batch->works == &scope) ctx__batch_pass(batch);
     }
-    batch->turning = false;
-    ctx__waiters_wake(&batch->at_end);
-    if (batch->fill && batch->desc.max_delay)
-        ctx__batch_arm(batch, ctx_time_add(batch->first_at, batch->desc.max_delay));
+    ctx__scope_leave(&scope);
+    if (batch->forks != ctx__forks) return;
+    ctx__wake_all(&batch->at_end);
     ctx__unlock(&batch->mu);
+}
+
+static void ctx__batch_job(const ctx__job_t *job) {
+    ctx_batch_t *batch = (ctx_batch_t *)job->owner;
+    ctx__batch_work(batch, batch->ctx);
     ctx__batch_unref(batch);
 }
 
-/* Whether a turn that the pool had, or would not have, is this thread's to do: unless a close has taken it over. */
-static bool ctx__batch_take_turn(ctx_batch_t *batch) {
-    bool mine;
-    ctx__lock(&batch->mu);
-    mine = batch->queued || !batch->desc.pool;
-    batch->queued = false;
-    ctx__unlock(&batch->mu);
-    if (!mine) ctx__batch_unref(batch);
-    return mine;
-}
-
-static void ctx__batch_job(const ctx__job_t *job) { ctx__batch_work((ctx_batch_t *)job->owner); }
-
-/* Have the pool take a claimed turn. 0, or why it does not: CTX_CLOSED if there is none. */
-static int ctx__batch_ask_pool(ctx_batch_t *batch) {
-    void *arg = batch;
-    ctx__task_t task;
-    if (!batch->desc.pool) return CTX_CLOSED;
-    task.fn = ctx__batch_turn;
-    task.op = batch->desc.name;
-    return ctx__pool_put(batch->desc.pool, &ctx__root, &task, &arg, 1, NULL, CTX_REJECT);
-}
-
-static int ctx__batch_ask_runner(ctx_batch_t *batch) {
-    ctx__job_t job;
-    memset(&job, 0, sizeof job);
-    job.run = ctx__batch_job;
-    job.owner = batch;
-    return ctx__run(&job);
-}
-
-/* Send a claimed turn that must not be put off: to a runner, or else its work is done here. */
-static void ctx__batch_turn_now(ctx_batch_t *batch) {
-    if (ctx__batch_ask_runner(batch)) ctx__batch_work(batch);
-}
-
-/* Send a claimed turn: to the pool, or if that has ended to a runner. When neither can be had now, give it back. */
-static void ctx__batch_turn_soon(ctx_batch_t *batch) {
-    int rc = ctx__batch_ask_pool(batch);
-    if (!rc || !ctx__batch_take_turn(batch)) return;
-    if (rc != CTX_QUEUE_FULL) rc = ctx__batch_ask_runner(batch);
-    if (!rc) return;
-    ctx__lock(&batch->mu);
-    batch->turning = false;
-    ctx__waiters_wake(&batch->at_end);
-    if (!ctx__timer_ready()) ctx__batch_arm(batch, ctx_time_add(ctx_now(), CTX__BATCH_AGAIN));
-    ctx__unlock(&batch->mu);
+/* Ask for a thread: a worker of `pool`, or a runner if that is NULL or has ended. False: there is none. */
+static bool ctx__batch_ask(ctx_batch_t *batch, ctx_pool_t *pool) {
+    const ctx__job_t job = { ctx__batch_job, batch, NULL, NULL, NULL };
+    ctx__batch_ref(batch);
+    if (pool && !ctx__pool_want(pool, &batch->turns)) return true;
+    if (!ctx__run(&job)) return true;
     ctx__batch_unref(batch);
+    return false;
 }
 
-static int ctx__batch_turn(ctx_t *ctx, void *arg) {
-    ctx_batch_t *batch = (ctx_batch_t *)arg;
-    if (!ctx__batch_take_turn(batch)) return 0;
-    if (ctx) ctx__batch_work(batch);
-    else ctx__batch_turn_now(batch); /* the pool has dropped it */
-    return 0;
+/* The same, and if there is none the timer asks again. */
+static void ctx__batch_ask_until_had(ctx_batch_t *batch, ctx_pool_t *pool) {
+    int rc;
+    if (ctx__batch_ask(batch, pool)) return;
+    rc = ctx__timer_ready();
+    ctx__lock(&batch->mu);
+    batch->asked = false;
+    ctx__wake_all(&batch->at_end);
+    if (!rc && ctx__batch_ready(batch)) ctx__batch_arm(batch, ctx_time_add(ctx_now(), CTX__BATCH_AGAIN));
+    ctx__unlock(&batch->mu);
+}
+
+/* [mu] This thread is about to wait. A worker of the pool does not wait for the pool, for it may be the only one. */
+static ctx_pool_t *ctx__batch_pool_to_wait_for(ctx_batch_t *batch) {
+    ctx_pool_t *pool = batch->desc.pool;
+    if (!pool || !ctx__scope_of(CTX__IN_TASK, pool)) return pool;
+    batch->asked = false;
+    return NULL;
+}
+
+/* [mu] Let go of `mu`, and ask for a thread if something is left. */
+static inline void ctx__batch_unlock(ctx_batch_t *batch, ctx_pool_t *pool) {
+    bool ask = ctx__batch_left(batch);
+    if (ask) CTX__ADD(&batch->askers, 1u, RELAXED), batch->asked = true;
+    ctx__unlock(&batch->mu);
+    if (!ask) return;
+    ctx__batch_ask_until_had(batch, pool);
+    CTX__SUB(&batch->askers, 1u, RELEASE); /* pairs with the load in ctx_batch_free() */
+}
+
+/* By a worker of the pool; or the pool has ended, and no worker will come. */
+static void ctx__batch_come(ctx__turns_t *turns, bool lost) {
+    ctx_batch_t *batch = CTX__CONTAINER(turns, ctx_batch_t, turns);
+    if (lost) ctx__batch_ask_until_had(batch, NULL);
+    else ctx__batch_work(batch, batch->ctx);
+    ctx__batch_unref(batch);
 }
 
 /* Runs on the runtime thread. */
 static void ctx__batch_tick(void *arg) {
     ctx_batch_t *batch = (ctx_batch_t *)arg;
-    ctx_time_t due_at;
-    bool claimed;
     if (batch->forks != ctx__forks) return;
     ctx__lock(&batch->mu);
     batch->armed = false;
-    due_at = ctx_time_add(batch->first_at, batch->desc.max_delay);
     if (batch->fill && batch->desc.max_delay && !batch->due) {
+        ctx_time_t due_at = ctx_time_add(batch->first_at, batch->desc.max_delay);
         if (due_at <= ctx_now()) batch->due = true;
-        else if (!batch->closed) ctx__batch_arm(batch, due_at);
+        else ctx__batch_arm(batch, due_at);
     }
-    claimed = ctx__batch_claim_turn(batch);
-    ctx__unlock(&batch->mu);
-    if (claimed) ctx__batch_turn_soon(batch);
+    ctx__batch_unlock(batch, batch->desc.pool);
     ctx__batch_unref(batch);
 }
 
-/* Runs when the context is done. A turn that is at work will see that by itself. */
+/* Runs when the context is done. A thread that is at work will see that by itself. */
 static void ctx__batch_ended(void *arg) {
     ctx_batch_t *batch = (ctx_batch_t *)arg;
-    bool claimed;
-    if (batch->forks != ctx__forks) return;
-    ctx__lock(&batch->mu);
-    ctx__waiters_wake(&batch->at_room);
-    batch->due = batch->fill > 0;
-    claimed = ctx__batch_claim_turn(batch);
-    ctx__unlock(&batch->mu);
-    if (claimed) ctx__batch_work(batch);
+    if (batch->forks == ctx__forks) ctx__batch_work(batch, batch->ctx);
+    ctx__batch_unref(batch);
+}
+
+/* Put the defaults in. The bytes of all blocks; 0: `errno` says what is wrong. */
+static size_t ctx__batch_resolve(ctx_batch_desc_t *d, size_t *blocks) {
+    errno = EINVAL;
+    if (!d->item_size || !d->flush || d->max_delay < 0 || d->retries < 0) return 0;
+    if (!d->name) d->name = "batch";
+    if (!d->max_items) d->max_items = 100;
+    if (!d->grace) d->grace = CTX_MS(100);
+    errno = ENOMEM;
+    if (d->max_items > SIZE_MAX / 16 / d->item_size) return 0;
+    if (!d->queue) d->queue = 4 * d->max_items;
+    if (d->queue < d->max_items) d->queue = d->max_items;
+    if (d->queue / d->max_items > SIZE_MAX / 4 / d->max_items / d->item_size) return 0;
+    *blocks = d->queue / d->max_items + (d->queue % d->max_items != 0) + 1; /* one may be out */
+    return *blocks * d->max_items * d->item_size;
 }
 
 CTXCANCEL_API ctx_batch_t *ctx_batch_new(ctx_t *lifetime, const ctx_batch_desc_t *desc) {
-    size_t head = ctx__round_up(sizeof(ctx_batch_t), CTX__LINE), block;
+    size_t head = ctx__round_up(sizeof(ctx_batch_t), CTX__LINE), blocks, bytes;
     ctx_batch_desc_t d;
     ctx_desc_t node;
     ctx_batch_t *batch;
     void *raw;
     errno = EINVAL;
-    if (!lifetime || !desc || !desc->item_size || !desc->flush || desc->max_delay < 0 || desc->retries < 0) return NULL;
+    if (!lifetime || !desc) return NULL;
     d = *desc;
-    if (!d.name) d.name = "batch";
-    if (!d.max_items) d.max_items = 100;
-    if (!d.grace) d.grace = CTX_MS(100);
-    errno = ENOMEM;
-    if (d.max_items > SIZE_MAX / 16 / d.item_size) return NULL;
-    block = d.max_items * d.item_size;
-    if (!d.queue) d.queue = 4 * d.max_items;
-    if (d.queue / d.max_items + 2 > SIZE_MAX / 4 / block) return NULL;
-    d.queue = d.queue < d.max_items ? d.max_items : d.queue;
+    bytes = ctx__batch_resolve(&d, &blocks);
+    if (!bytes) return NULL;
     ctx__me();
-    batch = (ctx_batch_t *)ctx__alloc_lines(head, ((d.queue + d.max_items - 1) / d.max_items + 1) * block, &raw);
+    batch = (ctx_batch_t *)ctx__alloc_lines(head, bytes, &raw);
     if (!batch) return NULL;
     batch->raw = raw;
     batch->items = (char *)batch + head;
-    batch->blocks = (d.queue + d.max_items - 1) / d.max_items + 1;
+    batch->blocks = blocks;
     batch->desc = d;
     batch->forks = ctx__forks;
-    batch->refs = 1;
+    batch->refs = 2; /* its owner's, and that of on_end */
+    batch->turns.come = ctx__batch_come;
+    batch->turns.op = d.name;
     batch->timer.timer.kind = CTX__TIMER_CALL;
     batch->timer.fn = ctx__batch_tick;
     batch->timer.owner = batch;
@@ -6819,10 +6951,13 @@ CTXCANCEL_API ctx_batch_t *ctx_batch_new(ctx_t *lifetime, const ctx_batch_desc_t
 /* [mu] 0 if items are taken, whether or not there is room. */
 static int ctx__batch_refuses(const ctx_batch_t *batch) { return batch->closed ? CTX_CLOSED : ctx_err(batch->ctx); }
 
-/* [mu] There is room. */
-static inline void ctx__batch_put(ctx_batch_t *batch, const void *item) {
+/* [mu] */
+static inline int ctx__batch_put(ctx_batch_t *batch, const void *item) {
     const ctx_batch_desc_t *desc = &batch->desc;
-    size_t block = batch->head + batch->flushing + batch->full;
+    size_t block = batch->head + (batch->works != NULL) + batch->full;
+    int rc = ctx__batch_refuses(batch);
+    if (!rc && ctx__batch_waiting(batch) >= desc->queue) rc = CTX_QUEUE_FULL;
+    if (rc) return rc;
     if (block >= batch->blocks) block -= batch->blocks;
     memcpy(batch->items + (block * desc->max_items + batch->fill) * desc->item_size, item, desc->item_size);
     batch->added++;
@@ -6835,181 +6970,192 @@ static inline void ctx__batch_put(ctx_batch_t *batch, const void *item) {
         batch->fill = 0;
         batch->due = false;
     }
+    return 0;
 }
 
-CTXCANCEL_API int ctx_batch_add(ctx_batch_t *batch, const void *item) {
-    bool claimed = false;
+/* Add, if there is room. With `waits` the caller holds the batcher when there is none. */
+static inline int ctx__batch_add(ctx_batch_t *batch, const void *item, bool waits) {
     int rc;
     if (!batch || !item) return CTX_INVALID;
-    rc = batch->desc.max_delay ? ctx__timer_ready() : 0;
-    if (CTX__UNLIKELY(rc)) return CTX_NO_MEMORY;
+    if (batch->desc.max_delay && CTX__UNLIKELY(ctx__timer_ready())) return CTX_NO_MEMORY;
     ctx__lock(&batch->mu);
-    rc = ctx__batch_refuses(batch);
-    if (!rc && ctx__batch_waiting(batch) >= batch->desc.queue) rc = CTX_QUEUE_FULL;
-    if (!rc) ctx__batch_put(batch, item);
-    if (rc != CTX_CLOSED) claimed = ctx__batch_claim_turn(batch);
-    ctx__unlock(&batch->mu);
-    if (claimed) ctx__batch_turn_soon(batch);
+    rc = ctx__batch_put(batch, item);
+    if (waits && rc == CTX_QUEUE_FULL) ctx__batch_ref(batch);
+    ctx__batch_unlock(batch, batch->desc.pool);
     return rc;
 }
 
+CTXCANCEL_API int ctx_batch_add(ctx_batch_t *batch, const void *item) { return ctx__batch_add(batch, item, false); }
+
+static bool ctx__batch_has_room(void *arg) {
+    const ctx_batch_t *batch = (const ctx_batch_t *)arg;
+    return ctx__batch_refuses(batch) || ctx__batch_waiting(batch) < batch->desc.queue;
+}
+
 CTXCANCEL_API int ctx_batch_add_wait(ctx_batch_t *batch, ctx_t *ctx, const void *item) {
-    ctx__waiter_t waiter;
-    ctx__watch_t watch;
-    bool held = false;
-    int rc;
-    if (!batch || !ctx || !item) return CTX_INVALID;
-    while ((rc = ctx_err(ctx)) == 0 && (rc = ctx_batch_add(batch, item)) == CTX_QUEUE_FULL) {
-        memset(&waiter, 0, sizeof waiter);
-        if (!ctx__watch(&watch, ctx, &waiter.parker)) continue;
+    int rc = ctx ? ctx_err(ctx) : CTX_INVALID;
+    if (rc) return rc;
+    rc = ctx__batch_add(batch, item, true);
+    if (rc != CTX_QUEUE_FULL) return rc;
+    if (!ctx__scope_of(CTX__IN_FLUSH, batch)) { /* else it would wait for itself */
         ctx__lock(&batch->mu);
-        if (!ctx__batch_refuses(batch) && ctx__batch_waiting(batch) >= batch->desc.queue) {
-            if (!held) CTX__ADD(&batch->refs, 1u, RELAXED);
-            held = true;
-            ctx__waiter_park(&batch->at_room, &waiter, &batch->mu, CTX_NO_DEADLINE);
-        }
-        ctx__unlock(&batch->mu);
-        ctx__unwatch(&watch);
+        ctx__batch_unlock(batch, ctx__batch_pool_to_wait_for(batch));
+        ctx__lock(&batch->mu);
+        ctx__await(&batch->mu, &batch->at_room, ctx__batch_has_room, batch, ctx, CTX_NO_DEADLINE);
+        rc = ctx_err(ctx);
+        if (!rc) rc = ctx__batch_put(batch, item);
+        ctx__batch_unlock(batch, batch->desc.pool);
     }
-    if (held) ctx__batch_unref(batch);
+    ctx__batch_unref(batch);
     return rc;
 }
 
 CTXCANCEL_API int ctx_batch_flush(ctx_batch_t *batch) {
-    bool claimed = false;
     int rc;
     if (!batch) return CTX_INVALID;
     ctx__lock(&batch->mu);
     rc = ctx__batch_refuses(batch);
-    if (!rc) {
-        batch->due = batch->fill > 0;
-        claimed = ctx__batch_claim_turn(batch);
-    }
-    ctx__unlock(&batch->mu);
-    if (claimed) ctx__batch_turn_soon(batch);
+    if (!rc) batch->due = batch->fill > 0;
+    ctx__batch_unlock(batch, batch->desc.pool);
     return rc;
 }
 
-/* Wait until all is flushed and nobody flushes. [mu], released meanwhile. */
-static bool ctx__batch_wait_empty(ctx_batch_t *batch, ctx_time_t until) {
-    ctx__waiter_t waiter;
-    bool in_time = true;
-    memset(&waiter, 0, sizeof waiter);
-    while ((batch->turning || ctx__batch_waiting(batch)) && in_time) {
-        if (ctx__batch_claim_turn(batch)) {
-            ctx__unlock(&batch->mu);
-            if (ctx__batch_ask_pool(batch) && ctx__batch_take_turn(batch)) ctx__batch_turn_now(batch);
-            ctx__lock(&batch->mu);
-            continue;
-        }
-        if (batch->queued && ctx__pool_runs_me(batch->desc.pool)) { /* which may have no other worker */
-            CTX__ADD(&batch->refs, 1u, RELAXED);
-            ctx__unlock(&batch->mu);
-            if (ctx__batch_take_turn(batch)) ctx__batch_turn_now(batch);
-            ctx__lock(&batch->mu);
-            continue;
-        }
-        in_time = ctx__waiter_park(&batch->at_end, &waiter, &batch->mu, until);
-    }
-    return !batch->turning && !ctx__batch_waiting(batch);
+/* [mu] Nothing waits and no call runs; a drain from inside a call does not wait for calls that drain, such as its own.
+   By the thread that drains. */
+static bool ctx__batch_over(void *arg) {
+    const ctx_batch_t *batch = (const ctx_batch_t *)arg;
+    return !ctx__batch_waiting(batch) && batch->calls <= (ctx__scope_of(CTX__IN_FLUSH, batch) ? batch->draining : 0);
 }
 
-/* A flush is stuck: what it has is its own, the rest is dropped here. */
-static CTX__COLD void ctx__batch_abandon(ctx_batch_t *batch) {
-    size_t block, full, fill, n, size = batch->desc.max_items * batch->desc.item_size;
+static bool ctx__batch_over_or_left(void *batch) {
+    return ctx__batch_over(batch) || ctx__batch_left((const ctx_batch_t *)batch);
+}
+
+/* There is no other thread: flush here, with a context that is done at `until`. False: it was. */
+static CTX__COLD bool ctx__batch_work_here(ctx_batch_t *batch, ctx_time_t until) {
+    ctx__make_t make = ctx__make_plain;
+    ctx_t *ctx;
+    bool in_time;
+    make.site = "ctx_batch_drain";
+    make.deadline = ctx__timer_ready() ? CTX_NO_DEADLINE : until;
+    ctx = ctx__make(batch->ctx, NULL, &make);
+    if (ctx->flags & CTX__F_FAILED) ctx = batch->ctx;
+    else if (until < ctx->timer.deadline) ctx->timer.deadline = until; /* waits and polls see it without a timer */
+    ctx__batch_work(batch, ctx);
+    in_time = !ctx_err(ctx) || ctx_err(batch->ctx);
+    if (ctx != batch->ctx) ctx_end(ctx);
+    return in_time;
+}
+
+/* [mu, released meanwhile] Have all flushed that is left. False: `until` has come first. */
+static bool ctx__batch_finish(ctx_batch_t *batch, ctx_time_t until) {
+    ctx_pool_t *pool = ctx__batch_pool_to_wait_for(batch);
+    while (!ctx__await(&batch->mu, &batch->at_end, ctx__batch_over_or_left, batch, &ctx__root, until)) {
+        bool in_time;
+        if (ctx__batch_over(batch)) return true;
+        batch->asked = true;
+        ctx__unlock(&batch->mu);
+        in_time = ctx__batch_ask(batch, pool) || ctx__batch_work_here(batch, until);
+        ctx__lock(&batch->mu);
+        if (!in_time) break;
+    }
+    return false;
+}
+
+/* The budget is over: cancel what runs, and drop the rest. */
+static void ctx__batch_cut(ctx_batch_t *batch) {
+    ctx_dur_t grace = batch->desc.grace > 0 ? batch->desc.grace : 0;
+    ctx_cancel_cause(batch->ctx, CTX_DEADLINE_EXCEEDED, "batcher drained");
     ctx__lock(&batch->mu);
-    block = batch->head + batch->flushing;
-    full = batch->full;
-    fill = batch->fill;
-    batch->full = batch->fill = 0;
+    ctx__await(&batch->mu, &batch->at_end, ctx__batch_over, batch, &ctx__root, ctx__from_now(grace));
+    if (batch->works) ctx__batch_pass(batch); /* that call is stuck */
     ctx__unlock(&batch->mu);
-    while (full || fill) {
-        n = full ? batch->desc.max_items : fill;
-        if (full) full--;
-        else fill = 0;
-        ctx__batch_drop(batch, batch->items + block++ % batch->blocks * size, n, ctx_err(batch->ctx));
-    }
+    ctx__batch_work(batch, batch->ctx);
 }
 
-static void ctx__batch_disarm(ctx_batch_t *batch) {
+/* The drain of a thread has ended. Dropped items are told to the shutdown that the thread works for, each once. */
+static void ctx__batch_settle(ctx_batch_t *batch, bool inside, ctx_batch_report_t *report) {
     bool removed;
     ctx__lock(&batch->mu);
     removed = batch->armed && ctx__timer_remove(&batch->timer.timer);
-    if (removed) batch->armed = false;
+    batch->armed = batch->armed && !removed;
+    batch->drained = true;
+    batch->draining -= inside;
+    report->dropped = CTX__LOAD(&batch->dropped, ACQUIRE);
+    report->flushed = CTX__LOAD(&batch->flushed, ACQUIRE);
+    report->stuck = batch->added - report->flushed - report->dropped;
+    ctx__tally_add(report->dropped - batch->tallied, 0);
+    batch->tallied = report->dropped;
     ctx__unlock(&batch->mu);
     if (removed) ctx__batch_unref(batch);
 }
 
-/* Report the dropped items to the shutdown that this thread works for, each once. */
-static void ctx__batch_tally(ctx_batch_t *batch) {
-    uint64_t dropped = CTX__LOAD(&batch->dropped, ACQUIRE);
-    ctx__tally_add(dropped - CTX__EXCHANGE(&batch->tallied, dropped, ACQ_REL), 0);
-}
-
-static void ctx__batch_report(ctx_batch_t *batch, ctx_dur_t took, ctx_batch_report_t *report) {
-    memset(report, 0, sizeof *report);
-    report->took = took;
-    report->dropped = CTX__LOAD(&batch->dropped, ACQUIRE);
-    ctx__lock(&batch->mu);
-    report->flushed = CTX__LOAD(&batch->flushed, ACQUIRE);
-    report->stuck = batch->added - report->flushed - report->dropped;
-    ctx__unlock(&batch->mu);
-}
-
 CTXCANCEL_API int ctx_batch_drain(ctx_batch_t *batch, ctx_dur_t budget, ctx_batch_report_t *report) {
-    ctx_time_t end, began;
-    bool empty;
-    int rc;
-    if (report) memset(report, 0, sizeof *report);
+    ctx_time_t began = ctx_now(), end = ctx__from_now(budget > 0 ? budget : 0);
+    ctx_batch_report_t r;
+    ctx__scope_t *inside;
+    bool in_time;
+    memset(&r, 0, sizeof r);
+    if (report) *report = r;
     if (!batch) return CTX_INVALID;
-    if (batch->forks != ctx__forks) return CTX_CLOSED; /* its turn and its items are the parent process's */
-    began = ctx_now();
-    end = ctx__from_now(budget > 0 ? budget : 0);
+    if (batch->forks != ctx__forks) return CTX_CLOSED; /* its lock and its items are the parent process's */
+    inside = ctx__scope_of(CTX__IN_FLUSH, batch);
+    ctx__batch_ref(batch);
     ctx__lock(&batch->mu);
     batch->closed = true;
     batch->due = batch->fill > 0;
-    ctx__waiters_wake(&batch->at_room);
-    empty = !batch->turning && !ctx__batch_waiting(batch);
-    if (!empty && budget > 0) empty = ctx__batch_wait_empty(batch, end);
+    batch->draining += inside != NULL;
+    if (inside && inside == batch->works) ctx__batch_pass(batch);
+    ctx__wake_all(&batch->at_room);
+    in_time = ctx__batch_over(batch) || (budget > 0 && ctx__batch_finish(batch, end));
     ctx__unlock(&batch->mu);
-    rc = empty ? 0 : CTX_DEADLINE_EXCEEDED;
-    if (!empty) {
-        ctx_cancel_cause(batch->ctx, CTX_DEADLINE_EXCEEDED, "batcher drained");
-        ctx__lock(&batch->mu);
-        empty = ctx__batch_wait_empty(batch, ctx__from_now(batch->desc.grace > 0 ? batch->desc.grace : 0));
-        ctx__unlock(&batch->mu);
-        if (!empty) ctx__batch_abandon(batch);
-    }
-    ctx__batch_disarm(batch);
-    ctx__batch_tally(batch);
+    if (!in_time) ctx__batch_cut(batch);
     ctx_cancel(batch->ctx);
-    ctx__lock(&batch->mu);
-    batch->drained = true;
-    ctx__unlock(&batch->mu);
-    if (report) ctx__batch_report(batch, ctx_now() - began, report);
-    return rc;
+    ctx__batch_settle(batch, inside != NULL, &r);
+    r.took = ctx_now() - began;
+    if (report) *report = r;
+    ctx__batch_unref(batch);
+    return in_time ? 0 : CTX_DEADLINE_EXCEEDED;
 }
 
 CTXCANCEL_API void ctx_batch_free(ctx_batch_t *batch) {
-    bool drained = true;
+    unsigned spin = 0;
+    int turns;
     if (!batch) return;
-    if (batch->forks == ctx__forks) { /* else the lock is the parent process's too */
-        ctx__lock(&batch->mu);
-        drained = batch->drained;
-        ctx__unlock(&batch->mu);
-    }
-    if (!drained) ctx_batch_drain(batch, 0, NULL);
-    ctx_on_done_stop(&batch->on_end);
+    if (!batch->drained) ctx_batch_drain(batch, 0, NULL);
+    if (ctx_on_done_try_stop(&batch->on_end) == CTX_ON_DONE_STOPPED) ctx__batch_unref(batch);
+    while (batch->forks == ctx__forks && CTX__LOAD(&batch->askers, ACQUIRE)) ctx__relax(&spin);
+    turns = batch->desc.pool ? ctx__pool_unwant(batch->desc.pool, &batch->turns) : 0;
+    while (turns-- > 0) ctx__batch_unref(batch);
     ctx__batch_unref(batch);
 }
 
 /* -- limiter --
 
-   One word: the time at which the bucket would be full. Taking `n` tokens moves it by their cost, from now at the
-   earliest; they are there once it is no further away than the cost of a whole bucket. Who takes on credit gets a place
-   in time, so those who wait are in order without a queue. */
+   Every token that is taken has a place in time, in the order of asking, and a place moves only to where nobody else
+   has one.
+
+   One word, `full_at`: the time at which the bucket would be full. Taking `n` tokens moves it by their cost, from now
+   at the earliest; the tokens are there once it is no further away than the cost of a whole bucket. So a thread that
+   takes on credit gets a place in time. Threads that wait for theirs stand in a queue, in the order of the places.
+   When one gives up or tokens are given back, those behind move up and the word moves back, as far as they stand
+   without a gap. A gap is a place that was reserved, whose owner cannot be told that it moved, or one that could not
+   be filled.
+
+     now ....[first waits][second waits][reserved][third waits] full_at
+
+   A place is given up only as far as it lies ahead of the clock: without it the bucket would have been full before.
+   `mu` guards the queue, and everything that makes the word less. It is behind the gate of a fork, in whose child
+   nobody waits. */
 
 #define CTX__SPAN_MAX (INT64_MAX / 2) /* 146 years */
+
+typedef struct {
+    ctx__wait_t wait; /* its link: [mu] */
+    ctx_dur_t span;   /* [const] the cost of its tokens */
+    int64_t full_at;  /* [mu] the end of its place: what the word became when they were taken */
+    int64_t seen;     /* [owner thread] the place that it sleeps for */
+} ctx__limiter_waiter_t;
 
 /* Take `n` tokens if they are there at `latest`. `*at`: when they are; `*full_at`: what the word became. */
 static bool ctx__limiter_take(ctx_limiter_t *limiter, int64_t n, ctx_time_t now, ctx_time_t latest, ctx_time_t *at,
@@ -7024,14 +7170,76 @@ static bool ctx__limiter_take(ctx_limiter_t *limiter, int64_t n, ctx_time_t now,
     return true;
 }
 
-/* Give back tokens after whose taking the word was `full_at`. What others have taken behind them stays where it is in
-   time, so only the rest can be given back. */
-static void ctx__limiter_return(ctx_limiter_t *limiter, ctx_dur_t span, int64_t full_at) {
-    int64_t before = CTX__LOAD(&limiter->full_at, RELAXED);
-    ctx_dur_t rest;
-    do {
-        rest = before > full_at ? span - (before - full_at) : span;
-    } while (rest > 0 && !CTX__CAS_WEAK(&limiter->full_at, &before, ctx_time_add(before, -rest), ACQ_REL, RELAXED));
+static void ctx__limiter_enter(ctx_limiter_t *limiter) {
+    ctx__enter(&limiter->mu);
+    if (limiter->forks != ctx__forks) limiter->waiters.first = NULL; /* they are the parent process's */
+    limiter->forks = ctx__forks;
+}
+
+static ctx__limiter_waiter_t *ctx__limiter_waiter(ctx__link_t *link) {
+    return link ? CTX__CONTAINER(link, ctx__limiter_waiter_t, wait.link) : NULL;
+}
+
+/* [mu] Give up the last `span` of the time from `begin` to `end`. The waiters from `waiter` on move up as far as they
+   stand without a gap, and so does the word. False: nobody stands there, and the word has moved meanwhile. */
+static bool ctx__limiter_give_up(ctx_limiter_t *limiter, int64_t begin, int64_t end, ctx_dur_t span,
+                                 ctx__limiter_waiter_t *waiter) {
+    bool alone = !waiter;
+    int64_t to = ctx_time_add(end, -span);
+    if (to < begin) to = begin;
+    if (to >= end) return true;
+    span = end - to;
+    for (; waiter && waiter->full_at - waiter->span == end; waiter = ctx__limiter_waiter(waiter->wait.link.next)) {
+        end = waiter->full_at;
+        waiter->full_at -= span;
+        ctx__unpark(&waiter->wait.parker);
+    }
+    return waiter || CTX__CAS(&limiter->full_at, &end, end - span, ACQ_REL, RELAXED) || !alone;
+}
+
+/* [mu] `n` tokens are given back: give up the last time that nobody waits for, behind the waiters or else before the
+   last of them that stand without a gap. */
+static bool ctx__limiter_give_back(ctx_limiter_t *limiter, int64_t n, ctx_time_t now) {
+    ctx__limiter_waiter_t *waiter = ctx__limiter_waiter(limiter->waiters.first), *first = NULL;
+    int64_t begin = now, end = now, reach = now, full_at = CTX__LOAD(&limiter->full_at, ACQUIRE);
+    for (; waiter; waiter = ctx__limiter_waiter(waiter->wait.link.next)) {
+        int64_t start = waiter->full_at - waiter->span;
+        if (!first || start != reach) begin = reach, end = start, first = waiter;
+        reach = waiter->full_at;
+    }
+    if (!first || full_at != reach) begin = reach, end = full_at, first = NULL;
+    return ctx__limiter_give_up(limiter, begin > now ? begin : now, end, n * limiter->cost, first);
+}
+
+static bool ctx__limiter_moved(void *arg) {
+    const ctx__limiter_waiter_t *waiter = (const ctx__limiter_waiter_t *)arg;
+    return waiter->full_at != waiter->seen;
+}
+
+/* The tokens are not there yet. */
+static CTX__COLD int ctx__limiter_wait(ctx_limiter_t *limiter, ctx_t *ctx, int64_t n) {
+    ctx__limiter_waiter_t waiter;
+    ctx_time_t now, at;
+    int err = CTX_DEADLINE_EXCEEDED;
+    ctx__wait_init(&waiter.wait);
+    waiter.span = n * limiter->cost;
+    ctx__limiter_enter(limiter);
+    if (ctx__limiter_take(limiter, n, ctx_now(), ctx_deadline(ctx) - 1, &at, &waiter.full_at)) {
+        ctx__queue_add(&limiter->waiters, &waiter.wait.link);
+        do {
+            waiter.seen = waiter.full_at;
+            at = ctx_time_add(waiter.full_at, -limiter->bucket);
+            err = ctx__wait_on(&waiter.wait, &limiter->mu, NULL, ctx__limiter_moved, &waiter, ctx, at);
+        } while (!err);
+        ctx__queue_out(&limiter->waiters, &waiter.wait.link); /* leaves its `next` */
+        now = ctx_now();
+        at = waiter.full_at - waiter.span;
+        if (err == CTX_NOT_READY) err = 0;
+        else ctx__limiter_give_up(limiter, at > now ? at : now, waiter.full_at, waiter.span,
+                                  ctx__limiter_waiter(waiter.wait.link.next));
+    }
+    ctx__leave(&limiter->mu);
+    return err;
 }
 
 CTXCANCEL_API int ctx_limiter_init(ctx_limiter_t *limiter, double per_second, int64_t burst) {
@@ -7072,25 +7280,20 @@ CTXCANCEL_API ctx_dur_t ctx_limiter_reserve(ctx_limiter_t *limiter, int64_t n) {
 }
 
 CTXCANCEL_API void ctx_limiter_refund(ctx_limiter_t *limiter, int64_t n) {
+    ctx_time_t now = ctx_now();
     CTXCANCEL_ASSERT(limiter != NULL && n >= 0);
     if (n > CTX__SPAN_MAX / limiter->cost) n = CTX__SPAN_MAX / limiter->cost;
-    ctx__limiter_return(limiter, n * limiter->cost, INT64_MAX);
+    ctx__limiter_enter(limiter);
+    while (!ctx__limiter_give_back(limiter, n, now)) {}
+    ctx__leave(&limiter->mu);
 }
 
 CTXCANCEL_API int ctx_limiter_wait(ctx_limiter_t *limiter, ctx_t *ctx, int64_t n) {
-    ctx_time_t now, at;
-    int64_t full_at;
     int err;
     CTXCANCEL_ASSERT(limiter != NULL);
     if (!ctx || n < 0 || n > limiter->burst) return CTX_INVALID;
     err = ctx_err(ctx);
-    if (err) return err;
-    now = ctx_now();
-    if (!ctx__limiter_take(limiter, n, now, ctx_deadline(ctx), &at, &full_at)) return CTX_DEADLINE_EXCEEDED;
-    if (at <= now) return 0;
-    err = ctx__wait_until(ctx, at);
-    if (err) ctx__limiter_return(limiter, n * limiter->cost, full_at);
-    return err;
+    return err || ctx_limiter_allow(limiter, n) ? err : ctx__limiter_wait(limiter, ctx, n);
 }
 
 /* -- retry -- */
@@ -7116,14 +7319,14 @@ CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_f
     wait = (double)d.base;
     for (tried = 1;; tried++) {
         ctx_dur_t next;
+        ctx_time_t until;
         rc = fn(ctx, arg);
         if (rc == 0 || tried == d.attempts || (d.retryable && !d.retryable(rc, arg))) return rc;
         if (tried == INT32_MAX) tried = 0; /* attempts without end */
         next = ctx__retry_jitter(wait < (double)d.cap ? (ctx_dur_t)wait : d.cap, d.jitter);
-        err = ctx_err(ctx);
-        if (err) return err;
-        if (ctx_time_add(ctx_now(), next) >= ctx_deadline(ctx)) return rc;
-        err = ctx_sleep(ctx, next);
+        until = ctx_time_add(ctx_now(), next); /* read once: a wait that is begun ends before the deadline */
+        if (until >= ctx_deadline(ctx)) return rc;
+        err = ctx__sleep_until(ctx, until);
         if (err) return err;
         if (wait < (double)d.cap) wait *= d.factor;
     }
@@ -7216,7 +7419,8 @@ static void ctx__signal_deliver(int signal) {
     ctx__notify_t *hit = NULL;
     ctx__link_t *link;
     ctx__life_lock();
-    for (link = ctx__signals.live; link; link = link->next) {
+    link = CTX__EXCHANGE(&ctx__signals.pending[signal], 0, ACQUIRE) ? ctx__signals.live : NULL;
+    for (; link; link = link->next) {
         ctx__notify_t *notify = CTX__CONTAINER(link, ctx__notify_t, link);
         if (!ctx__notify_wants(notify, signal) || !ctx__pin(&notify->node)) continue;
         notify->target = NULL;
@@ -7241,7 +7445,7 @@ static void *ctx__signal_main(void *arg) {
     while (CTX__LOAD(&ctx__signals.era, ACQUIRE) == era) {
         while (sem_wait(&ctx__signals.posted) < 0) {}
         for (signal = 1; signal < CTX__SIGNALS; signal++)
-            if (CTX__EXCHANGE(&ctx__signals.pending[signal], 0, ACQUIRE)) ctx__signal_deliver(signal);
+            if (CTX__LOAD(&ctx__signals.pending[signal], RELAXED)) ctx__signal_deliver(signal);
     }
     return NULL;
 }
@@ -7255,20 +7459,40 @@ static int ctx__signal_start(void) {
     return rc;
 }
 
-/* [ctx__life] One context less wants the signal. */
+/* Have the signal handled, or by default the next one only; or end the process. */
+static int ctx__signal_action(int signal, bool handled, bool keep, struct sigaction *before) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = handled ? ctx__signal_handler : SIG_DFL;
+    action.sa_flags = SA_RESTART | (keep ? 0 : (int)SA_RESETHAND);
+    sigemptyset(&action.sa_mask);
+    return sigaction(signal, &action, before) < 0 ? -errno : 0;
+}
+
+/* [ctx__life] One context less wants the signal. Without one that keeps the handler it is for the next signal only, and
+   if that has come to all that are left, it is the default. */
 static void ctx__signal_unhook(int signal, bool keep) {
+    bool waiting = false;
+    ctx__link_t *link;
     ctx__signals.kept[signal] -= keep;
-    if (--ctx__signals.count[signal] == 0) sigaction(signal, &ctx__signals.before[signal], NULL);
+    if (--ctx__signals.count[signal] == 0) {
+        sigaction(signal, &ctx__signals.before[signal], NULL);
+    } else if (keep && !ctx__signals.kept[signal]) {
+        for (link = ctx__signals.live; link; link = link->next) {
+            ctx__notify_t *notify = CTX__CONTAINER(link, ctx__notify_t, link);
+            waiting = waiting || (ctx__notify_wants(notify, signal) && !ctx__why(&notify->node));
+        }
+        ctx__signal_action(signal, waiting, false, NULL);
+    }
 }
 
 /* [ctx__life] Also when it is hooked already, for a first signal may have put the default action back. */
 static int ctx__signal_hook(int signal, bool keep) {
-    struct sigaction action, before;
-    memset(&action, 0, sizeof action);
-    action.sa_handler = ctx__signal_handler;
-    action.sa_flags = SA_RESTART | (keep || ctx__signals.kept[signal] ? 0 : (int)SA_RESETHAND);
-    sigemptyset(&action.sa_mask);
-    if (sigaction(signal, &action, &before) < 0) return -errno;
+    struct sigaction before;
+    int rc;
+    if (!ctx__signals.count[signal]) CTX__STORE(&ctx__signals.pending[signal], 0, RELAXED); /* from long ago */
+    rc = ctx__signal_action(signal, true, keep || ctx__signals.kept[signal], &before);
+    if (rc) return rc;
     if (ctx__signals.count[signal]++ == 0) ctx__signals.before[signal] = before;
     ctx__signals.kept[signal] += keep;
     return 0;
@@ -7407,11 +7631,15 @@ static void ctx__fork_forget(ctx_t *node) {
 
 enum { CTX__WATCHED_CALLING = 2 }; /* this thread is about to call its callbacks */
 
+static ctx_t *ctx__called_nodes(ctx__scope_t *scope) {
+    return scope->kind == CTX__IN_CALLBACK ? CTX__CONTAINER(scope, ctx__calling_t, scope)->first : NULL;
+}
+
 static void ctx__fork_mark_calling(bool on) {
-    const ctx__calling_t *calling;
+    ctx__scope_t *scope;
     ctx_t *node;
-    for (calling = ctx__self.calling; calling; calling = calling->outer)
-        for (node = calling->first; node; node = node->work)
+    for (scope = ctx__self.scope; scope; scope = scope->outer)
+        for (node = ctx__called_nodes(scope); node; node = node->work)
             node->watched = (uint8_t)((node->watched & 1) | (on ? CTX__WATCHED_CALLING : 0));
 }
 
@@ -7470,6 +7698,7 @@ static void ctx__fork_child(void) {
     ctx__wheels[CTX__WHEELS].tick = ctx__tick_of(ctx_now());
     ctx__fork_frames();
     ctx__fork_nodes();
+    ctx__lookers = 0;
     ctx__runners_forget();
     ctx__fork_parent(); /* opens the gate */
     if (CTX__TSAN) return; /* it does not allow threads in the child of a threaded process */
@@ -7515,13 +7744,13 @@ CTXCANCEL_API void ctx_runtime_stop(void) {
     ctx__runners_stop();
     ctx__life_lock();
     join_runtime = ctx__runtime.running != 0;
-    join_signals = ctx__signals.running;
+    join_signals = ctx__signals.running && !ctx__signals.live;
     runtime = ctx__runtime.thread;
     signals = ctx__signals.thread;
     CTX__ADD(&ctx__runtime.era, 1u, RELEASE);
-    CTX__ADD(&ctx__signals.era, 1u, RELEASE);
     CTX__STORE(&ctx__runtime.running, 0u, RELEASE);
-    ctx__signals.running = false;
+    CTX__ADD(&ctx__signals.era, (uint32_t)join_signals, RELEASE);
+    ctx__signals.running = ctx__signals.running && !join_signals;
     ctx__life_unlock();
     /* Joined without the lock: a callback on one of them may be waiting for it. */
     if (join_runtime) {
@@ -7548,162 +7777,286 @@ CTXCANCEL_API void ctx_runtime_stop(void) {
 
 /* == 14. service ================================================== */
 
-/* What runs in a service, and each callback of its stop, runs on a thread of its own (section 10), so that nothing can
-   hold up who supervises. One lock guards what those threads and the supervisor share, of all services together: it is
-   cold. `active` counts the callbacks of a service that have not returned; a callback that returns notes when, and
-   puts its service on the supervisor's list of changes, if there still is one.
+/* While a service is stopped its phase only grows, and each of its callbacks is launched by the one step into a phase:
+   so each runs at most once, and in the order refuse, drain, cancel, force.
 
-   A stop has one supervisor: the thread in ctx_service_stop() or ctx_app_run(). It takes each service from phase to
-   phase, by what has changed and by the clock:
-     WAITING   for those that need it to stop first
-     QUIET     refuse and drain are at work, until `deadline`
-     CANCELED  its context is done; what is active gets until `deadline`
-     FORCED    force was called; the same once more
-     OVERDUE   what it needs goes on to stop, as if it had stopped; it may still do so inside the budget
-     OVER      nothing is active any more, or it is late
-   A service is canceled `grace` before the end of the budget at the latest, so one that stops when it is told does so
-   inside the budget. When the budget has passed, or in a hurry, everything is canceled and forced without waiting for
-   anything else. The fields of a phase belong to the supervisor.
+       NEW <----> STARTING ----> RUNNING ----> QUIET ----> CANCELED ----> FORCED
+        |            |  ctx is    (refuse and     ^  ctx is     |   (force)  |
+        |            v  canceled   drain run)     |  canceled   |            |
+        |         ABORTED --- start went well ----/             |            |
+        |            | start failed                             |            |
+        \------------+------------------------------------------+------------+----> OVER
 
-   A service is counted: its owner and each active callback hold it. So a stuck one is left behind and nothing that it
-   touches is freed. What a stop needs is allocated with the service: the context of the drain too. */
+   Before QUIET: NEW was never started, or its start has failed; STARTING has a `start` under way; ABORTED is such a one
+   to which a stop came. From CANCELED on a service is OVER as soon as nothing of it is active, and the thread that
+   brings that about makes it so. All other steps are the supervisor's: the thread in ctx_service_stop(), ctx_app_run()
+   or ctx_cleanup_run(). It takes each service as far as it goes when something of it has changed or its `deadline` has
+   come. The deadlines are
+     up to RUNNING   the time at which it must begin in order to be in time; it begins earlier if nobody needs it
+     QUIET           what refuse and drain have
+     others          the end of the grace period. After CANCELED comes FORCED if there is a force. Then what it needs
+                     goes on to stop, as if it had stopped, and it has until the end of the budget; then it is late
+   No deadline is later than budget and grace period, and the supervisor calls nothing of the program's. A service is
+   canceled `grace` before the end of the budget at the latest, so one that stops when it is told does so inside the
+   budget. Once the budget of an app has passed, or a second signal has come, nothing waits for anything but on_force,
+   which is the force of a service of its own: the hook.
+
+   A cleanup is a service that is RUNNING when it is made and has nothing but a drain, which only its own deadline
+   cancels. So it is over when that has returned.
+
+   Each callback runs on a thread of its own (section 10). When none can be had it goes to the spare thread, which runs
+   them one after the other. That thread is there from the first start of a service that has such callbacks, or from the
+   first cleanup, until no service is left.
+
+   One lock guards all of this, of all services. It is cold, and nothing of the program's runs under it. A service is
+   counted: its owner and each active callback hold it, and it holds its app. So a stuck one is left behind and nothing
+   that it touches is freed. What a stop needs is allocated with the service: the context of the drain too. */
 
 #define CTX__NEVER INT64_MIN /* the time of what has not happened */
 
-enum { CTX__NEW, CTX__STARTING, CTX__RUNNING, CTX__STOPPING, CTX__STOPPED };
-enum { CTX__WAITING, CTX__QUIET, CTX__CANCELED, CTX__FORCED, CTX__OVERDUE, CTX__OVER };
+enum { CTX__NEW, CTX__STARTING, CTX__RUNNING, CTX__ABORTED, CTX__QUIET, CTX__CANCELED, CTX__FORCED, CTX__OVER };
+enum { CTX__UNDECIDED, CTX__RUN, CTX__LEAVE };
 
-typedef struct ctx__stop ctx__stop_t;
+typedef struct {
+    ctx__link_t link; /* [mu] in the queue of the spare thread */
+    ctx__job_t job;
+} ctx__spare_call_t;
+
+/* A stop, and what its supervisor knows. [mu], all but what is set before it begins. */
+typedef struct ctx__stop {
+    ctx__queue_t members;  /* services */
+    size_t n, left;        /* of these; not over */
+    size_t critical;       /* of these, that the others wait for */
+    ctx_time_t start, end; /* of the budget */
+    ctx_dur_t budget, took;
+    ctx_time_t earliest;   /* no deadline is sooner; CTX__NEVER: go through all */
+    bool app, cleanups;    /* of what; neither: one service */
+    bool hurry;            /* of an app: the budget has passed, or a second signal has come */
+    ctx_t *second;         /* done at the second signal; else the background */
+    ctx_service_t *hook;   /* on_force, as the force of a service (may be NULL) */
+    int code;              /* cause of the cancels */
+    const char *what;
+    int failed_rc;         /* of the first member that failed */
+    const char *failed;    /* its name */
+    int rc;                /* result */
+    ctx__queue_t changed;  /* services for the supervisor to look at */
+    ctx__queue_t waiting;  /* the supervisor */
+} ctx__stop_t;
 
 struct ctx_service {
-    ctx_service_desc_t desc;     /* [const] defaults resolved */
-    ctx_t *parent;               /* [const] a reference */
-    ctx_t *ctx;                  /* [const] of start and run */
-    ctx_t *drain_ctx;            /* [supervisor] */
-    void *drain_node;            /* [supervisor] memory for that; NULL: used */
-    uint32_t refs;               /* [atomic] */
-    ctx_service_t *next, **pprev; /* [mu] all services */
-    ctx_app_t *app;              /* [mu] whose it is; NULL once that is gone */
-    ctx__stop_t *stop;           /* [mu] who supervises */
-    ctx_service_t *next_changed; /* [mu] */
-    bool changed;                /* [mu] on the list of changes */
-    ctx__parker_t start_over;    /* the thread of `run` waits here for `start` */
-    int start_rc;                /* [const] once that is over: 0 if `run` shall run */
-    bool excused;                /* [mu] `run` itself stops the service: it is not waited for */
-    uint8_t state;               /* [mu] */
-    int active;                  /* [mu] */
-    bool quiet;                  /* [mu] refuse and drain have returned */
-    bool was_started;            /* [mu] */
-    bool overtaken;              /* [mu] start went well after a stop had begun: there is something to drain */
-    ctx_time_t noticed, drained, finished; /* [mu] CTX__NEVER: not yet */
-    int rc;                      /* [mu] the first error */
-    ctx__tally_t tally;
-    uint8_t phase;               /* [supervisor] from here on */
-    ctx_time_t began, canceled, forced, deadline;
+    ctx_service_desc_t desc;    /* [const] defaults resolved */
+    void (*on_late)(const char *name, int rc, ctx_dur_t took, void *arg); /* [const] of a cleanup */
+    bool cleanup, critical;     /* [const] */
+    ctx_t *parent;              /* [const] a reference */
+    ctx_t *ctx;                 /* [const] of start and run */
+    ctx_app_t *app;             /* [const] whose it is; a reference */
+    ctx_t *drain_ctx;           /* [supervisor] */
+    void *drain_node;           /* [supervisor] memory for that; NULL: used */
+    uint32_t refs;              /* [atomic] */
+    ctx__link_t link;           /* [mu] all services */
+    ctx__link_t member;         /* [mu] of a stop */
+    ctx__link_t change;         /* [mu] in the stop's queue */
+    ctx__stop_t *stop;          /* [mu] its supervisor's; NULL: none, or that has gone */
+    ctx__queue_t waiters;       /* [mu] for one of the fields below to change */
+    ctx__spare_call_t calls[2];       /* [mu] quiet and force */
+    uint8_t phase;              /* [mu] from here on */
+    uint8_t decided;            /* whether `run` shall run */
+    int active;                 /* callbacks that have not returned */
+    bool started;               /* start went well */
+    bool quiet;                 /* refuse and drain have returned */
+    bool released;              /* what it needs has been told that it does not need that any more */
     bool late;
-    bool released;               /* what it needs has been told that it does not need that any more */
-    ctx_service_t **needs;       /* [const while an app runs] what `.needs` names, ended by NULL */
-    size_t dependents;           /* services that need this one and are not over */
-    bool marked;                 /* scratch of who goes over all services */
-    ctx__waiter_t *waiters;      /* [mu] callers that wait for the one stop */
-    int stop_rc;                 /* [mu] once stopped: what that returned, ... */
-    ctx_time_t stop_start;       /* ... and for reports */
-    ctx_dur_t stop_budget, stop_took;
-};
-
-struct ctx__stop {
-    ctx_service_t **services;
-    size_t n, left;         /* of these, not over */
-    ctx_time_t start, end;  /* of the budget */
-    ctx_dur_t budget;
-    ctx_time_t earliest;    /* no deadline is sooner */
-    ctx_t *second;          /* when done, hurry (may be NULL) */
-    bool hurry;
-    const ctx_app_desc_t *app; /* for on_force (may be NULL) */
-    int code;               /* cause of the cancels */
-    const char *what;
-    ctx_service_t *changed; /* [mu] */
-    ctx__parker_t parker;
+    bool marked;                /* scratch of a thread that goes over all services */
+    ctx_time_t began, noticed, drained, canceled, forced, finished; /* CTX__NEVER: not yet */
+    ctx_time_t deadline;        /* of the phase */
+    int rc;                     /* the first error */
+    ctx__tally_t tally;         /* [atomic] */
+    ctx_service_t **needs;      /* [const while an app runs] what `.needs` names: array of stb_ds.h */
+    size_t dependents;          /* services that need this one and have not released it */
+    ctx__stop_t own;            /* the stop of a service that has no app */
 };
 
 static struct {
     uint32_t mu;
-    ctx_service_t *all; /* [mu] */
+    ctx__link_t *all;     /* [mu] those that their owners have */
+    ctx__queue_t calls;   /* [mu] for the spare thread */
+    ctx__queue_t waiting; /* [mu] that thread */
+    bool spare;           /* [mu] it is there, ... */
+    unsigned forks;       /* [mu] ... in this process */
 } ctx__services;
 
-/* What this thread is calling. */
-typedef struct {
-    ctx_service_t *service; /* its callback; NULL: none */
-    bool run;               /* to be exact its `run` */
-    ctx__tally_t *tally;    /* where what is drained here is counted */
-} ctx__serving_t;
-static __thread ctx__serving_t ctx__serving;
+struct ctx_app {
+    ctx__stop_t stop;         /* of its services */
+    ctx_t *parent;            /* [const] a reference */
+    ctx_t *ctx;               /* [const] detached from it: the services stop in order */
+    ctx_t *first, *second;    /* [owner thread] done at the first and at the second signal */
+    ctx_t *over;              /* [owner thread] done when `first` or the parent is */
+    uint32_t refs;            /* [atomic] the owner, and each service */
+    int ready;                /* [atomic] */
+};
+
+#define CTX__MEMBER(l) CTX__CONTAINER(l, ctx_service_t, member)
+
+static void ctx__app_unref(ctx_app_t *app) {
+    if (app && CTX__SUB(&app->refs, 1u, ACQ_REL) == 1) CTXCANCEL_FREE(app);
+}
 
 static void ctx__service_unref(ctx_service_t *service) {
     if (CTX__SUB(&service->refs, 1u, ACQ_REL) != 1) return;
     ctx_end(service->ctx);
     ctx_end(service->drain_ctx);
     ctx_release(service->parent);
+    ctx__app_unref(service->app);
     CTXCANCEL_FREE(service->drain_node);
-    CTXCANCEL_FREE(service->needs);
+    stbds_arrfree(service->needs);
     CTXCANCEL_FREE(service);
 }
 
-/* [mu] */
+/* [mu] Is there a spare thread? Not in the child of a fork, if it was the parent's. */
+static bool ctx__spare_is_there(void) { return ctx__services.spare && ctx__services.forks == ctx__forks; }
+
+/* The owner lets go of it. */
+static void ctx__service_drop(ctx_service_t *service) {
+    ctx__enter(&ctx__services.mu);
+    ctx__link_out(&service->link);
+    if (!ctx__services.all && ctx__spare_is_there()) ctx__wake_all(&ctx__services.waiting);
+    ctx__leave(&ctx__services.mu);
+    ctx__service_unref(service);
+}
+
+/* -- the spare thread -- */
+
+static bool ctx__spare_due(void *unused) {
+    (void)unused;
+    return ctx__services.calls.first || !ctx__services.all;
+}
+
+static void ctx__spare_job(const ctx__job_t *unused) {
+    ctx__job_t job;
+    (void)unused;
+    ctx__enter(&ctx__services.mu);
+    for (;;) {
+        ctx__link_t *link;
+        ctx__await(&ctx__services.mu, &ctx__services.waiting, ctx__spare_due, NULL, &ctx__root, CTX_NO_DEADLINE);
+        link = ctx__services.calls.first;
+        if (!link) break;
+        ctx__queue_out(&ctx__services.calls, link);
+        job = CTX__CONTAINER(link, ctx__spare_call_t, link)->job;
+        ctx__leave(&ctx__services.mu);
+        job.run(&job);
+        ctx__enter(&ctx__services.mu);
+    }
+    ctx__services.spare = false;
+    ctx__leave(&ctx__services.mu);
+}
+
+/* Start it, unless it is there. Called by the owner of a service, so that there is one. 0, or CTX_NO_MEMORY. */
+static int ctx__spare_start(void) {
+    ctx__job_t job;
+    bool start;
+    int rc;
+    ctx__enter(&ctx__services.mu);
+    start = !ctx__spare_is_there();
+    if (ctx__services.forks != ctx__forks) { /* so were its calls */
+        memset(&ctx__services.calls, 0, sizeof ctx__services.calls);
+        memset(&ctx__services.waiting, 0, sizeof ctx__services.waiting);
+        ctx__services.forks = ctx__forks;
+    }
+    ctx__services.spare = true;
+    ctx__leave(&ctx__services.mu);
+    if (!start) return 0;
+    memset(&job, 0, sizeof job);
+    job.run = ctx__spare_job;
+    rc = ctx__run(&job);
+    if (!rc) return 0;
+    ctx__enter(&ctx__services.mu);
+    ctx__services.spare = false;
+    ctx__leave(&ctx__services.mu);
+    return rc;
+}
+
+/* -- what a service's own threads do -- */
+
+/* [mu] Have the supervisor look at it. */
 static void ctx__service_changed(ctx_service_t *service) {
+    if (!service->stop || service->change.pprev) return;
+    ctx__queue_add(&service->stop->changed, &service->change);
+    ctx__wake_all(&service->stop->waiting);
+}
+
+/* [mu] What it needed and nobody else needs stops next. */
+static void ctx__service_release(ctx_service_t *service) {
+    size_t i;
+    if (service->released) return;
+    service->released = true;
+    for (i = 0; i < stbds_arrlenu(service->needs); i++)
+        if (--service->needs[i]->dependents == 0) ctx__service_changed(service->needs[i]);
+    if (service->critical && --service->stop->critical == 0) service->stop->earliest = CTX__NEVER;
+}
+
+/* [mu] The end of its way through a stop. */
+static void ctx__service_over(ctx_service_t *service, bool late) {
     ctx__stop_t *stop = service->stop;
-    bool first;
-    if (!stop || service->changed) return;
-    first = stop->changed == NULL;
-    service->changed = true;
-    service->next_changed = stop->changed;
-    stop->changed = service;
-    if (first) ctx__unpark(&stop->parker);
+    service->phase = CTX__OVER;
+    service->deadline = CTX_NO_DEADLINE;
+    service->late = late;
+    stop->left--;
+    ctx__service_release(service);
+    if (service == stop->hook) stop->earliest = CTX__NEVER;
+    if (!stop->left || stop->earliest == CTX__NEVER) ctx__wake_all(&stop->waiting);
 }
 
-/* A callback begins: what it drains is counted for the service. What to give back to ctx__service_leave(). */
-static ctx__serving_t ctx__service_enter(ctx_service_t *service, bool run) {
-    ctx__serving_t outer = ctx__serving;
-    outer.tally = ctx__tally;
-    ctx__serving.service = service;
-    ctx__serving.run = run;
-    ctx__tally = &service->tally;
-    return outer;
-}
-
-static void ctx__service_leave(ctx__serving_t outer) {
-    ctx__serving = outer;
-    ctx__tally = outer.tally;
-}
-
-static void ctx__app_failed(ctx_app_t *app, ctx_service_t *service, int rc);
-
-/* [mu] It has reacted; the first error counts, for its app too. */
+/* [mu] It has reacted; the first error counts, for its stop too. */
 static void ctx__service_note(ctx_service_t *service, int rc) {
+    ctx__stop_t *stop = service->stop;
+    if (service->phase == CTX__OVER) return;
     if (service->noticed == CTX__NEVER) service->noticed = ctx_now();
     if (!rc || service->rc) return;
     service->rc = rc;
-    if (service->app) ctx__app_failed(service->app, service, rc);
+    if (!stop || stop->failed_rc) return;
+    stop->failed_rc = rc;
+    stop->failed = service->desc.name;
+    ctx__wake_all(&stop->waiting);
 }
 
 /* [mu] A callback has returned for good. */
 static void ctx__service_inactive(ctx_service_t *service) {
+    bool through = service->cleanup || service->phase >= CTX__CANCELED ||
+                   (service->phase == CTX__ABORTED && !service->started);
     if (--service->active == 0) {
         service->finished = ctx_now();
-        ctx__waiters_wake(&service->waiters);
+        ctx__wake_all(&service->waiters);
+        if (through && service->stop && service->phase != CTX__OVER) ctx__service_over(service, false);
     }
-    ctx__service_changed(service);
+    if (service->phase < CTX__CANCELED) ctx__service_changed(service);
+}
+
+/* A callback begins: what it drains is counted for the service. */
+static void ctx__service_enter(ctx_service_t *service, ctx__serving_t *serving, bool drains) {
+    serving->tally = &service->tally;
+    serving->drains = drains;
+    serving->excused = false;
+    ctx__scope_enter(&serving->scope, CTX__IN_SERVICE, service);
+}
+
+static void ctx__service_leave(const ctx__serving_t *serving) { ctx__scope_leave(&serving->scope); }
+
+/* [mu] The callback has returned. */
+static void ctx__service_returned(ctx_service_t *service, bool excused) {
+    if (!excused) ctx__service_inactive(service);
 }
 
 /* An error of run cancels the services below the same parent. */
 static void ctx__service_cancel_siblings(ctx_service_t *service, int rc) {
-    ctx_service_t *sibling;
+    ctx__link_t *link;
     for (;;) {
         ctx_t *ctx = NULL;
         ctx__enter(&ctx__services.mu);
-        for (sibling = ctx__services.all; sibling && !ctx; sibling = sibling->next)
-            if (sibling != service && sibling->parent == service->parent && !ctx_err(sibling->ctx))
-                ctx = ctx_retain(sibling->ctx);
+        for (link = ctx__services.all; link && !ctx; link = link->next) {
+            ctx_service_t *sibling = CTX__CONTAINER(link, ctx_service_t, link);
+            if (sibling == service || sibling->parent != service->parent || sibling->cleanup) continue;
+            if (!ctx_err(sibling->ctx)) ctx = ctx_retain(sibling->ctx);
+        }
         ctx__leave(&ctx__services.mu);
         if (!ctx) return;
         ctx_cancel_cause(ctx, rc, service->desc.name);
@@ -7711,66 +8064,93 @@ static void ctx__service_cancel_siblings(ctx_service_t *service, int rc) {
     }
 }
 
+static bool ctx__service_decided(void *arg) {
+    const ctx_service_t *service = (const ctx_service_t *)arg;
+    return service->decided != CTX__UNDECIDED || service->phase > CTX__RUNNING;
+}
+
 /* Its thread is there before `start` is called, so that a start which went well cannot fail for want of one. */
 static void ctx__service_run_job(const ctx__job_t *job) {
     ctx_service_t *service = (ctx_service_t *)job->owner;
-    bool alone;
+    ctx__serving_t serving;
+    bool runs, alone;
     int rc = 0;
-    ctx__park_real(&service->start_over, CTX_NO_DEADLINE);
-    if (service->start_rc == 0) {
-        ctx__serving_t outer = ctx__service_enter(service, true);
-        rc = service->desc.run(service->ctx, service->desc.user);
-        ctx__service_leave(outer);
-    }
+    ctx__enter(&ctx__services.mu);
+    ctx__await(&ctx__services.mu, &service->waiters, ctx__service_decided, service, &ctx__root, CTX_NO_DEADLINE);
+    runs = service->decided == CTX__RUN;
+    ctx__leave(&ctx__services.mu);
+    ctx__service_enter(service, &serving, false);
+    if (runs) rc = service->desc.run(service->ctx, service->desc.user);
+    ctx__service_leave(&serving);
     if (rc && rc == ctx_err(service->ctx)) rc = 0; /* it was told to stop */
     ctx__enter(&ctx__services.mu);
-    if (service->state == CTX__STOPPING || rc) ctx__service_note(service, rc);
-    alone = rc && !service->app && service->state <= CTX__RUNNING;
-    ctx__leave(&ctx__services.mu);
-    if (alone) ctx__service_cancel_siblings(service, rc);
-    ctx__enter(&ctx__services.mu);
-    if (!service->excused) ctx__service_inactive(service);
+    alone = rc && !service->app && service->phase == CTX__RUNNING;
+    if (rc || (runs && service->phase != CTX__RUNNING)) ctx__service_note(service, rc);
+    if (alone) {
+        ctx__leave(&ctx__services.mu);
+        ctx__service_cancel_siblings(service, rc);
+        ctx__enter(&ctx__services.mu);
+    }
+    ctx__service_returned(service, serving.excused);
     ctx__leave(&ctx__services.mu);
     ctx__service_unref(service);
 }
 
+/* Takes note that `refuse` has returned, if it has. Returns true if the next of the two may begin: not after force or
+   the stop, unless it is a cleanup. */
+static bool ctx__service_may_drain(ctx_service_t *service, bool refused) {
+    bool may;
+    ctx__enter(&ctx__services.mu);
+    if (refused) ctx__service_note(service, 0);
+    may = service->cleanup || service->phase < CTX__FORCED;
+    ctx__leave(&ctx__services.mu);
+    return may;
+}
+
 static void ctx__service_quiet_job(const ctx__job_t *job) {
     ctx_service_t *service = (ctx_service_t *)job->owner;
-    ctx__serving_t outer = ctx__service_enter(service, false);
-    bool drain = service->desc.drain != NULL;
+    bool drains = ctx__service_may_drain(service, false), late;
+    ctx__serving_t serving;
+    ctx_time_t now;
     int rc = 0;
-    if (service->desc.refuse) {
+    ctx__service_enter(service, &serving, true);
+    if (service->desc.refuse && drains) {
         service->desc.refuse(service->desc.user);
-        ctx__enter(&ctx__services.mu);
-        ctx__service_note(service, 0);
-        if (!service->stop) drain = false; /* the stop is over: nothing new begins */
-        ctx__leave(&ctx__services.mu);
+        drains = ctx__service_may_drain(service, true);
     }
-    if (drain) rc = service->desc.drain(job->ctx, service->desc.user);
-    if (rc == CTX_CANCELED && ctx_err(job->ctx)) rc = CTX_DEADLINE_EXCEEDED; /* only its time can have run out */
-    ctx__service_leave(outer);
+    drains = drains && service->desc.drain;
+    if (drains) rc = service->desc.drain(job->ctx, service->desc.user);
+    ctx__service_leave(&serving);
+    if (rc == CTX_CANCELED && ctx_err(job->ctx) && !service->cleanup)
+        rc = CTX_DEADLINE_EXCEEDED; /* only its time can have run out */
+    now = ctx_now();
     ctx__enter(&ctx__services.mu);
+    late = service->phase == CTX__OVER;
     ctx__service_note(service, rc);
-    if (drain) service->drained = ctx_now();
+    if (drains && !service->cleanup) service->drained = now;
     service->quiet = true;
-    ctx__service_inactive(service);
+    ctx__service_returned(service, serving.excused);
     ctx__leave(&ctx__services.mu);
+    if (late && service->on_late) service->on_late(service->desc.name, rc, now - service->began, service->desc.user);
     ctx__service_unref(service);
 }
 
 static void ctx__service_force_job(const ctx__job_t *job) {
     ctx_service_t *service = (ctx_service_t *)job->owner;
-    ctx__serving_t outer = ctx__service_enter(service, false);
+    ctx__serving_t serving;
+    ctx__service_enter(service, &serving, false);
     service->desc.force(service->desc.user);
-    ctx__service_leave(outer);
+    ctx__service_leave(&serving);
     ctx__enter(&ctx__services.mu);
-    ctx__service_inactive(service);
+    ctx__service_returned(service, serving.excused);
     ctx__leave(&ctx__services.mu);
     ctx__service_unref(service);
 }
 
-/* Make a callback active. 0, or CTX_NO_MEMORY; with `here` it then runs in this thread, for it must not be left out. */
-static int ctx__service_launch(ctx_service_t *service, void (*run)(const ctx__job_t *job), ctx_t *ctx, bool here) {
+/* [mu, released meanwhile] Make a callback active. Without a thread of its own it goes to the spare one if there is a
+   `call`, for then it must not be left out. Returns 0, or CTX_NO_MEMORY. */
+static int ctx__service_launch(ctx_service_t *service, ctx__spare_call_t *call, void (*run)(const ctx__job_t *job),
+                               ctx_t *ctx) {
     ctx__job_t job;
     int rc;
     memset(&job, 0, sizeof job);
@@ -7778,33 +8158,40 @@ static int ctx__service_launch(ctx_service_t *service, void (*run)(const ctx__jo
     job.owner = service;
     job.ctx = ctx;
     CTX__ADD(&service->refs, 1u, RELAXED);
-    ctx__enter(&ctx__services.mu);
     service->active++;
     ctx__leave(&ctx__services.mu);
     rc = ctx__run(&job);
+    ctx__enter(&ctx__services.mu);
     if (!rc) return 0;
-    if (here) {
-        run(&job);
+    if (!call) {
+        service->active--;
+        CTX__SUB(&service->refs, 1u, RELAXED); /* not the last: the caller's is still there */
+        return rc;
+    }
+    if (ctx__spare_is_there()) {
+        call->job = job;
+        ctx__queue_add(&ctx__services.calls, &call->link);
+        ctx__wake_all(&ctx__services.waiting);
         return 0;
     }
+    ctx__leave(&ctx__services.mu); /* in the child of a fork, if it was started in the parent */
+    run(&job);
     ctx__enter(&ctx__services.mu);
-    service->active--;
-    ctx__leave(&ctx__services.mu);
-    CTX__SUB(&service->refs, 1u, RELAXED); /* not the last: the caller's is still there */
-    return rc;
+    return 0;
 }
 
-/* -- one service's way through a stop: by the supervisor, without the lock -- */
-
-static ctx_dur_t ctx__service_grace(const ctx_service_t *service) {
-    return service->desc.grace > 0 ? service->desc.grace : 0;
-}
+/* -- one service's way through a stop: by the supervisor; each [mu, released meanwhile] -- */
 
 /* When it must be canceled to have its grace period inside the budget. */
 static ctx_time_t ctx__stop_cut(const ctx__stop_t *stop, const ctx_service_t *service) {
-    ctx_dur_t grace = ctx__service_grace(service);
+    ctx_dur_t grace = service->desc.grace;
     if (stop->end == CTX_NO_DEADLINE) return CTX_NO_DEADLINE;
     return ctx_time_add(stop->end, -(grace < stop->budget / 2 ? grace : stop->budget / 2));
+}
+
+/* The end of a grace period that begins now. */
+static ctx_time_t ctx__stop_grace(const ctx__stop_t *stop, const ctx_service_t *service, ctx_time_t now) {
+    return ctx_time_add(ctx__min(now, stop->end), service->desc.grace);
 }
 
 static void ctx__stop_deadline(ctx__stop_t *stop, ctx_service_t *service, ctx_time_t deadline) {
@@ -7812,194 +8199,183 @@ static void ctx__stop_deadline(ctx__stop_t *stop, ctx_service_t *service, ctx_ti
     stop->earliest = ctx__min(stop->earliest, deadline);
 }
 
-static bool ctx__service_is_active(ctx_service_t *service) {
-    bool active;
-    ctx__enter(&ctx__services.mu);
-    active = service->active != 0;
-    ctx__leave(&ctx__services.mu);
-    return active;
-}
-
-/* What it needed and nobody else needs stops next: by way of the list of changes, for that chain may be long. */
-static void ctx__stop_release(ctx_service_t *service) {
-    ctx_service_t **need;
-    if (service->released) return;
-    service->released = true;
-    ctx__enter(&ctx__services.mu);
-    for (need = service->needs; need && *need; need++)
-        if (--(*need)->dependents == 0) ctx__service_changed(*need);
-    ctx__leave(&ctx__services.mu);
-}
-
-static void ctx__stop_over(ctx__stop_t *stop, ctx_service_t *service, bool late) {
-    service->phase = CTX__OVER;
-    service->deadline = CTX_NO_DEADLINE;
-    service->late = late;
-    stop->left--;
-    ctx__stop_release(service);
-}
-
 /* Its last grace period has passed. */
 static void ctx__stop_overdue(ctx__stop_t *stop, ctx_service_t *service, ctx_time_t now) {
     if (stop->hurry || now >= stop->end) {
-        ctx__stop_over(stop, service, true);
+        ctx__service_over(service, true);
         return;
     }
-    service->phase = CTX__OVERDUE;
     ctx__stop_deadline(stop, service, stop->end);
-    ctx__stop_release(service);
+    ctx__service_release(service);
 }
 
-static void ctx__stop_cancel(ctx__stop_t *stop, ctx_service_t *service) {
-    bool first = service->canceled == CTX__NEVER;
-    service->phase = CTX__CANCELED;
-    if (first) service->canceled = ctx_now();
-    ctx__cancel(service->ctx, CTX_CANCELED, stop->code ? stop->code : CTX_CANCELED, stop->what, false);
-    if (service->drain_ctx) ctx_cancel(service->drain_ctx);
-    if (!ctx__service_is_active(service)) ctx__stop_over(stop, service, false);
-    else ctx__stop_deadline(stop, service, ctx__from_now(ctx__service_grace(service)));
+/* To CANCELED, or to ABORTED. A cleanup is canceled by its own deadline alone. */
+static void ctx__stop_cancel(ctx__stop_t *stop, ctx_service_t *service, uint8_t phase) {
+    ctx_time_t now = ctx_now(), own = service->drain_ctx ? ctx_deadline(service->drain_ctx) : CTX_NO_DEADLINE;
+    service->phase = phase;
+    if (service->cleanup && own <= now) service->canceled = own;
+    if (!service->cleanup && service->canceled == CTX__NEVER) service->canceled = now;
+    ctx__stop_deadline(stop, service, ctx__stop_grace(stop, service, now));
+    ctx__wake_all(&service->waiters);
+    ctx__leave(&ctx__services.mu);
+    if (!service->cleanup)
+        ctx__cancel(service->ctx, CTX_CANCELED, stop->code ? stop->code : CTX_CANCELED, stop->what, false);
+    if (own <= now) ctx__expire(service->drain_ctx);
+    else if (service->drain_ctx && !service->cleanup) ctx_cancel(service->drain_ctx);
+    ctx__enter(&ctx__services.mu);
+    if (service->phase != CTX__OVER && !service->active && (phase == CTX__CANCELED || !service->started))
+        ctx__service_over(service, false);
 }
 
 static void ctx__stop_force(ctx__stop_t *stop, ctx_service_t *service) {
     service->phase = CTX__FORCED;
     service->forced = ctx_now();
-    ctx__stop_deadline(stop, service, ctx_time_add(ctx__min(service->forced, stop->end), ctx__service_grace(service)));
-    ctx__service_launch(service, ctx__service_force_job, NULL, true);
+    ctx__stop_deadline(stop, service, ctx__stop_grace(stop, service, service->forced));
+    ctx__service_launch(service, &service->calls[1], ctx__service_force_job, NULL);
 }
 
-/* The context of drain: detached, for the service's own may be done. Without a timer the supervisor cancels it. */
+/* The context of drain: detached, for the service's own may be done. Without a timer thread it has its deadline all the
+   same: a thread that waits ends it itself, and the supervisor does. */
 static ctx_t *ctx__service_drain_ctx(ctx_service_t *service, ctx_time_t deadline) {
     ctx__make_t make = ctx__make_plain;
     ctx_t *node = (ctx_t *)service->drain_node;
     make.detach = true;
     make.name = service->desc.name;
     make.site = "ctx_service_stop";
-    make.deadline = deadline;
-    if (ctx__timer_ready()) make.deadline = CTX_NO_DEADLINE;
+    if (deadline != CTX_NO_DEADLINE && !ctx__timer_ready()) make.deadline = deadline;
     service->drain_node = NULL;
-    service->drain_ctx = ctx__make(service->ctx, node, &make);
-    return service->drain_ctx;
+    node = ctx__make(service->ctx, node, &make);
+    if (make.deadline != deadline) node->timer.deadline = deadline;
+    return service->drain_ctx = node;
 }
 
 /* Refuse and drain, if there is anything to do; then it is canceled. */
 static void ctx__stop_quiet(ctx__stop_t *stop, ctx_service_t *service) {
-    ctx_time_t deadline = ctx__stop_cut(stop, service);
+    ctx_time_t deadline = ctx__stop_cut(stop, service), own = CTX_NO_DEADLINE;
+    ctx_t *ctx;
     if (!service->desc.refuse && !service->desc.drain) {
-        ctx__stop_cancel(stop, service);
+        ctx__stop_cancel(stop, service, CTX__CANCELED);
         return;
     }
-    if (service->desc.drain_budget > 0)
-        deadline = ctx__min(deadline, ctx__from_now(service->desc.drain_budget));
+    if (service->desc.drain_budget > 0) own = ctx__from_now(service->desc.drain_budget);
+    if (!service->cleanup || own == CTX_NO_DEADLINE) own = ctx__min(own, deadline);
     service->phase = CTX__QUIET;
-    ctx__stop_deadline(stop, service, deadline);
-    ctx__service_launch(service, ctx__service_quiet_job, ctx__service_drain_ctx(service, deadline), true);
-}
-
-/* Its turn has come. True: it was running. */
-static bool ctx__stop_enter(ctx_service_t *service) {
-    bool started;
-    service->began = ctx_now();
-    ctx__enter(&ctx__services.mu);
-    started = service->state == CTX__RUNNING;
-    service->state = CTX__STOPPING;
+    ctx__stop_deadline(stop, service, ctx__min(own, deadline));
     ctx__leave(&ctx__services.mu);
-    return started;
+    ctx = ctx__service_drain_ctx(service, own);
+    ctx__enter(&ctx__services.mu);
+    ctx__service_launch(service, &service->calls[0], ctx__service_quiet_job, ctx);
 }
 
+/* Its turn has come. */
 static void ctx__stop_begin(ctx__stop_t *stop, ctx_service_t *service) {
-    if (ctx__stop_enter(service)) ctx__stop_quiet(stop, service);
-    else ctx__stop_cancel(stop, service);
+    service->began = ctx_now();
+    if (service->phase == CTX__STARTING) ctx__stop_cancel(stop, service, CTX__ABORTED);
+    else if (service->phase == CTX__RUNNING && !stop->hurry) ctx__stop_quiet(stop, service);
+    else ctx__stop_cancel(stop, service, CTX__CANCELED);
 }
 
-/* Something has changed, or its deadline has passed. */
+/* Do those stand in its way that are to stop first? */
+static bool ctx__stop_awaits(const ctx__stop_t *stop, const ctx_service_t *service) {
+    return service->dependents || (stop->critical && !service->critical);
+}
+
+/* Does its force wait for on_force to return? No longer than that has, which is until the last grace period. */
+static bool ctx__stop_holds_force(const ctx__stop_t *stop, const ctx_service_t *service) {
+    return service->phase == CTX__CANCELED && service->desc.force && stop->hurry && stop->hook &&
+           stop->hook->phase != CTX__OVER;
+}
+
+/* As far as it goes now. */
 static void ctx__stop_advance(ctx__stop_t *stop, ctx_service_t *service, ctx_time_t now) {
-    bool quiet, active, overtaken, passed = now >= service->deadline;
-    if (service->phase == CTX__OVER) return;
-    ctx__enter(&ctx__services.mu);
-    quiet = service->quiet;
-    active = service->active != 0;
-    overtaken = service->overtaken && !active && service->phase > CTX__QUIET;
-    if (overtaken) service->overtaken = false;
-    ctx__leave(&ctx__services.mu);
-    if (overtaken) {
-        ctx__stop_quiet(stop, service);
-    } else if (service->phase == CTX__WAITING) {
-        if (service->dependents == 0) ctx__stop_begin(stop, service);
-    } else if (service->phase == CTX__QUIET) {
-        if (quiet || passed) ctx__stop_cancel(stop, service);
-    } else if (!active) {
-        ctx__stop_over(stop, service, false);
-    } else if (passed && service->phase == CTX__CANCELED && service->desc.force) {
-        ctx__stop_force(stop, service);
-    } else if (passed) {
-        ctx__stop_overdue(stop, service, now);
-    }
+    uint8_t phase;
+    do {
+        bool passed = now >= service->deadline;
+        phase = service->phase;
+        if (phase <= CTX__RUNNING) {
+            if (passed || stop->hurry || !ctx__stop_awaits(stop, service)) ctx__stop_begin(stop, service);
+        } else if (phase == CTX__ABORTED && service->started) {
+            ctx__stop_quiet(stop, service);
+        } else if (phase == CTX__QUIET) {
+            if (passed || stop->hurry || service->quiet) ctx__stop_cancel(stop, service, CTX__CANCELED);
+        } else if (phase == CTX__CANCELED && service->desc.force) {
+            if ((passed || stop->hurry) && !ctx__stop_holds_force(stop, service)) ctx__stop_force(stop, service);
+        } else if (phase != CTX__OVER && passed) {
+            ctx__stop_overdue(stop, service, now);
+        }
+    } while (service->phase != phase);
 }
 
 /* The budget of an app has passed, or a second signal came: all that are left go on to canceled and forced. */
-static void ctx__stop_hurry(ctx__stop_t *stop) {
-    size_t i;
-    if (stop->hurry || !stop->app) return;
+static void ctx__stop_hurry(ctx__stop_t *stop, ctx_time_t now) {
+    ctx_time_t latest = CTX__NEVER;
+    ctx__link_t *link;
     stop->hurry = true;
-    if (stop->app->on_force) stop->app->on_force(stop->app->user);
-    for (i = 0; i < stop->n; i++) {
-        ctx_service_t *service = stop->services[i];
-        if (service->phase == CTX__WAITING) ctx__stop_enter(service);
-        if (service->phase <= CTX__QUIET) ctx__stop_cancel(stop, service);
-        if (service->phase == CTX__CANCELED && service->desc.force) ctx__stop_force(stop, service);
-        if (service->phase == CTX__OVERDUE)
-            ctx__stop_deadline(stop, service, ctx__min(service->deadline, ctx__from_now(ctx__service_grace(service))));
+    stop->earliest = CTX__NEVER;
+    for (link = stop->members.first; link; link = link->next) {
+        ctx_service_t *service = CTX__MEMBER(link);
+        ctx_time_t until = ctx__stop_grace(stop, service, now);
+        if (until > latest) latest = until;
+        if (service->phase != CTX__OVER) service->deadline = ctx__min(service->deadline, until);
     }
+    if (!stop->hook) return;
+    stop->left++;
+    ctx__stop_force(stop, stop->hook);
+    if (stop->hook->phase != CTX__OVER) stop->hook->deadline = latest;
 }
 
-/* Deadlines that have passed; when the next one is. */
+/* Go through all; say when to do so again. */
 static void ctx__stop_clock(ctx__stop_t *stop, ctx_time_t now) {
-    size_t i;
-    if (now >= stop->end) ctx__stop_hurry(stop);
-    stop->earliest = now < stop->end ? stop->end : CTX_NO_DEADLINE;
-    for (i = 0; i < stop->n; i++) {
-        ctx_service_t *service = stop->services[i];
-        if (service->phase == CTX__WAITING) {
-            /* Those that need it have not stopped in time. */
-            if (now >= ctx__stop_cut(stop, service)) ctx__stop_begin(stop, service);
-            else stop->earliest = ctx__min(stop->earliest, ctx__stop_cut(stop, service));
-        }
-        if (service->deadline <= now) ctx__stop_advance(stop, service, now);
-        stop->earliest = ctx__min(stop->earliest, service->deadline);
+    ctx__link_t *link;
+    stop->earliest = stop->app && !stop->hurry ? stop->end : CTX_NO_DEADLINE;
+    for (link = stop->members.first; link; link = link->next) {
+        ctx_service_t *service = CTX__MEMBER(link);
+        ctx__stop_advance(stop, service, now);
+        if (!ctx__stop_holds_force(stop, service)) stop->earliest = ctx__min(stop->earliest, service->deadline);
     }
+    if (!stop->hurry || !stop->hook) return;
+    ctx__stop_advance(stop, stop->hook, now);
+    stop->earliest = ctx__min(stop->earliest, stop->hook->deadline);
 }
 
-static ctx_service_t *ctx__stop_take_changed(ctx__stop_t *stop) {
-    ctx_service_t *service;
-    ctx__enter(&ctx__services.mu);
-    service = stop->changed;
-    if (service) {
-        stop->changed = service->next_changed;
-        service->changed = false;
-    }
-    ctx__leave(&ctx__services.mu);
-    return service;
+/* The next service that has changed, or NULL. */
+static ctx_service_t *ctx__stop_changed(ctx__stop_t *stop) {
+    ctx__link_t *link = stop->changed.first;
+    if (!link) return NULL;
+    ctx__queue_out(&stop->changed, link);
+    return CTX__CONTAINER(link, ctx_service_t, change);
+}
+
+static bool ctx__stop_due(void *arg) {
+    const ctx__stop_t *stop = (const ctx__stop_t *)arg;
+    return stop->changed.first || !stop->left || stop->earliest == CTX__NEVER;
+}
+
+/* Makes a service part of a stop. */
+static void ctx__stop_add(ctx__stop_t *stop, ctx_service_t *service) {
+    ctx__queue_add(&stop->members, &service->member);
+    service->stop = stop;
+    service->deadline = ctx__stop_cut(stop, service);
+    stop->n++;
+    stop->left++;
+    stop->critical += service->critical;
+    stop->earliest = CTX__NEVER;
 }
 
 /* Bring all services of a stop to their end, as far as the time allows. */
 static void ctx__stop_run(ctx__stop_t *stop) {
     ctx_service_t *service;
-    ctx__watch_t watch;
-    bool watching = stop->second && ctx__watch(&watch, stop->second, &stop->parker);
-    size_t i;
-    stop->earliest = stop->end;
-    for (i = 0; i < stop->n; i++)
-        if (stop->services[i]->dependents == 0) ctx__stop_begin(stop, stop->services[i]);
     while (stop->left) {
         ctx_time_t now = ctx_now();
-        while ((service = ctx__stop_take_changed(stop)) != NULL) ctx__stop_advance(stop, service, now);
-        if (stop->second && ctx_err(stop->second)) ctx__stop_hurry(stop);
+        if (stop->app && !stop->hurry && (now >= stop->end || ctx_err(stop->second))) ctx__stop_hurry(stop, now);
+        while ((service = ctx__stop_changed(stop)) != NULL) ctx__stop_advance(stop, service, now);
         if (now >= stop->earliest) ctx__stop_clock(stop, now);
-        if (!stop->left) break;
-        ctx__park(&stop->parker, stop->earliest);
-        ctx__parker_reset(&stop->parker);
+        if (stop->left)
+            ctx__await(&ctx__services.mu, &stop->waiting, ctx__stop_due, stop,
+                       stop->hurry || !stop->app ? &ctx__root : stop->second, stop->earliest);
     }
-    if (watching) ctx__unwatch(&watch);
+    while (ctx__stop_changed(stop)) {}
+    stop->took = ctx_now() - stop->start;
 }
 
 /* -- reports -- */
@@ -8015,9 +8391,11 @@ static ctx_time_t ctx__service_over_at(const ctx_service_t *service) {
 
 /* [mu] */
 static bool ctx__stop_within_budget(const ctx__stop_t *stop) {
-    size_t i;
-    for (i = 0; i < stop->n; i++)
-        if (stop->services[i]->late || stop->services[i]->finished > stop->end) return false;
+    const ctx__link_t *link;
+    for (link = stop->members.first; link; link = link->next) {
+        const ctx_service_t *service = CTX__MEMBER(link);
+        if (service->late || (service->finished > stop->end && !stop->cleanups)) return false;
+    }
     return true;
 }
 
@@ -8034,7 +8412,7 @@ static void ctx__service_part(const ctx_service_t *service, ctx_time_t start, ct
     part->rc = service->rc;
     part->dropped = CTX__LOAD(&service->tally.dropped, RELAXED);
     part->stuck = CTX__LOAD(&service->tally.stuck, RELAXED);
-    part->not_started = !service->was_started;
+    part->not_started = !service->started;
     part->late = service->late;
 }
 
@@ -8045,12 +8423,12 @@ static ctx_dur_t ctx__service_held(const ctx_service_t *service) {
 
 /* Mark the `most` of them that belong into a report. */
 static void ctx__stop_mark(const ctx__stop_t *stop, size_t most) {
-    size_t i;
-    for (i = 0; i < stop->n; i++) stop->services[i]->marked = stop->n <= most;
+    ctx__link_t *link;
+    for (link = stop->members.first; link; link = link->next) CTX__MEMBER(link)->marked = stop->n <= most;
     for (; stop->n > most && most; most--) {
         ctx_service_t *slowest = NULL;
-        for (i = 0; i < stop->n; i++) {
-            ctx_service_t *service = stop->services[i];
+        for (link = stop->members.first; link; link = link->next) {
+            ctx_service_t *service = CTX__MEMBER(link);
             if (!service->marked && (!slowest || ctx__service_held(service) > ctx__service_held(slowest)))
                 slowest = service;
         }
@@ -8071,21 +8449,23 @@ static void ctx__parts_sort(ctx_shutdown_part_t *parts, size_t n) {
     }
 }
 
-/* [mu] All but lame_duck and rc. */
-static void ctx__stop_report(const ctx__stop_t *stop, ctx_dur_t took, ctx_shutdown_report_t *report) {
-    ctx_time_t start = stop->start;
-    size_t i;
+/* [mu] All but lame_duck. */
+static void ctx__stop_report(const ctx__stop_t *stop, ctx_shutdown_report_t *report) {
+    const ctx__link_t *link;
+    if (!report) return;
     memset(report, 0, sizeof *report);
     report->cause = stop->what;
+    report->rc = stop->rc;
     report->budget = stop->budget;
-    report->took = took;
+    report->took = stop->took;
+    report->forced = ctx_err(stop->second) != 0;
     report->total = stop->n;
     ctx__stop_mark(stop, CTX_SHUTDOWN_PARTS);
-    for (i = 0; i < stop->n; i++) {
-        const ctx_service_t *service = stop->services[i];
+    for (link = stop->members.first; link; link = link->next) {
+        const ctx_service_t *service = CTX__MEMBER(link);
         report->late += service->late;
         report->dropped += CTX__LOAD(&service->tally.dropped, RELAXED);
-        if (service->marked) ctx__service_part(service, start, &report->parts[report->n++]);
+        if (service->marked) ctx__service_part(service, stop->start, &report->parts[report->n++]);
     }
     report->within_budget = ctx__stop_within_budget(stop);
     ctx__parts_sort(report->parts, report->n);
@@ -8194,10 +8574,10 @@ static ctx_service_t *ctx__service_make(ctx_t *parent, const ctx_service_desc_t 
     service->desc = *desc;
     if (!service->desc.name) service->desc.name = "service";
     if (!service->desc.grace) service->desc.grace = CTX_MS(100);
+    if (service->desc.grace < 0) service->desc.grace = 0;
     service->refs = 1;
     service->noticed = service->drained = service->finished = CTX__NEVER;
     service->began = service->canceled = service->forced = CTX__NEVER;
-    service->deadline = CTX_NO_DEADLINE;
     make.name = service->desc.name;
     make.site = "ctx_service_new";
     service->ctx = ctx__make(parent, NULL, &make);
@@ -8209,20 +8589,9 @@ static ctx_service_t *ctx__service_make(ctx_t *parent, const ctx_service_desc_t 
         return NULL;
     }
     ctx__enter(&ctx__services.mu);
-    service->next = ctx__services.all;
-    service->pprev = &ctx__services.all;
-    if (service->next) service->next->pprev = &service->next;
-    ctx__services.all = service;
+    ctx__link_in(&ctx__services.all, &service->link);
     ctx__leave(&ctx__services.mu);
     return service;
-}
-
-/* [mu] The owner lets go of it. To be followed by ctx__service_unref() once `mu` is free. */
-static void ctx__service_unlist(ctx_service_t *service) {
-    *service->pprev = service->next;
-    if (service->next) service->next->pprev = service->pprev;
-    service->app = NULL;
-    service->stop = NULL;
 }
 
 CTXCANCEL_API ctx_service_t *ctx_service_new(ctx_t *parent, const ctx_service_desc_t *desc) {
@@ -8231,121 +8600,108 @@ CTXCANCEL_API ctx_service_t *ctx_service_new(ctx_t *parent, const ctx_service_de
     return ctx__service_make(parent, desc);
 }
 
-static int ctx__service_call_start(ctx_service_t *service) {
-    ctx__serving_t outer;
+/* What its stop will need is there before anything of it runs. */
+static int ctx__service_call_start(ctx_service_t *service, ctx__serving_t *serving) {
     int rc = ctx_err(service->ctx);
+    serving->excused = false;
     if (rc || !service->desc.start) return rc;
-    outer = ctx__service_enter(service, false);
+    ctx__service_enter(service, serving, false);
     rc = service->desc.start(service->ctx, service->desc.user);
-    ctx__service_leave(outer);
+    ctx__service_leave(serving);
     return rc;
 }
 
-/* Call start and let run go on, unless a stop has come between. The state is STARTING and this is counted as active.
+/* Has a start that failed been cleared away? */
+static bool ctx__service_settled(void *arg) {
+    const ctx_service_t *service = (const ctx_service_t *)arg;
+    return service->phase != CTX__STARTING || !service->active;
+}
+
+/* Call start and let run go on, unless a stop has come between. The phase is STARTING and this is counted as active.
    After an error it may be tried again, once the thread for run has gone. */
 static int ctx__service_do_start(ctx_service_t *service) {
-    ctx__waiter_t waiter;
-    bool stopping;
-    int rc;
-    memset(&waiter, 0, sizeof waiter);
-    ctx__parker_reset(&service->start_over);
-    rc = service->desc.run ? ctx__service_launch(service, ctx__service_run_job, NULL, false) : 0;
-    if (!rc) rc = ctx__service_call_start(service);
+    bool stops = service->desc.refuse || service->desc.drain || service->desc.force;
+    int rc = stops ? ctx__spare_start() : 0;
+    ctx__serving_t serving;
+    serving.excused = false;
     ctx__enter(&ctx__services.mu);
-    stopping = service->state >= CTX__STOPPING;
-    service->start_rc = stopping ? CTX_CLOSED : rc;
-    service->overtaken = stopping && !rc;
-    ctx__unpark(&service->start_over);
-    if (rc && stopping) ctx__service_note(service, rc == ctx_err(service->ctx) ? 0 : rc);
-    service->was_started = !rc;
-    if (!rc && !stopping) service->state = CTX__RUNNING;
-    ctx__service_inactive(service);
-    while (service->state == CTX__STARTING && service->active)
-        ctx__waiter_park(&service->waiters, &waiter, &ctx__services.mu, CTX_NO_DEADLINE);
-    if (service->state == CTX__STARTING) service->state = CTX__NEW;
+    service->decided = CTX__UNDECIDED;
+    if (!rc && service->desc.run) rc = ctx__service_launch(service, NULL, ctx__service_run_job, NULL);
     ctx__leave(&ctx__services.mu);
-    return rc ? rc : stopping ? CTX_CLOSED : 0;
+    if (!rc) rc = ctx__service_call_start(service, &serving);
+    ctx__enter(&ctx__services.mu);
+    service->started = !rc && service->phase != CTX__OVER;
+    if (service->phase == CTX__STARTING && !rc) service->phase = CTX__RUNNING;
+    else if (service->phase != CTX__STARTING) ctx__service_note(service, rc == ctx_err(service->ctx) ? 0 : rc);
+    if (service->phase > CTX__RUNNING && !rc) rc = CTX_CLOSED;
+    service->decided = rc ? CTX__LEAVE : CTX__RUN;
+    ctx__wake_all(&service->waiters);
+    ctx__service_returned(service, serving.excused);
+    ctx__await(&ctx__services.mu, &service->waiters, ctx__service_settled, service, &ctx__root, CTX_NO_DEADLINE);
+    if (service->phase == CTX__STARTING) service->phase = CTX__NEW;
+    ctx__leave(&ctx__services.mu);
+    return rc;
 }
 
 CTXCANCEL_API int ctx_service_start(ctx_service_t *service) {
-    uint8_t state;
+    uint8_t phase;
     int rc;
     if (!service) return CTX_INVALID;
     ctx__enter(&ctx__services.mu);
-    state = service->state;
-    if (state == CTX__NEW) {
-        service->state = CTX__STARTING;
+    phase = service->phase;
+    if (phase == CTX__NEW) {
+        service->phase = CTX__STARTING;
         service->active++;
     }
     ctx__leave(&ctx__services.mu);
-    if (state >= CTX__STOPPING) return CTX_CLOSED;
-    if (state != CTX__NEW) return CTX_ALREADY;
+    if (phase > CTX__RUNNING) return CTX_CLOSED;
+    if (phase != CTX__NEW) return CTX_ALREADY;
     CTX__ADD(&service->refs, 1u, RELAXED);
     rc = ctx__service_do_start(service);
     ctx__service_unref(service);
     return rc;
 }
 
-/* [mu] What the one stop came to, for each of its callers. */
-static int ctx__service_result(ctx_service_t *service, ctx_shutdown_report_t *report) {
-    ctx__stop_t stop;
-    if (!report) return service->stop_rc;
-    memset(&stop, 0, sizeof stop);
-    stop.services = &service;
-    stop.n = 1;
-    stop.start = service->stop_start;
-    stop.budget = service->stop_budget;
-    stop.end = ctx_time_add(stop.start, stop.budget);
-    stop.what = "request";
-    ctx__stop_report(&stop, service->stop_took, report);
-    report->rc = service->stop_rc;
-    return service->stop_rc;
+/* [mu] A callback of the service's own that stops it is not waited for. */
+static void ctx__service_excuse(ctx_service_t *service) {
+    ctx__scope_t *scope = ctx__scope_of(CTX__IN_SERVICE, service);
+    ctx__serving_t *serving = scope ? CTX__CONTAINER(scope, ctx__serving_t, scope) : NULL;
+    if (!serving || serving->excused) return;
+    serving->excused = true;
+    if (serving->drains) service->quiet = true;
+    ctx__service_inactive(service);
 }
 
-static void ctx__service_supervise(ctx_service_t *service, ctx__stop_t *stop) {
+static bool ctx__service_stopped(void *arg) {
+    const ctx_service_t *service = (const ctx_service_t *)arg;
+    return service->phase == CTX__OVER && !service->stop;
+}
+
+/* [mu, released meanwhile] The one stop. */
+static void ctx__service_supervise(ctx_service_t *service, ctx_dur_t budget) {
+    ctx__stop_t *stop = &service->own;
+    stop->start = ctx_now();
+    stop->budget = budget > 0 ? budget : 0;
     stop->end = ctx_time_add(stop->start, stop->budget);
+    stop->second = &ctx__root;
     stop->what = "service stopped";
+    ctx__stop_add(stop, service);
     ctx__stop_run(stop);
-    ctx__enter(&ctx__services.mu);
+    stop->what = "request"; /* for reports */
+    stop->rc = ctx__stop_within_budget(stop) ? service->rc : CTX_DEADLINE_EXCEEDED;
     service->stop = NULL;
-    service->changed = false;
-    service->state = CTX__STOPPED;
-    service->stop_start = stop->start;
-    service->stop_budget = stop->budget;
-    service->stop_took = ctx_now() - stop->start;
-    service->stop_rc = ctx__stop_within_budget(stop) ? service->rc : CTX_DEADLINE_EXCEEDED;
-    ctx__waiters_wake(&service->waiters);
-    ctx__leave(&ctx__services.mu);
+    ctx__wake_all(&service->waiters);
 }
 
 CTXCANCEL_API int ctx_service_stop(ctx_service_t *service, ctx_dur_t budget, ctx_shutdown_report_t *report) {
-    ctx__waiter_t waiter;
-    ctx__stop_t stop;
-    bool mine;
     int rc;
     if (!service) return CTX_INVALID;
-    memset(&waiter, 0, sizeof waiter);
-    memset(&stop, 0, sizeof stop);
-    stop.services = &service;
-    stop.n = stop.left = 1;
-    stop.start = ctx_now();
-    stop.budget = budget > 0 ? budget : 0;
     ctx__enter(&ctx__services.mu);
-    mine = !service->stop && service->state != CTX__STOPPED;
-    if (ctx__serving.service == service && ctx__serving.run && !service->excused) {
-        service->excused = true;
-        ctx__service_inactive(service);
-    }
-    if (mine) {
-        /* cppcheck-suppress autoVariables ; it is taken back below */
-        service->stop = &stop;
-        ctx__leave(&ctx__services.mu);
-        ctx__service_supervise(service, &stop);
-        ctx__enter(&ctx__services.mu);
-    }
-    while (service->state != CTX__STOPPED)
-        ctx__waiter_park(&service->waiters, &waiter, &ctx__services.mu, CTX_NO_DEADLINE);
-    rc = ctx__service_result(service, report);
+    ctx__service_excuse(service);
+    if (!service->stop && service->phase != CTX__OVER) ctx__service_supervise(service, budget);
+    ctx__await(&ctx__services.mu, &service->waiters, ctx__service_stopped, service, &ctx__root, CTX_NO_DEADLINE);
+    rc = service->own.rc;
+    ctx__stop_report(&service->own, report);
     ctx__leave(&ctx__services.mu);
     return rc;
 }
@@ -8353,33 +8709,10 @@ CTXCANCEL_API int ctx_service_stop(ctx_service_t *service, ctx_dur_t budget, ctx
 CTXCANCEL_API void ctx_service_free(ctx_service_t *service) {
     if (!service) return;
     ctx_service_stop(service, 0, NULL);
-    ctx__enter(&ctx__services.mu);
-    ctx__service_unlist(service);
-    ctx__leave(&ctx__services.mu);
-    ctx__service_unref(service);
+    ctx__service_drop(service);
 }
 
 /* -- apps -- */
-
-struct ctx_app {
-    ctx_t *parent;            /* [const] a reference */
-    ctx_t *ctx;               /* [const] detached from it: the services stop in order */
-    ctx_service_t **services; /* [owner thread] array of stb_ds.h */
-    int ready;                /* [atomic] */
-    int failed_rc;            /* [mu] of the first service that failed */
-    const char *failed;       /* [mu] its name */
-    ctx__parker_t parker;     /* of who runs it */
-    ctx_t *first, *second;    /* [owner thread] done at the first and at the second signal */
-};
-
-/* [mu] */
-static void ctx__app_failed(ctx_app_t *app, ctx_service_t *service, int rc) {
-    if (!app->failed_rc) {
-        app->failed_rc = rc;
-        app->failed = service->desc.name;
-    }
-    ctx__unpark(&app->parker);
-}
 
 CTXCANCEL_API ctx_app_t *ctx_app_new(ctx_t *parent) {
     ctx__make_t make = ctx__make_plain;
@@ -8399,24 +8732,25 @@ CTXCANCEL_API ctx_app_t *ctx_app_new(ctx_t *parent) {
         return NULL;
     }
     app->parent = ctx_retain(parent);
+    app->refs = 1;
+    app->stop.app = true;
     return app;
 }
 
 static ctx_service_t *ctx__app_find(const ctx_app_t *app, const char *name) {
-    size_t i;
-    for (i = 0; i < stbds_arrlenu(app->services); i++)
-        if (!strcmp(app->services[i]->desc.name, name)) return app->services[i];
-    return NULL;
+    ctx__link_t *link = app->stop.members.first;
+    while (link && strcmp(CTX__MEMBER(link)->desc.name, name) != 0) link = link->next;
+    return link ? CTX__MEMBER(link) : NULL;
 }
 
 CTXCANCEL_API int ctx_app_add(ctx_app_t *app, const ctx_service_desc_t *desc) {
     ctx_service_t *service;
     if (!app || !desc || !desc->name || desc->drain_budget < 0 || ctx__app_find(app, desc->name)) return CTX_INVALID;
-    if (!ctx__array_reserve((void **)&app->services, sizeof *app->services, 1)) return CTX_NO_MEMORY;
     service = ctx__service_make(app->ctx, desc);
     if (!service) return CTX_NO_MEMORY;
     service->app = app; /* nothing of it runs yet */
-    stbds_arrput(app->services, service);
+    CTX__ADD(&app->refs, 1u, RELAXED);
+    ctx__stop_add(&app->stop, service);
     return 0;
 }
 
@@ -8425,35 +8759,32 @@ CTXCANCEL_API bool ctx_app_ready(const ctx_app_t *app) {
 }
 
 CTXCANCEL_API void ctx_app_free(ctx_app_t *app) {
-    size_t i;
+    ctx__link_t *link;
     if (!app) return;
-    for (i = 0; i < stbds_arrlenu(app->services); i++) {
-        ctx__enter(&ctx__services.mu);
-        ctx__service_unlist(app->services[i]);
-        ctx__leave(&ctx__services.mu);
-        ctx__service_unref(app->services[i]);
+    while ((link = app->stop.members.first) != NULL) {
+        ctx__queue_out(&app->stop.members, link); /* NOLINT(clang-analyzer-unix.Malloc): the owner has a reference */
+        ctx__service_drop(CTX__MEMBER(link));
     }
-    stbds_arrfree(app->services);
+    if (app->stop.hook) ctx__service_drop(app->stop.hook);
+    ctx_end(app->over);
     ctx_end(app->first);
     ctx_end(app->second);
     ctx_end(app->ctx);
     ctx_release(app->parent);
-    CTXCANCEL_FREE(app);
+    ctx__app_unref(app);
 }
 
 /* Find what each service needs, and count who needs it. */
 static int ctx__app_resolve(ctx_app_t *app) {
-    size_t i, n, at;
-    for (i = 0; i < stbds_arrlenu(app->services); i++) {
-        ctx_service_t *service = app->services[i];
-        const char *const *after = service->desc.needs;
-        for (n = 0; after && after[n]; n++) {}
-        service->needs = (ctx_service_t **)ctx__alloc((n + 1) * sizeof(ctx_service_t *));
-        if (!service->needs) return CTX_NO_MEMORY;
-        for (at = 0; at < n; at++) {
-            ctx_service_t *need = ctx__app_find(app, after[at]);
+    ctx__link_t *link;
+    for (link = app->stop.members.first; link; link = link->next) {
+        ctx_service_t *service = CTX__MEMBER(link);
+        const char *const *name;
+        for (name = service->desc.needs; name && *name; name++) {
+            ctx_service_t *need = ctx__app_find(app, *name);
             if (!need) return CTX_INVALID;
-            service->needs[at] = need;
+            if (!ctx__array_reserve((void **)&service->needs, sizeof need, 1)) return CTX_NO_MEMORY;
+            stbds_arrput(service->needs, need);
             need->dependents++;
         }
     }
@@ -8461,54 +8792,61 @@ static int ctx__app_resolve(ctx_app_t *app) {
 }
 
 static bool ctx__app_may_start(const ctx_service_t *service) {
-    ctx_service_t **need;
-    if (service->marked) return false;
-    for (need = service->needs; *need; need++)
-        if (!(*need)->marked) return false;
+    size_t i;
+    for (i = 0; i < stbds_arrlenu(service->needs); i++)
+        if (!service->needs[i]->marked) return false;
     return true;
 }
 
 /* Put the services into an order in which each comes after those that it needs. */
 static int ctx__app_order(ctx_app_t *app) {
-    size_t n = stbds_arrlenu(app->services), done = 0, i;
+    ctx__queue_t rest = app->stop.members, *ordered = &app->stop.members;
+    ctx__link_t *link, *next;
     bool progress = true;
-    while (done < n && progress) {
+    memset(ordered, 0, sizeof *ordered);
+    if (rest.first) rest.first->pprev = &rest.first;
+    while (rest.first && progress) {
         progress = false;
-        for (i = done; i < n; i++) {
-            ctx_service_t *service = app->services[i];
+        for (link = rest.first; link; link = next) {
+            ctx_service_t *service = CTX__MEMBER(link);
+            next = link->next;
             if (!ctx__app_may_start(service)) continue;
             service->marked = progress = true;
-            app->services[i] = app->services[done];
-            app->services[done++] = service;
+            ctx__queue_out(&rest, link);
+            ctx__queue_add(ordered, link);
         }
     }
-    return done == n ? 0 : CTX_INVALID;
+    if (progress || !rest.first) return 0;
+    while ((link = rest.first) != NULL) { /* a circle */
+        ctx__queue_out(&rest, link);
+        ctx__queue_add(ordered, link);
+    }
+    return CTX_INVALID;
 }
 
-static int ctx__app_signals(ctx_app_t *app, const int *signals) {
+/* The contexts that end it, and what on_force needs. */
+static int ctx__app_prepare(ctx_app_t *app, const ctx_app_desc_t *d) {
     static const int usual[] = { SIGTERM, SIGINT, 0 };
+    const int *signals = d->signals ? d->signals : usual;
+    ctx_service_desc_t hook;
     size_t n = 0;
-    if (!signals) signals = usual;
     while (signals[n]) n++;
-    app->second = ctx_with_cancel_at(&ctx__root, "ctx_app_run");
+    app->stop.second = app->second = ctx_with_cancel_at(&ctx__root, "ctx_app_run");
     app->first = n ? ctx__notify_make(&ctx__root, signals, n, "ctx_app_run", app->second)
                    : ctx_with_cancel_at(&ctx__root, "ctx_app_run");
     if (app->second->flags & CTX__F_FAILED) return ctx_err(app->second);
-    return app->first->flags & CTX__F_FAILED ? ctx_err(app->first) : 0;
-}
-
-/* Is there a reason to shut down? Its text and code. */
-static bool ctx__app_over(ctx_app_t *app, const char **what, int *code) {
-    ctx_cause_t cause;
-    ctx__enter(&ctx__services.mu);
-    *what = app->failed;
-    *code = app->failed_rc;
-    ctx__leave(&ctx__services.mu);
-    if (*code) return true;
-    cause = ctx_cause(ctx_err(app->first) ? app->first : app->parent);
-    *what = cause.what;
-    *code = cause.code;
-    return cause.what != NULL;
+    if (app->first->flags & CTX__F_FAILED) return ctx_err(app->first);
+    app->over = ctx_merge_at(app->first, app->parent, "ctx_app_run");
+    if (app->over->flags & CTX__F_FAILED) return ctx_err(app->over);
+    if (!d->on_force) return 0;
+    memset(&hook, 0, sizeof hook);
+    hook.name = "on_force";
+    hook.force = d->on_force;
+    hook.user = d->user;
+    app->stop.hook = ctx__service_make(app->ctx, &hook);
+    if (!app->stop.hook) return CTX_NO_MEMORY;
+    app->stop.hook->stop = &app->stop;
+    return ctx__spare_start();
 }
 
 static void ctx__app_start_job(const ctx__job_t *job) {
@@ -8516,37 +8854,40 @@ static void ctx__app_start_job(const ctx__job_t *job) {
     int rc = ctx__service_do_start(service);
     ctx__enter(&ctx__services.mu);
     if (rc && rc != ctx_err(service->ctx) && rc != CTX_CLOSED) ctx__service_note(service, rc);
-    if (service->app) ctx__unpark(&service->app->parker);
+    ctx__service_changed(service);
     ctx__leave(&ctx__services.mu);
     ctx__service_unref(service);
 }
 
+/* [mu, released meanwhile] */
 static void ctx__app_start(ctx_service_t *service) {
-    ctx__enter(&ctx__services.mu);
-    service->state = CTX__STARTING;
-    ctx__leave(&ctx__services.mu);
-    ctx__service_launch(service, ctx__app_start_job, NULL, true);
+    int rc;
+    service->phase = CTX__STARTING;
+    rc = ctx__service_launch(service, NULL, ctx__app_start_job, NULL);
+    if (!rc) return;
+    service->phase = CTX__NEW;
+    ctx__service_note(service, rc);
 }
 
-static bool ctx__app_is_starting(ctx_service_t *service) {
-    bool starting;
-    ctx__enter(&ctx__services.mu);
-    starting = service->state == CTX__STARTING;
-    ctx__leave(&ctx__services.mu);
-    return starting;
+static bool ctx__app_due(void *arg) {
+    const ctx__stop_t *stop = (const ctx__stop_t *)arg;
+    return stop->changed.first || stop->failed_rc;
 }
 
-/* Start all in order, unless there is a reason to shut down before. Then wait for one. True: it had been ready. */
-static bool ctx__app_live(ctx_app_t *app, const char **what, int *code) {
+/* [mu, released meanwhile] Start all in order, unless there is a reason to shut down before. Then wait for one. True:
+   it had been ready. */
+static bool ctx__app_live(ctx_app_t *app) {
+    ctx__stop_t *stop = &app->stop;
+    ctx__link_t *next = stop->members.first;
     ctx_service_t *starting = NULL;
-    size_t next = 0, n = stbds_arrlenu(app->services);
     bool ready = false;
-    while (!ctx__app_over(app, what, code)) {
-        if (ready || (starting && ctx__app_is_starting(starting))) {
-            ctx__park(&app->parker, CTX_NO_DEADLINE);
-            ctx__parker_reset(&app->parker);
-        } else if (next < n) {
-            starting = app->services[next++];
+    while (!stop->failed_rc && !ctx_err(app->over)) {
+        while (ctx__stop_changed(stop)) {}
+        if (ready || (starting && starting->phase == CTX__STARTING)) {
+            ctx__await(&ctx__services.mu, &stop->waiting, ctx__app_due, stop, app->over, CTX_NO_DEADLINE);
+        } else if (next) {
+            starting = CTX__MEMBER(next);
+            next = next->next;
             ctx__app_start(starting);
         } else {
             ready = true;
@@ -8557,62 +8898,59 @@ static bool ctx__app_live(ctx_app_t *app, const char **what, int *code) {
     return ready;
 }
 
-static int ctx__app_shut_down(ctx_app_t *app, const ctx_app_desc_t *desc, ctx__stop_t *stop, bool was_ready) {
+/* [mu] Why it shuts down. */
+static void ctx__app_cause(ctx_app_t *app) {
+    ctx_cause_t cause = ctx_cause(app->over);
+    app->stop.what = app->stop.failed_rc ? app->stop.failed : cause.what;
+    app->stop.code = app->stop.failed_rc ? app->stop.failed_rc : cause.code;
+}
+
+/* [mu, released meanwhile] Returns the time as a lame duck. */
+static ctx_dur_t ctx__app_shut_down(ctx_app_t *app, ctx_dur_t budget, ctx_dur_t lame_duck) {
+    ctx__stop_t *stop = &app->stop;
     ctx_dur_t duck = 0;
-    size_t i;
-    int rc;
-    stop->services = app->services;
-    stop->n = stop->left = stbds_arrlenu(app->services);
+    ctx__link_t *link;
     stop->start = ctx_now();
-    stop->budget = desc->budget;
-    stop->end = ctx_time_add(stop->start, desc->budget);
-    stop->app = desc;
-    stop->second = app->second;
-    if (was_ready && desc->lame_duck > 0) {
-        ctx__wait_until(app->second, ctx__min(stop->end, ctx_time_add(stop->start, desc->lame_duck)));
+    stop->budget = budget;
+    stop->end = ctx_time_add(stop->start, budget);
+    if (lame_duck > 0) {
+        ctx__leave(&ctx__services.mu);
+        ctx__sleep_until(app->second, ctx__min(stop->end, ctx_time_add(stop->start, lame_duck)));
         duck = ctx_now() - stop->start;
+        ctx__enter(&ctx__services.mu);
     }
-    ctx__enter(&ctx__services.mu);
-    for (i = 0; i < stop->n; i++) stop->services[i]->stop = stop;
-    ctx__leave(&ctx__services.mu);
+    for (link = stop->members.first; link; link = link->next)
+        CTX__MEMBER(link)->deadline = ctx__stop_cut(stop, CTX__MEMBER(link));
+    stop->earliest = CTX__NEVER;
     ctx__stop_run(stop);
-    ctx__enter(&ctx__services.mu);
-    rc = app->failed_rc;
-    for (i = 0; i < stop->n; i++) stop->services[i]->stop = NULL;
-    if (!rc && !ctx__stop_within_budget(stop)) rc = CTX_DEADLINE_EXCEEDED;
-    if (desc->report) {
-        ctx__stop_report(stop, ctx_now() - stop->start, desc->report);
-        desc->report->lame_duck = duck;
-        desc->report->forced = ctx_err(app->second) != 0;
-        desc->report->rc = rc;
-    }
-    ctx__leave(&ctx__services.mu);
-    return rc;
+    stop->rc = stop->failed_rc || ctx__stop_within_budget(stop) ? stop->failed_rc : CTX_DEADLINE_EXCEEDED;
+    for (link = stop->members.first; link; link = link->next) CTX__MEMBER(link)->stop = NULL;
+    if (stop->hook) stop->hook->stop = NULL;
+    return duck;
 }
 
 CTXCANCEL_API int ctx_app_run(ctx_app_t *app, const ctx_app_desc_t *desc) {
-    ctx__watch_t on_first, on_parent;
-    bool live_first, live_parent, was_ready;
+    ctx_dur_t duck = 0;
     ctx_app_desc_t d;
-    ctx__stop_t stop;
+    bool ready;
     int rc;
     if (!app) return CTX_INVALID;
     memset(&d, 0, sizeof d);
-    memset(&stop, 0, sizeof stop);
     if (desc) d = *desc;
     if (d.budget == 0) d.budget = CTX_S(25);
-    if (d.budget < 0) d.budget = 0;
     if (d.report) memset(d.report, 0, sizeof *d.report);
     rc = ctx__app_resolve(app);
     if (!rc) rc = ctx__app_order(app);
-    if (!rc) rc = ctx__app_signals(app, d.signals);
+    if (!rc) rc = ctx__app_prepare(app, &d);
     if (!rc) {
-        live_first = ctx__watch(&on_first, app->first, &app->parker);
-        live_parent = ctx__watch(&on_parent, app->parent, &app->parker);
-        was_ready = ctx__app_live(app, &stop.what, &stop.code);
-        if (live_first) ctx__unwatch(&on_first);
-        if (live_parent) ctx__unwatch(&on_parent);
-        rc = ctx__app_shut_down(app, &d, &stop, was_ready);
+        ctx__enter(&ctx__services.mu);
+        ready = ctx__app_live(app);
+        ctx__app_cause(app);
+        duck = ctx__app_shut_down(app, d.budget < 0 ? 0 : d.budget, ready ? d.lame_duck : 0);
+        rc = app->stop.rc;
+        ctx__stop_report(&app->stop, d.report);
+        ctx__leave(&ctx__services.mu);
+        if (d.report) d.report->lame_duck = duck;
     }
     ctx_app_free(app);
     return rc;
@@ -8620,201 +8958,67 @@ CTXCANCEL_API int ctx_app_run(ctx_app_t *app, const ctx_app_desc_t *desc) {
 
 /* -- cleanups -- */
 
-typedef struct ctx__cleanup_run {
-    ctx__parker_t parker;
-} ctx__cleanup_run_t;
-
-typedef struct ctx__cleanup_item {
-    ctx_cleanup_desc_t desc;        /* [const] */
-    struct ctx__cleanup_item *next; /* [mu while registered, then owner thread] */
-    void *node;                     /* memory for its context */
-    ctx_t *ctx;
-    ctx__cleanup_run_t *run;        /* [mu] who waits for it; NULL: it is late */
-    ctx_time_t began, deadline;     /* [const] once launched */
-    ctx_time_t finished;            /* [mu] CTX__NEVER: not yet */
-    int rc;                         /* [mu] */
-    ctx__tally_t tally;
-} ctx__cleanup_item_t;
-
-static void ctx__cleanup_item_free(ctx__cleanup_item_t *item) {
-    ctx_end(item->ctx);
-    CTXCANCEL_FREE(item->node);
-    CTXCANCEL_FREE(item);
-}
-
 CTXCANCEL_API int ctx_cleanup_add(ctx_cleanup_t *cleanup, const ctx_cleanup_desc_t *desc) {
-    ctx__cleanup_item_t *item;
+    ctx_service_desc_t d;
+    ctx_service_t *service;
     if (!cleanup || !desc || !desc->fn || desc->timeout < 0) return CTX_INVALID;
-    item = (ctx__cleanup_item_t *)ctx__alloc(sizeof *item);
-    if (!item) return CTX_NO_MEMORY;
-    item->desc = *desc;
-    item->began = item->finished = CTX__NEVER;
-    if (!item->desc.name) item->desc.name = "cleanup";
-    item->node = CTXCANCEL_MALLOC(sizeof(ctx_t));
-    if (!item->node) {
-        CTXCANCEL_FREE(item);
+    memset(&d, 0, sizeof d);
+    d.name = desc->name ? desc->name : "cleanup";
+    d.drain = desc->fn;
+    d.user = desc->arg;
+    d.drain_budget = desc->timeout;
+    d.grace = -1;
+    service = ctx__service_make(&ctx__root, &d);
+    if (!service) return CTX_NO_MEMORY;
+    if (ctx__spare_start()) {
+        ctx__service_drop(service);
         return CTX_NO_MEMORY;
     }
+    service->cleanup = service->started = true;
+    service->critical = desc->critical;
+    service->on_late = desc->on_late;
+    service->phase = CTX__RUNNING;
     ctx__enter(&ctx__services.mu);
-    if (cleanup->last) cleanup->last->next = item;
-    else cleanup->first = item;
-    cleanup->last = item;
+    if (cleanup->run) {
+        ctx__stop_add(cleanup->run, service);
+        ctx__wake_all(&cleanup->run->waiting);
+    } else {
+        ctx__queue_add(&cleanup->items, &service->member);
+    }
     ctx__leave(&ctx__services.mu);
     return 0;
 }
 
-/* True: it is late, and nobody else's any more. */
-static bool ctx__cleanup_do(ctx__cleanup_item_t *item) {
-    ctx__tally_t *outer = ctx__tally;
-    bool late;
-    int rc;
-    ctx__tally = &item->tally;
-    rc = item->desc.fn(item->ctx, item->desc.arg);
-    ctx__tally = outer;
-    ctx__enter(&ctx__services.mu);
-    item->rc = rc;
-    item->finished = ctx_now();
-    late = item->run == NULL;
-    if (!late) ctx__unpark(&item->run->parker);
-    ctx__leave(&ctx__services.mu);
-    return late;
-}
-
-static void ctx__cleanup_job(const ctx__job_t *job) {
-    ctx__cleanup_item_t *item = (ctx__cleanup_item_t *)job->owner;
-    if (!ctx__cleanup_do(item)) return;
-    if (item->desc.on_late) item->desc.on_late(item->desc.name, item->rc, item->finished - item->began, item->desc.arg);
-    ctx__cleanup_item_free(item);
-}
-
-static void ctx__cleanup_launch(ctx__cleanup_item_t *item, ctx__cleanup_run_t *run, ctx_dur_t budget) {
-    ctx__make_t make = ctx__make_plain;
-    ctx__job_t job;
-    memset(&job, 0, sizeof job);
-    job.run = ctx__cleanup_job;
-    job.owner = item;
-    item->run = run;
-    item->began = ctx_now();
-    item->deadline = ctx_time_add(item->began, item->desc.timeout ? item->desc.timeout : budget);
-    make.name = item->desc.name;
-    make.site = "ctx_cleanup_run";
-    make.deadline = ctx__timer_ready() ? CTX_NO_DEADLINE : item->deadline;
-    item->ctx = ctx__make(&ctx__root, (ctx_t *)item->node, &make);
-    item->node = NULL;
-    if (ctx__run(&job)) ctx__cleanup_do(item);
-}
-
-/* When the wait for these is over at the latest; CTX__NEVER: it is. */
-static ctx_time_t ctx__cleanup_until(const ctx__cleanup_item_t *items, bool critical, ctx_time_t end) {
-    ctx_time_t until = CTX__NEVER;
-    ctx__enter(&ctx__services.mu);
-    for (; items; items = items->next) {
-        ctx_time_t its = items->desc.critical && critical ? ctx__min(items->deadline, end) : end;
-        if (items->began != CTX__NEVER && items->finished == CTX__NEVER && its > until) until = its;
-    }
-    ctx__leave(&ctx__services.mu);
-    return until;
-}
-
-static void ctx__cleanup_wait(const ctx__cleanup_item_t *items, ctx__cleanup_run_t *run, bool critical,
-                              ctx_time_t end) {
-    ctx_time_t until;
-    while ((until = ctx__cleanup_until(items, critical, end)) != CTX__NEVER) {
-        bool woken;
-        if (until <= ctx_now()) return;
-        woken = ctx__park(&run->parker, until);
-        if (woken) ctx__parker_reset(&run->parker);
-    }
-}
-
-/* [mu] */
-static void ctx__cleanup_part(const ctx__cleanup_item_t *item, ctx_time_t start, ctx_shutdown_part_t *part) {
-    memset(part, 0, sizeof *part);
-    part->name = item->desc.name;
-    part->began_at = ctx__since(start, item->began);
-    part->drained_at = part->forced_at = -1;
-    part->late = item->finished == CTX__NEVER;
-    part->canceled_at = item->finished > item->deadline || (part->late && ctx_err(item->ctx))
-                          ? ctx__since(start, item->deadline) : -1;
-    part->noticed_at = part->finished_at = ctx__since(start, item->finished);
-    part->rc = item->rc;
-    part->dropped = CTX__LOAD(&item->tally.dropped, RELAXED);
-    part->stuck = CTX__LOAD(&item->tally.stuck, RELAXED);
-}
-
-/* [mu] The late ones first, for they matter most if there are too many. */
-static void ctx__cleanup_report(const ctx__cleanup_item_t *items, ctx_time_t start, ctx_shutdown_report_t *report) {
-    const ctx__cleanup_item_t *item;
-    int late;
-    for (late = 1; late >= 0; late--) {
-        for (item = items; item; item = item->next) {
-            if ((item->finished == CTX__NEVER) != late) continue;
-            report->total++;
-            report->late += (size_t)late;
-            report->dropped += CTX__LOAD(&item->tally.dropped, RELAXED);
-            if (report->n < CTX_SHUTDOWN_PARTS) ctx__cleanup_part(item, start, &report->parts[report->n++]);
-        }
-    }
-    ctx__parts_sort(report->parts, report->n);
-}
-
-/* [mu] Leave the late ones to themselves. The first error; `*done`: the others, to be freed. */
-static int ctx__cleanup_part_ways(ctx__cleanup_item_t *items, ctx__cleanup_item_t **done) {
-    ctx__cleanup_item_t *item, *next;
-    ctx_time_t first = 0;
-    int rc = 0;
-    bool late = false;
-    for (item = items; item; item = next) {
-        next = item->next;
-        if (item->rc && (!rc || item->finished < first)) {
-            rc = item->rc;
-            first = item->finished;
-        }
-        if (item->finished != CTX__NEVER) {
-            item->next = *done;
-            *done = item;
-        } else {
-            item->run = NULL;
-            late = true;
-        }
-    }
-    return rc ? rc : late ? CTX_DEADLINE_EXCEEDED : 0;
-}
-
 CTXCANCEL_API int ctx_cleanup_run(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_shutdown_report_t *report) {
-    ctx__cleanup_item_t *items, *item, *done = NULL;
-    ctx_time_t start = ctx_now(), end;
-    ctx__cleanup_run_t run;
-    int rc, critical;
+    ctx__stop_t stop;
+    ctx__link_t *link;
     if (report) memset(report, 0, sizeof *report);
     if (!cleanup) return CTX_INVALID;
-    ctx__parker_init(&run.parker);
-    if (budget < 0) budget = 0;
-    end = ctx_time_add(start, budget);
+    memset(&stop, 0, sizeof stop);
+    stop.cleanups = true;
+    stop.second = &ctx__root;
+    stop.what = "cleanup";
+    stop.start = ctx_now();
+    stop.budget = budget > 0 ? budget : 0;
+    stop.end = ctx_time_add(stop.start, stop.budget);
     ctx__enter(&ctx__services.mu);
-    items = cleanup->first;
-    cleanup->first = cleanup->last = NULL;
-    ctx__leave(&ctx__services.mu);
-    for (critical = 1; critical >= 0; critical--) {
-        for (item = items; item; item = item->next)
-            if (item->desc.critical == (critical != 0)) ctx__cleanup_launch(item, &run, ctx_time_add(end, -ctx_now()));
-        ctx__cleanup_wait(items, &run, critical != 0, end);
+    while ((link = cleanup->items.first) != NULL) {
+        ctx__queue_out(&cleanup->items, link);
+        ctx__stop_add(&stop, CTX__MEMBER(link));
     }
-    ctx__enter(&ctx__services.mu);
-    if (report) ctx__cleanup_report(items, start, report);
-    rc = ctx__cleanup_part_ways(items, &done);
+    /* cppcheck-suppress autoVariables ; it is taken back below */
+    if (stop.n) cleanup->run = &stop;
+    ctx__stop_run(&stop);
+    if (stop.n) cleanup->run = NULL;
+    stop.rc = stop.failed_rc || ctx__stop_within_budget(&stop) ? stop.failed_rc : CTX_DEADLINE_EXCEEDED;
+    ctx__stop_report(&stop, report);
+    for (link = stop.members.first; link; link = link->next) CTX__MEMBER(link)->stop = NULL;
     ctx__leave(&ctx__services.mu);
-    while ((item = done) != NULL) {
-        done = item->next;
-        ctx__cleanup_item_free(item);
+    while ((link = stop.members.first) != NULL) {
+        ctx__queue_out(&stop.members, link);
+        ctx__service_drop(CTX__MEMBER(link));
     }
-    if (!report) return rc;
-    report->cause = "cleanup";
-    report->budget = budget;
-    report->took = ctx_now() - start;
-    report->within_budget = report->late == 0;
-    report->rc = rc;
-    return rc;
+    return stop.rc;
 }
 
 #ifdef __cplusplus

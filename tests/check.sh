@@ -82,7 +82,7 @@ together() {
 }
 
 # Tests that need the implementation in their own file: they look inside it, or configure it.
-own_implementation=$(grep -lE 'fault\.h|ctx__|CTXCANCEL_(STATIC|MALLOC|ASSERT|TEST_)' tests/test_*.c)
+own_implementation=$(grep -lE 'fault\.h|ctx__|define pthread_|CTXCANCEL_(STATIC|MALLOC|ASSERT|TEST_)' tests/test_*.c)
 
 # The other tests ask for the implementation too, so to have them without they are given a ctxcancel.h that takes this
 # back.
@@ -297,7 +297,7 @@ cell forgotten-context-memcheck "gcc valgrind" seeded_leak memcheck "$memcheck_l
 full_length() { tests=$(grep -lE 'test_scale|TEST_QUICK|steps_' tests/test_*.c) once "$@"; }
 cell full-length gcc full_length full-length gcc -std=c11 -O2 -g $cwarn
 cell full-length-nofutex gcc full_length full-length-nofutex gcc -std=c11 -O2 -g -DCTXCANCEL_NO_FUTEX $cwarn
-cell explore gcc make --no-print-directory explore TIME=150
+cell explore gcc make --no-print-directory explore TIME=180
 
 cell gcc-c99-O0 gcc quick_whole gcc-c99-O0 gcc -std=c99 -O0 -g $cwarn
 cell gcc-c17-O3 gcc few gcc-c17-O3 gcc -std=c17 -O3 $cwarn

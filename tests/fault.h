@@ -122,8 +122,14 @@ static inline void fault_threads_after(long n) { fault_arm(&fault_thread, n, FAU
 static inline void fault_threads_all_after(long n) { fault_arm(&fault_thread, n, FAULT_ALWAYS); }
 static inline bool fault_threads_off(void) { return fault_disarm(&fault_thread); }
 
+/* Called before a thread creation fails (default: nothing). */
+static void (*fault_threads_before)(void);
+
 static inline int fault_pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*fn)(void *), void *arg) {
-    if (fault_now(&fault_thread)) return EAGAIN;
+    if (fault_now(&fault_thread)) {
+        if (fault_threads_before) fault_threads_before();
+        return EAGAIN;
+    }
     return pthread_create(thread, attr, fn, arg);
 }
 #define pthread_create fault_pthread_create

@@ -109,7 +109,7 @@ static bool caused_by(const runner_t *runner, const char *cause) {
 }
 
 static const ctx_shutdown_part_t *part_of(const ctx_shutdown_report_t *report, const char *name) {
-    static const ctx_shutdown_part_t none;
+    static ctx_shutdown_part_t none;
     for (size_t i = 0; i < report->n; i++)
         if (strcmp(report->parts[i].name, name) == 0) return &report->parts[i];
     test_fail(__FILE__, __LINE__, "no part of this name");
@@ -635,6 +635,176 @@ TEST(a_process_that_is_signalled_ends_by_itself) {
     if (getenv("TEST_NO_CHILD_THREADS")) SKIP("no new thread may start in a fork here");
     EXPECT_EQ(status_of(ends_orderly), 0);
     EXPECT_EQ(status_of(ends_forced), 0);
+}
+
+/* -- what on_force may do --------------------------------------------------------------------------------------- */
+
+typedef struct {
+    gate_t gate;
+    int calls; /* [atomic] */
+} slow_force_t;
+
+static void forces_slowly(void *user) {
+    slow_force_t *slow = (slow_force_t *)user;
+    add(&slow->calls, 1);
+    gate_pass(&slow->gate);
+}
+
+/* It does not return before the app has. */
+TEST(a_slow_on_force_does_not_hold_the_app) {
+    for (int twice = 0; twice < 2; twice++) { /* by a second signal, or by the end of the budget */
+        static slow_force_t slow;
+        gate_t gate;
+        memset(&slow, 0, sizeof slow);
+        gate_init(&slow.gate);
+        gate_init(&gate);
+        ctx_app_t *app = new_app();
+        actor_t stuck = actor("stuck"), other = actor("other");
+        stuck.run_gate = &gate;
+        join(app, &stuck, NULL);
+        join(app, &other, NULL);
+        runner_t runner;
+        prepare(&runner, app);
+        runner.desc.budget = CTX_S(2);
+        runner.desc.on_force = forces_slowly;
+        runner.desc.user = &slow;
+        run_until_ready(&runner);
+        send_self(SIGTERM);
+        if (twice) send_self(SIGTERM);
+        EXPECT_EQ(await_end(&runner), CTX_DEADLINE_EXCEEDED);
+        EXPECT(runner.report.took <= (twice ? CTX_MS(200) : CTX_MS(2100))); /* a grace period for each */
+        UNTIL(times(&stuck, FORCES) == 1); /* the last moment is late enough for that */
+        EXPECT_EQ(load(&slow.calls), 1);
+        EXPECT(!part_of(&runner.report, "other")->late);
+        gate_open(&gate);
+        gate_open(&slow.gate);
+        UNTIL(times(&stuck, RETURNED) == 1);
+        nothing_is_left();
+        gate_destroy(&gate);
+        gate_destroy(&slow.gate);
+    }
+}
+
+TEST(components_are_forced_when_on_force_has_returned) {
+    slow_force_t slow;
+    gate_t gate;
+    memset(&slow, 0, sizeof slow);
+    gate_init(&slow.gate);
+    gate_init(&gate);
+    ctx_app_t *app = new_app();
+    actor_t a = actor("a");
+    a.run_gate = a.force_opens = &gate;
+    ctx_service_desc_t service = describe(&a);
+    service.grace = CTX_S(10);
+    EXPECT_EQ(ctx_app_add(app, &service), 0);
+    runner_t runner;
+    prepare(&runner, app);
+    runner.desc.on_force = forces_slowly;
+    runner.desc.user = &slow;
+    run_until_ready(&runner);
+    send_self(SIGTERM);
+    send_self(SIGTERM);
+    gate_await(&slow.gate, 1);
+    pass(CTX_S(1));
+    EXPECT_EQ(times(&a, FORCES), 0);
+    gate_open(&slow.gate);
+    EXPECT_EQ(await_end(&runner), 0);
+    EXPECT_EQ(a.at[FORCES], CTX_S(1));
+    EXPECT_EQ(load(&slow.calls), 1);
+    gate_destroy(&gate);
+    gate_destroy(&slow.gate);
+    nothing_is_left();
+}
+
+/* -- what outlives an app --------------------------------------------------------------------------------------- */
+
+typedef struct {
+    ctx_app_t *app;
+    gate_t gate;
+    int ready, done; /* [atomic] */
+} health_t;
+
+static int asks_after_the_end(ctx_t *ctx, void *user) {
+    health_t *health = (health_t *)user;
+    (void)ctx;
+    gate_pass(&health->gate);
+    store(&health->ready, ctx_app_ready(health->app) ? 1 : 0);
+    store(&health->done, 1);
+    return 0;
+}
+
+TEST(in_a_late_service_the_app_is_not_ready) {
+    health_t health;
+    memset(&health, 0, sizeof health);
+    gate_init(&health.gate);
+    health.ready = -1;
+    health.app = new_app();
+    ctx_service_desc_t desc;
+    memset(&desc, 0, sizeof desc);
+    desc.name = "health";
+    desc.run = asks_after_the_end;
+    desc.user = &health;
+    EXPECT_EQ(ctx_app_add(health.app, &desc), 0);
+    runner_t runner;
+    prepare(&runner, health.app);
+    runner.desc.budget = CTX_S(1);
+    run_until_ready(&runner);
+    gate_await(&health.gate, 1);
+    send_self(SIGTERM);
+    EXPECT_EQ(await_end(&runner), CTX_DEADLINE_EXCEEDED);
+    gate_open(&health.gate);
+    UNTIL(load(&health.done));
+    EXPECT_EQ(load(&health.ready), 0);
+    gate_destroy(&health.gate);
+    nothing_is_left();
+}
+
+static void run_an_app_with_sigint(void) {
+    static const int signals[] = {SIGINT, 0};
+    ctx_app_t *app = new_app();
+    actor_t a = actor("a");
+    join(app, &a, NULL);
+    runner_t runner;
+    prepare(&runner, app);
+    runner.desc.signals = signals;
+    run_until_ready(&runner);
+    send_self(SIGINT);
+    EXPECT_EQ(await_end(&runner), 0);
+}
+
+/* A context that waited for it too has had its signal; for one made later the next is the first. In both cases the one
+   after that ends the process. */
+TEST(after_an_app_a_signal_has_its_former_action) {
+    static const int signals[] = {SIGINT};
+    ctx_t *waits = ctx_notify_signals(ctx_background(), signals, 1);
+    EXPECT((action_of(SIGINT).sa_flags & (int)SA_RESETHAND) != 0);
+    run_an_app_with_sigint();
+    EXPECT_EQ(ctx_err(waits), CTX_CANCELED);
+    EXPECT(is_default(SIGINT));
+    ctx_end(waits);
+    EXPECT(is_default(SIGINT));
+    nothing_is_left();
+}
+
+TEST(after_an_app_a_context_waits_for_its_signal_as_before) {
+    static const int signals[] = {SIGTERM};
+    ctx_t *parent = ctx_with_cancel(ctx_background());
+    ctx_t *waits = ctx_notify_signals(ctx_background(), signals, 1);
+    ctx_clock_fake(T0);
+    ctx_app_t *app = app_below(parent);
+    runner_t runner;
+    prepare(&runner, app);
+    run_until_ready(&runner);
+    EXPECT((action_of(SIGTERM).sa_flags & (int)SA_RESETHAND) == 0); /* the second one is for the app */
+    ctx_cancel(parent);
+    EXPECT_EQ(await_end(&runner), 0);
+    EXPECT(!is_default(SIGTERM) && (action_of(SIGTERM).sa_flags & (int)SA_RESETHAND) != 0);
+    raise(SIGTERM);
+    EXPECT_EQ(ctx_wait(waits, CTX_FOREVER), CTX_CANCELED);
+    EXPECT(is_default(SIGTERM)); /* a second one ends the process */
+    ctx_end(waits);
+    ctx_end(parent);
+    nothing_is_left();
 }
 
 /* -- readiness and lame duck ------------------------------------------------------------------------------------ */

@@ -5,6 +5,9 @@
 #include "ctxcancel.h"
 #include "race.h"
 
+#include <signal.h>
+#include <sys/wait.h>
+
 /* -- what the tests share --------------------------------------------------------------------------------------- */
 
 /* Items are the numbers 0, 1, 2, ... in the order of their adding. A batcher with what flush and on_drop saw. */
@@ -1428,6 +1431,106 @@ TEST(a_task_of_a_pool_of_one_may_close_a_batcher_on_it) {
     pool_end(pool);
 }
 
+static int waits_in_a_task(ctx_t *ctx, void *arg) {
+    rig_t *rig = (rig_t *)arg;
+    for (int i = 0; i < 6; i++, rig->added++) EXPECT_EQ(ctx_batch_add_wait(rig->batch, ctx, &rig->added), 0);
+    return 0;
+}
+
+/* The task waits for room that only a flush makes. */
+TEST(a_task_of_a_pool_of_one_may_wait_for_room_in_a_batcher_on_it) {
+    ctx_pool_t *pool = pool_of(1, 4);
+    rig_t rig;
+    rig_init(&rig, 2, 0, 2);
+    rig.desc.pool = pool;
+    rig_start(&rig);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "adds", waits_in_a_task, &rig), 0);
+    UNTIL(flushed(&rig) == 6);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    rig_flush_and_end(&rig);
+    ctx_pool_free(pool);
+}
+
+static int flush_closes_another(ctx_t *ctx, const void *items, size_t n, void *user) {
+    closer_t *closer = (closer_t *)user;
+    (void)ctx, (void)items, (void)n;
+    closes(closer);
+    return 0;
+}
+
+TEST(a_flush_on_a_pool_of_one_may_close_another_batcher_on_it) {
+    ctx_pool_t *pool = pool_of(1, 4);
+    rig_t rig;
+    closer_t closer;
+    ctx_batch_desc_t desc;
+    rig_init(&rig, 3, 0, 100);
+    rig.desc.pool = pool;
+    rig_start(&rig);
+    put(&rig, 2);
+    memset(&closer, 0, sizeof closer);
+    closer.batch = rig.batch;
+    closer.budget = CTX_FOREVER;
+    memset(&desc, 0, sizeof desc);
+    desc.item_size = sizeof(int);
+    desc.max_items = 1;
+    desc.flush = flush_closes_another;
+    desc.user = &closer;
+    desc.pool = pool;
+    ctx_batch_t *outer = ctx_batch_new(ctx_background(), &desc);
+    CHECK(outer != NULL);
+    EXPECT_EQ(ctx_batch_add(outer, &closer.rc), 0);
+    UNTIL(load(&closer.done));
+    EXPECT_EQ(closer.rc, 0);
+    EXPECT_EQ(rig.flushed, 2);
+    rig_end(&rig);
+    EXPECT_EQ(batch_close(outer, CTX_FOREVER), 0);
+    pool_end(pool);
+}
+
+/* A turn takes no place in the queue: nothing refuses it, and its worker does the flush, without a delay that asks
+   again. */
+TEST(a_full_pool_refuses_no_turn) {
+    gate_t gate;
+    int worker = 0;
+    ctx_pool_t *pool = full_pool(&gate);
+    rig_t rig;
+    rig_init(&rig, 3, 0, 100);
+    rig.desc.pool = pool;
+    rig_start(&rig);
+    put(&rig, 3);
+    EXPECT_EQ(calls_after_a_moment(&rig), 0);
+    gate_open(&gate);
+    UNTIL(flushed(&rig) == 3);
+    EXPECT_EQ(ctx_pool_submit_wait(pool, ctx_background(), "tid", notes_its_tid, &worker), 0);
+    UNTIL(load(&worker) != 0);
+    EXPECT_EQ(load(&rig.tid), load(&worker));
+    rig_flush_and_end(&rig);
+    pool_end(pool);
+    gate_destroy(&gate);
+}
+
+/* The worker never comes, and still nothing is left with the pool. */
+TEST(a_freed_batcher_leaves_nothing_with_its_pool) {
+    ctx_pool_t *pool = pool_of(1, 4);
+    gate_t gate;
+    gate_init(&gate);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "busy", passes_gate, &gate), 0);
+    gate_await(&gate, 1);
+    rig_t rig;
+    rig_init(&rig, 1, 0, 100);
+    rig.desc.pool = pool;
+    long live = blocks_live();
+    rig_start(&rig);
+    put(&rig, 2);
+    EXPECT_EQ(batch_close(rig.batch, 0), CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(rig.dropped, 2);
+    if (blocks_counted()) EXPECT_EQ(blocks_live(), live);
+    rig_end(&rig);
+    gate_open(&gate);
+    pool_end(pool);
+    gate_destroy(&gate);
+}
+
 /* -- adding from within ----------------------------------------------------------------------------------------- */
 
 static int adds_the_next(ctx_t *ctx, const void *items, size_t n, void *user) {
@@ -1533,6 +1636,377 @@ TEST(on_drop_may_add_back_what_failed) {
     EXPECT_EQ(rig.calls, 6);
 }
 
+/* -- draining from within --------------------------------------------------------------------------------------- */
+
+/* A batcher of blocks of one whose flush or on_drop drains it, with all the time there is unless `budget` says else. */
+typedef struct {
+    ctx_batch_t *batch;
+    gate_t gate;        /* the first call stops here, until everything is added */
+    gate_t after;       /* calls that have drained stop here */
+    gate_t *second;     /* the second call stops here, if it is set */
+    bool fails;         /* flush fails, so that on_drop is called */
+    bool frees;         /* and free */
+    int drains;         /* [atomic] so many calls drain */
+    ctx_dur_t budget;   /* 0: CTX_FOREVER */
+    int calls, drained; /* [atomic] */
+    int rc;             /* [atomic] the worst of the drains */
+    int fate[8];        /* [atomic] */
+    int tid;            /* [atomic] of the first call */
+    ctx_batch_report_t report;
+} inner_t;
+
+static void drains_within(inner_t *in) {
+    int call = add(&in->calls, 1);
+    if (call == 1) store(&in->tid, thread_id());
+    if (call == 1) gate_pass(&in->gate);
+    if (call == 2 && in->second) gate_pass(in->second);
+    if (add(&in->drains, -1) < 0) return;
+    int rc = ctx_batch_drain(in->batch, in->budget ? in->budget : CTX_FOREVER, call == 1 ? &in->report : NULL);
+    if (rc) store(&in->rc, rc);
+    if (in->frees) ctx_batch_free(in->batch);
+    add(&in->drained, 1);
+    gate_pass(&in->after);
+}
+
+static int flush_drains(ctx_t *ctx, const void *items, size_t n, void *user) {
+    inner_t *in = (inner_t *)user;
+    (void)ctx;
+    if (in->fails && *(const int *)items == 0) return -7;
+    if (!in->fails) drains_within(in);
+    for (size_t i = 0; i < n; i++) add(&in->fate[((const int *)items)[i]], 1);
+    return 0;
+}
+
+static void drop_drains(const void *items, size_t n, int reason, void *user) {
+    inner_t *in = (inner_t *)user;
+    EXPECT(reason < 0);
+    drains_within(in);
+    for (size_t i = 0; i < n; i++) add(&in->fate[((const int *)items)[i]], 1);
+}
+
+/* With `n` items added, of which the first is out. */
+static void inner_start(inner_t *in, ctx_pool_t *pool, ctx_t *lifetime, bool in_flush, int drains, int n) {
+    ctx_batch_desc_t desc;
+    memset(in, 0, sizeof *in);
+    memset(&desc, 0, sizeof desc);
+    gate_init(&in->gate);
+    gate_init(&in->after);
+    in->fails = !in_flush;
+    in->drains = drains;
+    desc.item_size = sizeof(int);
+    desc.max_items = 1;
+    desc.queue = 8;
+    desc.flush = flush_drains;
+    desc.on_drop = drop_drains;
+    desc.user = in;
+    desc.pool = pool;
+    in->batch = ctx_batch_new(lifetime, &desc);
+    if (!in->batch) abort();
+    for (int i = 0; i < n; i++) EXPECT_EQ(ctx_batch_add(in->batch, &i), 0);
+    gate_await(&in->gate, 1);
+}
+
+static void inner_end(inner_t *in, int n) {
+    gate_open(&in->after);
+    for (int i = 0; i < n; i++) UNTIL(load(&in->fate[i]) == 1);
+    gate_destroy(&in->gate);
+    gate_destroy(&in->after);
+}
+
+TEST(a_drain_from_on_drop_or_flush_does_not_wait_for_its_own_call) {
+    for (int in_flush = 0; in_flush < 2; in_flush++)
+        for (int frees = 0; frees < 2; frees++) {
+            inner_t in;
+            inner_start(&in, NULL, ctx_background(), in_flush, 1, 1);
+            in.frees = frees;
+            gate_open(&in.gate);
+            UNTIL(load(&in.drained));
+            EXPECT_EQ(load(&in.rc), 0);
+            EXPECT_EQ(in.report.dropped, in_flush ? 0 : 1);
+            EXPECT_EQ(in.report.stuck, in_flush ? 1 : 0);
+            EXPECT_EQ(load(&in.fate[0]), 0); /* its item is its own until it returns */
+            inner_end(&in, 1);
+            if (!frees) EXPECT_EQ(batch_close(in.batch, CTX_FOREVER), 0);
+        }
+}
+
+TEST(a_drain_from_within_flushes_what_waits_behind_its_call) {
+    for (int in_flush = 0; in_flush < 2; in_flush++) {
+        inner_t in;
+        inner_start(&in, NULL, ctx_background(), in_flush, 1, 4);
+        in.frees = true;
+        gate_open(&in.gate);
+        UNTIL(load(&in.drained));
+        EXPECT_EQ(load(&in.rc), 0);
+        for (int i = 1; i < 4; i++) EXPECT_EQ(load(&in.fate[i]), 1); /* before it returned */
+        EXPECT_EQ(in.report.flushed, 3);
+        inner_end(&in, 4);
+    }
+}
+
+/* The call stands on the only worker, so what waits behind it is flushed elsewhere. */
+TEST(a_drain_from_within_on_a_pool_of_one_flushes_what_waits) {
+    for (int in_flush = 0; in_flush < 2; in_flush++) {
+        ctx_pool_t *pool = pool_of(1, 4);
+        inner_t in;
+        inner_start(&in, pool, ctx_background(), in_flush, 1, 4);
+        gate_open(&in.gate);
+        UNTIL(load(&in.drained));
+        EXPECT_EQ(load(&in.rc), 0);
+        inner_end(&in, 4);
+        EXPECT_EQ(batch_close(in.batch, CTX_FOREVER), 0);
+        pool_end(pool);
+    }
+}
+
+TEST(calls_that_drain_do_not_wait_for_each_other) {
+    inner_t in;
+    inner_start(&in, NULL, ctx_background(), true, 3, 3);
+    gate_open(&in.after);
+    gate_open(&in.gate);
+    UNTIL(load(&in.drained) == 3);
+    EXPECT_EQ(load(&in.rc), 0);
+    inner_end(&in, 3);
+    EXPECT_EQ(batch_close(in.batch, CTX_FOREVER), 0);
+}
+
+TEST(a_drain_elsewhere_waits_for_a_call_that_has_drained) {
+    inner_t in;
+    inner_start(&in, NULL, ctx_background(), true, 1, 1);
+    gate_open(&in.gate);
+    UNTIL(load(&in.drained));
+    closer_t closer;
+    pthread_t thread = close_apart(&closer, in.batch, CTX_FOREVER);
+    EXPECT_EQ(load(&closer.done), 0);
+    gate_open(&in.after);
+    thread_join(thread);
+    EXPECT_EQ(closer.rc, 0);
+    EXPECT_EQ(load(&in.fate[0]), 1); /* flush had returned */
+    inner_end(&in, 1);
+}
+
+/* The drain of the first call waits for the second, which is stuck, and drops the third. */
+TEST(a_drain_from_within_keeps_to_its_budget) {
+    ctx_clock_fake(CTX_S(1000));
+    inner_t in;
+    gate_t second;
+    gate_init(&second);
+    inner_start(&in, NULL, ctx_background(), true, 1, 3);
+    in.second = &second;
+    in.budget = CTX_MS(10);
+    gate_open(&in.gate);
+    gate_await(&second, 1);
+    until_asleep(&in.tid);
+    ctx_clock_advance(CTX_MS(10));
+    until_asleep(&in.tid);
+    EXPECT_EQ(load(&in.drained), 0);
+    ctx_clock_advance(CTX_MS(100)); /* the grace period */
+    UNTIL(load(&in.drained));
+    EXPECT_EQ(load(&in.rc), CTX_DEADLINE_EXCEEDED);
+    EXPECT(in.report.stuck == 2 && in.report.dropped == 1);
+    EXPECT_EQ(load(&in.fate[2]), 1);
+    gate_open(&second);
+    inner_end(&in, 3);
+    EXPECT_EQ(batch_close(in.batch, CTX_FOREVER), 0);
+    gate_destroy(&second);
+    ctx_clock_real();
+}
+
+/* on_drop is called by the thread that ends the lifetime, and frees the batcher there. */
+TEST(on_drop_may_free_the_batcher_when_the_lifetime_ends) {
+    inner_t in;
+    ctx_t *lifetime = ctx_with_cancel(ctx_background());
+    ctx_batch_desc_t desc;
+    memset(&in, 0, sizeof in);
+    memset(&desc, 0, sizeof desc);
+    gate_init(&in.gate);
+    gate_init(&in.after);
+    gate_open(&in.gate);
+    gate_open(&in.after);
+    in.drains = 1;
+    in.frees = true;
+    desc.item_size = sizeof(int);
+    desc.max_items = 2;
+    desc.flush = flush_drains;
+    desc.on_drop = drop_drains;
+    desc.user = &in;
+    in.batch = ctx_batch_new(lifetime, &desc);
+    CHECK(in.batch != NULL);
+    EXPECT_EQ(ctx_batch_add(in.batch, &in.calls), 0);
+    ctx_cancel(lifetime);
+    EXPECT_EQ(load(&in.drained), 1);
+    EXPECT_EQ(load(&in.rc), 0);
+    inner_end(&in, 1);
+    ctx_end(lifetime);
+}
+
+typedef struct {
+    ctx_t *lifetime;
+    int done; /* [atomic] */
+} canceler_t;
+
+static void *cancels(void *arg) {
+    canceler_t *c = (canceler_t *)arg;
+    ctx_cancel(c->lifetime);
+    store(&c->done, 1);
+    return NULL;
+}
+
+/* The thread that ends the lifetime is stuck in on_drop: neither drain nor free waits for that for ever. */
+TEST(an_on_drop_that_is_stuck_holds_up_no_free) {
+    inner_t in;
+    canceler_t canceler = {ctx_with_cancel(ctx_background()), 0};
+    ctx_batch_desc_t desc;
+    memset(&in, 0, sizeof in);
+    memset(&desc, 0, sizeof desc);
+    gate_init(&in.gate);
+    gate_init(&in.after);
+    desc.item_size = sizeof(int);
+    desc.max_items = 1;
+    desc.flush = flush_drains;
+    desc.on_drop = drop_drains;
+    desc.user = &in;
+    desc.grace = -1;
+    gate_t busy;
+    gate_init(&busy);
+    ctx_pool_t *pool = pool_of(1, 4);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "busy", passes_gate, &busy), 0);
+    gate_await(&busy, 1);
+    desc.pool = pool;
+    in.batch = ctx_batch_new(canceler.lifetime, &desc);
+    CHECK(in.batch != NULL);
+    for (int i = 0; i < 3; i++) EXPECT_EQ(ctx_batch_add(in.batch, &i), 0); /* no worker for them */
+    pthread_t thread = thread_start(cancels, &canceler);
+    gate_await(&in.gate, 1); /* in on_drop, by the canceler */
+    EXPECT_EQ(ctx_batch_drain(in.batch, 0, &in.report), CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(in.report.dropped, 3);
+    EXPECT_EQ(load(&in.fate[1]) + load(&in.fate[2]), 2); /* the drain has taken them over */
+    ctx_batch_free(in.batch);
+    EXPECT_EQ(load(&canceler.done), 0);
+    gate_open(&in.gate);
+    thread_join(thread);
+    inner_end(&in, 3);
+    ctx_end(canceler.lifetime);
+    gate_open(&busy);
+    pool_end(pool);
+    gate_destroy(&busy);
+}
+
+/* An add that waits for room, in flush or on_drop, would wait for the end of that very call. */
+static int waits_for_room(ctx_t *ctx, const void *items, size_t n, void *user) {
+    within_t *w = (within_t *)user;
+    (void)ctx, (void)n;
+    gate_pass(&w->gate);
+    int expected = 99;
+    int rc = ctx_batch_add_wait(w->batch, ctx_background(), items);
+    __atomic_compare_exchange_n(&w->rc, &expected, rc, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    return 0;
+}
+
+TEST(an_add_that_would_wait_for_its_own_flush_is_refused) {
+    within_t w;
+    ctx_batch_desc_t desc;
+    memset(&desc, 0, sizeof desc);
+    memset(&w, 0, sizeof w);
+    gate_init(&w.gate);
+    w.rc = 99;
+    desc.item_size = sizeof(int);
+    desc.max_items = 1;
+    desc.queue = 1;
+    desc.flush = waits_for_room;
+    desc.user = &w;
+    w.batch = ctx_batch_new(ctx_background(), &desc);
+    CHECK(w.batch != NULL);
+    EXPECT_EQ(ctx_batch_add(w.batch, &w.rc), 0);
+    gate_await(&w.gate, 1);
+    EXPECT_EQ(ctx_batch_add(w.batch, &w.rc), 0); /* the queue is full again */
+    gate_open(&w.gate);
+    UNTIL(load(&w.rc) != 99);
+    EXPECT_EQ(load(&w.rc), CTX_QUEUE_FULL);
+    EXPECT_EQ(batch_close(w.batch, CTX_FOREVER), 0);
+    gate_destroy(&w.gate);
+}
+
+TEST(a_later_drain_waits_for_a_flush_that_was_stuck) {
+    rig_t rig;
+    gate_t gate;
+    ctx_batch_report_t report;
+    rig_init(&rig, 2, 0, 100);
+    rig.desc.grace = -1;
+    rig.desc.on_drop = NULL;
+    rig_start_held(&rig, &gate);
+    put(&rig, 1);
+    EXPECT_EQ(ctx_batch_drain(rig.batch, 0, &report), CTX_DEADLINE_EXCEEDED);
+    EXPECT(report.stuck == 2 && report.dropped == 1 && report.flushed == 0);
+    closer_t closer;
+    pthread_t thread = close_apart(&closer, rig.batch, CTX_FOREVER);
+    EXPECT_EQ(load(&closer.done), 0);
+    gate_open(&gate);
+    thread_join(thread);
+    EXPECT_EQ(closer.rc, 0);
+    EXPECT_EQ(rig.flushed, 2);
+    ctx_end(rig.lifetime);
+    pthread_mutex_destroy(&rig.mu);
+    gate_destroy(&gate);
+}
+
+/* -- in the child of a fork ------------------------------------------------------------------------------------- */
+
+typedef struct {
+    ctx_batch_t *batch;
+    gate_t gate;
+    int child; /* [atomic] its pid */
+    int calls; /* [atomic] */
+} forker_t;
+
+static void child_ends(int sig) { _exit(sig == SIGALRM ? 0 : 3); }
+
+static int flush_forks(ctx_t *ctx, const void *items, size_t n, void *user) {
+    forker_t *f = (forker_t *)user;
+    (void)ctx, (void)items, (void)n;
+    if (add(&f->calls, 1) > 1) {
+        if (load(&f->child) < 0) _exit(1); /* the child flushes items of its parent */
+        return 0;
+    }
+    gate_pass(&f->gate);
+    pid_t pid = fork();
+    if (pid == 0) {
+        signal(SIGALRM, child_ends);
+        alarm(1);
+        store(&f->child, -1);
+        if (ctx_batch_drain(f->batch, CTX_FOREVER, NULL) != CTX_CLOSED) _exit(2);
+    } else {
+        store(&f->child, (int)pid);
+    }
+    return 0;
+}
+
+TEST(the_child_of_a_flush_that_forks_flushes_nothing) {
+#ifdef TEST_THREAD_SANITIZER
+    SKIP("the thread sanitizer knows no threads in children");
+#endif
+    forker_t f;
+    ctx_batch_desc_t desc;
+    int status = 0;
+    memset(&f, 0, sizeof f);
+    memset(&desc, 0, sizeof desc);
+    gate_init(&f.gate);
+    desc.item_size = sizeof(int);
+    desc.max_items = 1;
+    desc.flush = flush_forks;
+    desc.user = &f;
+    f.batch = ctx_batch_new(ctx_background(), &desc);
+    CHECK(f.batch != NULL);
+    for (int i = 0; i < 3; i++) EXPECT_EQ(ctx_batch_add(f.batch, &i), 0);
+    gate_await(&f.gate, 1);
+    gate_open(&f.gate);
+    EXPECT_EQ(batch_close(f.batch, CTX_FOREVER), 0);
+    EXPECT_EQ(load(&f.calls), 3);
+    EXPECT_EQ(waitpid((pid_t)load(&f.child), &status, 0), (pid_t)load(&f.child));
+    EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    gate_destroy(&f.gate);
+}
+
 /* -- bad arguments ---------------------------------------------------------------------------------------------- */
 
 static void expect_refused(ctx_t *lifetime, const ctx_batch_desc_t *desc, int err) {
@@ -1575,6 +2049,12 @@ TEST(sizes_past_all_memory_make_no_batcher) {
     EXPECT(ctx_batch_new(rig.lifetime, &desc) == NULL);
     desc.queue = SIZE_MAX / sizeof(int) + 2;
     EXPECT(ctx_batch_new(rig.lifetime, &desc) == NULL);
+    desc.item_size = 200; /* where rounding up to whole blocks passes SIZE_MAX */
+    for (desc.max_items = 1; desc.max_items < 5; desc.max_items++)
+        for (size_t less = 0; less < 5; less++) {
+            desc.queue = SIZE_MAX - less;
+            expect_refused(rig.lifetime, &desc, ENOMEM);
+        }
     rig_end(&rig);
 }
 

@@ -283,6 +283,31 @@ TEST(on_a_pool_without_threads_every_added_item_is_flushed_or_dropped) {
     }
 }
 
+static int obeys(ctx_t *ctx, const void *items, size_t n, void *user) {
+    (void)items, (void)n, (void)user;
+    return ctx_wait(ctx, CTX_FOREVER);
+}
+
+/* flush runs in the drain, and nobody else could cancel it. */
+TEST(without_threads_a_drain_keeps_to_its_budget) {
+    for (int on_pool = 0; on_pool < 2; on_pool++) {
+        rig_t rig;
+        without_any_thread();
+        ctx_pool_t *pool = on_pool ? pool_of(1, 4) : NULL;
+        rig_init(&rig, 2, 0);
+        rig.desc.flush = obeys;
+        rig.desc.pool = pool;
+        CHECK(rig_start(&rig));
+        fault_threads_all_after(0);
+        put(&rig, 5);
+        EXPECT_EQ(ctx_batch_drain(rig.batch, CTX_MS(20), NULL), CTX_DEADLINE_EXCEEDED);
+        fault_threads_off();
+        EXPECT_EQ(load(&rig.dropped), 5);
+        rig_close_and_end(&rig);
+        if (pool) pool_end(pool);
+    }
+}
+
 TEST(the_runtime_stops_clean) {
     ctx_runtime_stop();
     EXPECT_EQ(fault_live(), 0);

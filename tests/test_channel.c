@@ -223,8 +223,9 @@ TEST(an_item_whose_bytes_do_not_matter_is_taken_all_the_same) {
 
 TEST(a_channel_too_large_for_memory_is_refused) {
     const size_t most = (size_t)-1;
-    const size_t wants[][2] = {{most, 1}, {1, most}, {most / 2 + 2, 2}, {most / 8 + 2, 8}, {2, most / 2 + 2}};
-    for (int i = 0; i < 5; i++) {
+    const size_t wants[][2] = {{most, 1},         {1, most}, {most / 2 + 2, 2}, {most / 8 + 2, 8},
+                               {2, most / 2 + 2}, {most, 0}}; /* of which a stage needs one in hand */
+    for (int i = 0; i < 6; i++) {
         errno = 0;
         EXPECT(ctx_chan_new(wants[i][0], wants[i][1]) == NULL);
         EXPECT_EQ(errno, ENOMEM);
@@ -245,6 +246,8 @@ TEST(bad_arguments_are_invalid) {
     EXPECT_EQ(ctx_select(ctx_background(), &bad, 1), CTX_INVALID);
     EXPECT_EQ(ctx_try_select(&bad, 1), CTX_INVALID);
     EXPECT_EQ(ctx_try_select(NULL, 1), CTX_INVALID);
+    EXPECT_EQ(ctx_try_select(&bad, (size_t)INT32_MAX + 1), CTX_INVALID);
+    EXPECT_EQ(ctx_select(ctx_background(), &bad, (size_t)-1), CTX_INVALID);
     EXPECT_EQ(ctx_chan_len(chan), 0);
     ctx_chan_free(chan);
 }

@@ -133,7 +133,7 @@ static int clean_driven(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_shutdown_r
 }
 
 static const ctx_shutdown_part_t *part_of(const ctx_shutdown_report_t *report, const char *name) {
-    static const ctx_shutdown_part_t none;
+    static ctx_shutdown_part_t none;
     for (size_t i = 0; i < report->n; i++)
         if (strcmp(report->parts[i].name, name) == 0) return &report->parts[i];
     test_fail(__FILE__, __LINE__, "no part of this name");
@@ -581,6 +581,34 @@ TEST(a_cleanup_may_add_another) {
     EXPECT_EQ(ctx_cleanup_run(&cleanup, LONG_WAIT, NULL), 0);
     EXPECT_EQ(ctx_cleanup_run(&cleanup, LONG_WAIT, NULL), 0);
     EXPECT(load(&first.began) == 1 && load(&second.began) == 1);
+    nothing_is_left();
+}
+
+/* The first stands at the gate until the added one has run, so they are in the same run and in parallel. */
+TEST(one_that_is_added_while_they_run_joins_them) {
+    for (int critical = 0; critical < 2; critical++) {
+        gate_t gate;
+        gate_init(&gate);
+        ctx_cleanup_t cleanup = {0};
+        job_t first = job(), second = job();
+        first.adds = &cleanup;
+        first.added = &second;
+        first.gate = &gate;
+        add_job(&cleanup, &first, "first", critical != 0, 0);
+        cleaner_t c;
+        clean_apart(&c, &cleanup, LONG_WAIT);
+        UNTIL(load(&second.ended) == 1);
+        EXPECT_EQ(load(&first.ended), 0);
+        gate_open(&gate);
+        thread_join(c.thread);
+        EXPECT_EQ(c.rc, 0);
+        EXPECT_EQ(c.report.total, 2);
+        EXPECT(load(&first.ended) == 1 && load(&second.ended) == 1);
+        ctx_shutdown_report_t report;
+        EXPECT_EQ(ctx_cleanup_run(&cleanup, LONG_WAIT, &report), 0);
+        EXPECT_EQ(report.total, 0);
+        gate_destroy(&gate);
+    }
     nothing_is_left();
 }
 

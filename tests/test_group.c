@@ -1221,6 +1221,102 @@ TEST(tasks_that_are_pushed_out_of_the_pool_still_run) {
     EXPECT_EQ(tasks_ran(tasks, 4), 4);
 }
 
+/* Occupy all workers of the pool with tasks of the user, and fill its queue. Returns how many tasks fill it. */
+static int occupy(scene_t *s, int workers, size_t queue, int *others) {
+    int filling = 0;
+    for (int i = 0; i < workers; i++) {
+        EXPECT_EQ(ctx_pool_submit(s->pool, ctx_background(), "holds", holds, &s->hold), 0);
+        gate_await(&s->hold, i + 1);
+    }
+    for (size_t i = 0; i < queue; i++)
+        filling += ctx_pool_submit(s->pool, ctx_background(), "fills", counts, others) == 0;
+    return filling;
+}
+
+/* Nobody waits for the group. The queue is full when the tasks are added, and has room when the workers come free. */
+TEST(each_worker_that_comes_free_takes_a_task_of_a_group_whatever_the_queue_was) {
+    enum { WORKERS = 3 };
+    for (size_t queue = 1; queue <= 8; queue *= 8) {
+        scene_t s;
+        int others = 0;
+        task_t tasks[WORKERS];
+        ctx_pool_desc_t desc = describe(WORKERS, queue);
+        scene_on(&s, &desc, 100);
+        EXPECT_EQ(occupy(&s, WORKERS, queue, &others), (int)queue);
+        tasks_clear(tasks, WORKERS);
+        for (int i = 0; i < WORKERS; i++) {
+            tasks[i].gate = &s.gate;
+            add_task(&s, &tasks[i]);
+        }
+        gate_open(&s.hold);
+        gate_await(&s.gate, WORKERS); /* all inside at once: one after the other hangs here */
+        EXPECT_EQ(scene_end(&s), 0);
+        EXPECT_EQ(tasks_ran(tasks, WORKERS), WORKERS);
+        EXPECT_EQ(others, (int)queue);
+    }
+}
+
+TEST(tasks_on_a_pool_that_drops_its_oldest_run_though_nobody_waits_for_them) {
+    scene_t s;
+    int pushed = 0;
+    task_t tasks[5];
+    ctx_pool_desc_t desc = describe(1, 1);
+    desc.when_full = CTX_DROP_OLDEST;
+    scene_on(&s, &desc, 10);
+    occupy(&s, 1, 0, NULL);
+    tasks_clear(tasks, 5);
+    for (int i = 0; i < 5; i++) add_task(&s, &tasks[i]);
+    EXPECT_EQ(ctx_pool_submit(s.pool, ctx_background(), "pushes", counts, &pushed), 0);
+    gate_open(&s.hold);
+    UNTIL(tasks_ran(tasks, 5) == 5);
+    UNTIL(load(&pushed) == 1);
+    EXPECT_EQ(scene_end(&s), 0);
+}
+
+/* While the only worker is held, groups are run by their waits. What they wanted of the pool is gone with them. */
+TEST(groups_that_are_over_leave_the_pool_all_its_room) {
+    enum { QUEUE = 4 };
+    scene_t s;
+    int ran = 0, others = 0;
+    task_t task;
+    scene_held(&s, QUEUE, 0);
+    for (int i = 0; i < 3 * QUEUE; i++) {
+        ctx_group_t *group = group_below(s.parent, s.pool, 0);
+        EXPECT_EQ(ctx_group_try_go(group, counts, &ran), 0);
+        EXPECT_EQ(ctx_group_wait(group), 0);
+        EXPECT_EQ(ran, i + 1);
+    }
+    EXPECT_EQ(ctx_group_try_go(s.group, does_as_told, tasks_clear(&task, 1)), 0);
+    for (int i = 0; i < QUEUE; i++) EXPECT_EQ(ctx_pool_submit(s.pool, ctx_background(), "fits", counts, &others), 0);
+    EXPECT_EQ(scene_end(&s), 0);
+    EXPECT_EQ(task.ran, 1);
+    EXPECT_EQ(others, QUEUE);
+}
+
+/* The task needs its adder to go on: it would wait for good inside ctx_group_go(). */
+TEST(below_the_limit_no_task_runs_inside_go_however_full_the_pool_is) {
+    scene_t s;
+    int ran = 0, others = 0;
+    task_t consumer;
+    ctx_pool_desc_t desc = describe(1, 2);
+    scene_on(&s, &desc, 4);
+    EXPECT_EQ(occupy(&s, 1, 2, &others), 2);
+    for (int i = 0; i < 4; i++) {
+        ctx_group_t *group = group_below(s.parent, s.pool, 0);
+        EXPECT_EQ(ctx_group_go(group, counts, &ran), 0);
+        EXPECT_EQ(ctx_group_wait(group), 0);
+    }
+    tasks_clear(&consumer, 1)->gate = &s.gate;
+    add_task(&s, &consumer);
+    EXPECT_EQ(gate_came(&s.gate), 0);
+    gate_open(&s.hold);
+    gate_await(&s.gate, 1);
+    EXPECT_EQ(scene_end(&s), 0);
+    EXPECT_EQ(consumer.ran, 1);
+    EXPECT(!pthread_equal(consumer.thread, pthread_self()));
+    EXPECT_EQ(others, 2);
+}
+
 /* A tree of groups: each task has a group of its own for the level below it. */
 enum { FAN = 3, LEVELS = 3 };
 typedef struct {
@@ -1409,6 +1505,92 @@ TEST(a_wait_runs_also_what_is_added_while_it_waits) {
     scene_end(&s);
 }
 
+/* As many tasks as the limit allows, all past the gate and none about to return, each with more to add. */
+typedef struct {
+    ctx_group_t *group;
+    gate_t *gate; /* of the first level alone */
+    int levels;
+    int *ran; /* [atomic] */
+} branch_t;
+
+static int branches_out(ctx_t *ctx, void *arg) {
+    const branch_t *branch = (const branch_t *)arg;
+    branch_t *below = NULL;
+    (void)ctx;
+    add(branch->ran, 1);
+    if (branch->gate) gate_pass(branch->gate);
+    for (int i = 0; i < 2 && branch->levels > 0; i++) {
+        below = (branch_t *)malloc(sizeof *below);
+        *below = *branch;
+        below->gate = NULL;
+        below->levels--;
+        EXPECT_EQ(ctx_group_go(branch->group, branches_out, below), 0);
+    }
+    if (!branch->gate) free(arg);
+    return 0;
+}
+
+TEST(all_tasks_of_a_full_group_may_wait_to_add_others) {
+    for (int v = 0; v < VENUES; v++) {
+        for (int limit = 1; limit <= 4; limit++) {
+            scene_t s;
+            int ran = 0, first = venues[v] && limit > venues[v] ? venues[v] : limit;
+            branch_t top;
+            scene_begin(&s, venues[v], limit);
+            top.group = s.group;
+            top.gate = &s.gate;
+            top.levels = 4;
+            top.ran = &ran;
+            for (int i = 0; i < first; i++) {
+                EXPECT_EQ(ctx_group_go(s.group, branches_out, &top), 0);
+                gate_await(&s.gate, i + 1);
+            }
+            gate_open(&s.gate);
+            UNTIL(load(&ran) == first * 31); /* though nobody helps by waiting for the group */
+            EXPECT_EQ(scene_end(&s), 0);
+        }
+    }
+}
+
+/* A thread that waits to add runs other tasks on its stack, which may wait to add as well. */
+typedef struct {
+    ctx_group_t *group;
+    int ran;     /* [atomic] */
+    int deepest; /* [atomic] tasks inside of each other */
+} nesting_t;
+
+enum { HIGH = 11 };
+static nesting_t stack_of_tasks;
+static __thread int stack_depth;
+
+static int grows_a_tree(ctx_t *ctx, void *arg) {
+    nesting_t *stack = &stack_of_tasks;
+    intptr_t level = (intptr_t)arg;
+    (void)ctx;
+    int depth = ++stack_depth, deepest = load(&stack->deepest);
+    while (depth > deepest &&
+           !__atomic_compare_exchange_n(&stack->deepest, &deepest, depth, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+    }
+    for (int i = 0; i < 2 && level < HIGH; i++)
+        EXPECT_EQ(ctx_group_go(stack->group, grows_a_tree, (void *)(level + 1)), 0);
+    stack_depth--;
+    add(&stack->ran, 1);
+    return 0;
+}
+
+TEST(tasks_run_inside_of_each_other_no_deeper_than_their_tree_is_high) {
+    for (int limit = 1; limit <= 256; limit *= 16) {
+        scene_t s;
+        scene_begin(&s, 1, limit);
+        memset(&stack_of_tasks, 0, sizeof stack_of_tasks);
+        stack_of_tasks.group = s.group;
+        EXPECT_EQ(ctx_group_go(s.group, grows_a_tree, (void *)(intptr_t)0), 0);
+        UNTIL(load(&stack_of_tasks.ran) == (2 << HIGH) - 1);
+        EXPECT_EQ(scene_end(&s), 0);
+        EXPECT(stack_of_tasks.deepest <= HIGH + 1);
+    }
+}
+
 static int goes_on_in_the_group(ctx_t *ctx, void *arg) {
     feeder_t *chain = (feeder_t *)arg;
     (void)ctx;
@@ -1541,6 +1723,62 @@ TEST(a_pool_that_drains_takes_no_more_and_finishes_what_it_took) {
         EXPECT_EQ(tasks[i].err_after, 0);
     }
     EXPECT_EQ(late.ran, 0);
+}
+
+/* A task that was accepted before the drain uses a group on its own pool after it: that takes no new work. */
+typedef struct {
+    ctx_pool_t *pool;
+    gate_t *gate;
+    int rc_go, rc_wait, ran;
+} closing_t;
+
+static int uses_a_group_late(ctx_t *ctx, void *arg) {
+    closing_t *closing = (closing_t *)arg;
+    gate_pass(closing->gate);
+    ctx_group_t *group = group_below(ctx, closing->pool, 0);
+    closing->rc_go = ctx_group_go(group, counts, &closing->ran);
+    closing->rc_wait = ctx_group_wait(group);
+    return 0;
+}
+
+TEST(a_task_of_a_pool_that_drains_gets_no_group_work_there_and_ends) {
+    scene_t s;
+    closing_t closing;
+    drainer_t drainer;
+    scene_begin(&s, 2, 0);
+    memset(&closing, 0, sizeof closing);
+    closing.pool = s.pool;
+    closing.gate = &s.hold;
+    EXPECT_EQ(ctx_pool_submit(s.pool, ctx_background(), "closes", uses_a_group_late, &closing), 0);
+    gate_await(&s.hold, 1);
+    drainer.pool = s.pool;
+    drainer.budget = CTX_S(3600);
+    apart_start(&drainer.apart, drains, &drainer);
+    until_asleep(&drainer.apart.tid);
+    gate_open(&s.hold);
+    EXPECT_EQ(apart_end(&drainer.apart), 0);
+    EXPECT_EQ(closing.rc_go, CTX_CLOSED);
+    EXPECT_EQ(closing.rc_wait, 0);
+    EXPECT_EQ(closing.ran, 0);
+    EXPECT_EQ(drainer.report.completed, 1);
+    EXPECT_EQ(scene_end(&s), 0);
+}
+
+/* A drain reports the pool's own tasks: what it ran for groups is theirs to tell. */
+TEST(a_drain_does_not_report_what_the_pool_ran_for_groups) {
+    scene_t s;
+    task_t tasks[5];
+    int others = 0;
+    ctx_drain_report_t report;
+    scene_begin(&s, 1, 0);
+    tasks_clear(tasks, 5);
+    for (int i = 0; i < 5; i++) add_task(&s, &tasks[i]);
+    UNTIL(tasks_ran(tasks, 5) == 5);
+    EXPECT_EQ(ctx_pool_submit(s.pool, ctx_background(), "own", counts, &others), 0);
+    EXPECT_EQ(ctx_pool_drain(s.pool, CTX_FOREVER, &report), 0);
+    EXPECT_EQ(report.completed, 1);
+    EXPECT_EQ(report.failed + report.canceled + report.dropped + report.stuck, 0);
+    EXPECT_EQ(scene_end(&s), 0);
 }
 
 TEST(go_that_waits_at_the_limit_ends_with_the_pool) {

@@ -242,6 +242,85 @@ TEST(go_that_waits_at_the_limit_returns_also_without_memory_and_threads) {
     }
 }
 
+/* A pool that never had a thread accepts nothing, whether or not somebody would run it. */
+TEST(a_group_on_a_pool_without_a_thread_accepts_nothing) {
+    int ran = 0;
+    ctx_pool_t *pool = pool_of(2, 8);
+    ctx_group_t *group = group_on(ctx_background(), pool, 1);
+    fault_threads_all_after(0);
+    for (int i = 0; i < 3; i++) {
+        EXPECT_EQ(ctx_group_go(group, counts, &ran), CTX_NO_MEMORY);
+        EXPECT_EQ(ctx_group_try_go(group, counts, &ran), CTX_NO_MEMORY);
+    }
+    EXPECT(fault_threads_off());
+    EXPECT_EQ(ctx_err(ctx_group_ctx(group)), 0); /* that is no failure of the group */
+    EXPECT_EQ(ran, 0);
+    EXPECT_EQ(ctx_group_go(group, counts, &ran), 0);
+    EXPECT_EQ(ctx_group_wait(group), 0);
+    EXPECT_EQ(ran, 1);
+    pool_end(pool);
+    EXPECT_EQ(settled_blocks(), 0);
+}
+
+/* A stage asks for threads beside the pool. Without them its group's tasks wait for a worker, and are not lost. */
+typedef struct {
+    ctx_chan_t *chan;
+    int items; /* [atomic] */
+} pipe_t;
+
+static int takes_an_item(ctx_t *ctx, const void *in, void *out, void *user) {
+    (void)ctx;
+    (void)in;
+    (void)out;
+    add(&((pipe_t *)user)->items, 1);
+    return 0;
+}
+
+static int ends_the_pipe(ctx_t *ctx, void *arg) {
+    pipe_t *pipe = (pipe_t *)arg;
+    ctx_stage_desc_t desc;
+    memset(&desc, 0, sizeof desc);
+    desc.in = pipe->chan;
+    desc.fn = takes_an_item;
+    desc.user = pipe;
+    return ctx_stage_run(ctx, &desc);
+}
+
+static int feeds_the_pipe(ctx_t *ctx, void *arg) {
+    pipe_t *pipe = (pipe_t *)arg;
+    for (int i = 0; i < 10; i++) {
+        int rc = ctx_chan_send(pipe->chan, ctx, &i);
+        if (rc) return rc;
+    }
+    return ctx_chan_close(pipe->chan);
+}
+
+TEST(tasks_that_get_no_thread_beside_the_pool_wait_for_a_worker) {
+    pipe_t pipe;
+    gate_t hold;
+    memset(&pipe, 0, sizeof pipe);
+    gate_init(&hold);
+    pipe.chan = ctx_chan_new(sizeof(int), 1);
+    ctx_pool_t *pool = pool_of(2, 8);
+    ctx_runtime_stop(); /* no idle thread is left */
+    for (int i = 0; i < 2; i++) {
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "holds", passes_gate, &hold), 0);
+        gate_await(&hold, i + 1); /* both threads of the pool exist */
+    }
+    ctx_group_t *group = group_on(ctx_background(), pool, 0);
+    fault_threads_all_after(0);
+    EXPECT_EQ(ctx_group_go(group, ends_the_pipe, &pipe), 0);
+    EXPECT_EQ(ctx_group_go(group, feeds_the_pipe, &pipe), 0);
+    gate_open(&hold);
+    UNTIL(load(&pipe.items) == 10);
+    EXPECT_EQ(ctx_group_wait(group), 0);
+    fault_threads_off();
+    pool_end(pool);
+    ctx_chan_free(pipe.chan);
+    EXPECT_EQ(settled_blocks(), 0);
+    gate_destroy(&hold);
+}
+
 TEST(a_race_without_memory_runs_nothing) {
     for (long n = 0;; n++) {
         int ran = 0;

@@ -7,6 +7,8 @@
 
 #include <float.h>
 #include <math.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 /* -- what the tests share --------------------------------------------------------------------------------------- */
 
@@ -345,14 +347,179 @@ TEST(a_canceled_wait_gives_back_no_more_than_it_took_when_others_gave_back_too) 
     ctx_limiter_t limiter = empty_limiter(10, 5);
     ctx_t *ctx = ctx_with_cancel(ctx_background());
     waiter_t w;
-    pthread_t thread = wait_apart(&w, &limiter, ctx, 1);
+    pthread_t thread = wait_apart(&w, &limiter, ctx, 2);
     ctx_limiter_refund(&limiter, 1); /* one of the five */
+    EXPECT(still_waits(&w));
     ctx_cancel(ctx);
     thread_join(thread);
+    EXPECT_EQ(w.rc, CTX_CANCELED);
     EXPECT_EQ(drink(&limiter), 1);
     ctx_end(ctx);
     ctx_clock_real();
 }
+
+/* -- those behind move up --------------------------------------------------------------------------------------- */
+
+/* Three that wait, in this order, for these tokens; the middle one can be canceled. */
+typedef struct {
+    ctx_limiter_t limiter;
+    ctx_t *ctx;
+    waiter_t w[3];
+    pthread_t threads[3];
+} three_t;
+
+static void three_open(three_t *t, int64_t first, int64_t second, int64_t third) {
+    const int64_t wants[3] = {first, second, third};
+    ctx_clock_fake(CTX_S(1000));
+    t->limiter = empty_limiter(10, 5);
+    t->ctx = ctx_with_cancel(ctx_background());
+    for (int i = 0; i < 3; i++)
+        t->threads[i] = wait_apart(&t->w[i], &t->limiter, i == 1 ? t->ctx : ctx_background(), wants[i]);
+}
+
+/* It is served this much later and not before; those behind it still wait. */
+static void three_served(three_t *t, int i, ctx_dur_t later) {
+    ctx_clock_advance(later - 1);
+    for (int k = i; k < 3; k++) EXPECT(still_waits(&t->w[k]) || (k == 1 && ctx_err(t->ctx)));
+    ctx_clock_advance(1);
+    thread_join(t->threads[i]);
+    EXPECT_EQ(t->w[i].rc, 0);
+}
+
+static void three_cancel(three_t *t) {
+    ctx_cancel(t->ctx);
+    thread_join(t->threads[1]);
+    EXPECT_EQ(t->w[1].rc, CTX_CANCELED);
+}
+
+static void three_close(three_t *t, ctx_dur_t next) {
+    EXPECT_EQ(until_next(&t->limiter), next);
+    ctx_end(t->ctx);
+    ctx_clock_real();
+}
+
+TEST(those_behind_a_wait_that_was_canceled_move_up) {
+    three_t t;
+    three_open(&t, 1, 3, 2);
+    three_cancel(&t);
+    three_served(&t, 0, CTX_MS(100));
+    three_served(&t, 2, CTX_MS(200));
+    three_close(&t, CTX_MS(100));
+}
+
+TEST(those_behind_move_up_only_as_far_as_tokens_have_come) {
+    three_t t;
+    three_open(&t, 1, 5, 1);
+    three_served(&t, 0, CTX_MS(100));
+    ctx_clock_advance(CTX_MS(250)); /* of the 300 that the third needs, were it alone, 250 have passed in its favour */
+    three_cancel(&t);
+    thread_join(t.threads[2]);
+    EXPECT_EQ(t.w[2].rc, 0);
+    EXPECT_EQ(drink(&t.limiter), 1);
+    three_close(&t, CTX_MS(50));
+}
+
+/* A late one must not be served before an early one, whatever was canceled before it came. */
+TEST(who_comes_after_a_cancel_is_served_after_those_who_came_before) {
+    three_t t;
+    three_open(&t, 1, 3, 1);
+    three_cancel(&t);
+    waiter_t late;
+    pthread_t thread = wait_apart(&late, &t.limiter, ctx_background(), 1);
+    three_served(&t, 0, CTX_MS(100));
+    EXPECT(still_waits(&late));
+    three_served(&t, 2, CTX_MS(100));
+    EXPECT(still_waits(&late));
+    ctx_clock_advance(CTX_MS(100));
+    thread_join(thread);
+    EXPECT_EQ(late.rc, 0);
+    three_close(&t, CTX_MS(100));
+}
+
+TEST(tokens_given_back_go_to_those_who_wait_and_not_to_a_newcomer) {
+    three_t t;
+    three_open(&t, 1, 1, 5);
+    ctx_limiter_refund(&t.limiter, 2); /* two of the five */
+    EXPECT(!ctx_limiter_allow(&t.limiter, 1));
+    for (int i = 0; i < 2; i++) {
+        thread_join(t.threads[i]);
+        EXPECT_EQ(t.w[i].rc, 0);
+    }
+    three_served(&t, 2, CTX_MS(500));
+    three_close(&t, CTX_MS(100));
+}
+
+TEST(more_given_back_than_was_taken_opens_no_flood_behind_those_who_wait) {
+    three_t t;
+    three_open(&t, 2, 2, 2);
+    ctx_limiter_refund(&t.limiter, 1000000);
+    for (int i = 0; i < 2; i++) {
+        thread_join(t.threads[i]);
+        EXPECT_EQ(t.w[i].rc, 0);
+    }
+    three_served(&t, 2, CTX_MS(100)); /* the bucket holds five, and they want six */
+    three_close(&t, CTX_MS(100));
+}
+
+/* A reservation is a promise of a time, so nobody behind it may come nearer to it. */
+TEST(those_behind_a_reservation_stay_where_they_are) {
+    ctx_clock_fake(CTX_S(1000));
+    ctx_limiter_t limiter = empty_limiter(10, 5);
+    ctx_t *ctx = ctx_with_cancel(ctx_background());
+    waiter_t first, second;
+    pthread_t threads[2];
+    threads[0] = wait_apart(&first, &limiter, ctx, 3);
+    EXPECT_EQ(ctx_limiter_reserve(&limiter, 2), CTX_MS(500));
+    threads[1] = wait_apart(&second, &limiter, ctx_background(), 1);
+    ctx_cancel(ctx);
+    thread_join(threads[0]);
+    EXPECT_EQ(first.rc, CTX_CANCELED);
+    ctx_clock_advance(CTX_MS(600) - 1);
+    EXPECT(still_waits(&second));
+    ctx_clock_advance(1);
+    thread_join(threads[1]);
+    EXPECT_EQ(second.rc, 0);
+    ctx_end(ctx);
+    ctx_clock_real();
+}
+
+TEST(a_reservation_that_is_given_back_hurries_nobody_before_it) {
+    ctx_clock_fake(CTX_S(1000));
+    ctx_limiter_t limiter = empty_limiter(10, 5);
+    waiter_t w;
+    pthread_t thread = wait_apart(&w, &limiter, ctx_background(), 1);
+    for (int i = 0; i < 3; i++) { /* asks how long it would take, and finds it too long */
+        EXPECT_EQ(ctx_limiter_reserve(&limiter, 5), CTX_MS(600));
+        ctx_limiter_refund(&limiter, 5);
+    }
+    ctx_clock_advance(CTX_MS(100) - 1);
+    EXPECT(still_waits(&w));
+    ctx_clock_advance(1);
+    thread_join(thread);
+    EXPECT_EQ(w.rc, 0);
+    EXPECT_EQ(until_next(&limiter), CTX_MS(100));
+    ctx_clock_real();
+}
+
+/* In the child of a fork nobody waits any more, though the tokens that were waited for are taken. */
+TEST(a_limiter_works_on_in_the_child_of_a_fork) {
+    three_t t;
+    three_open(&t, 1, 1, 1);
+    pid_t child = fork();
+    if (child == 0) {
+        ctx_limiter_refund(&t.limiter, 3);
+        bool empty = ctx_limiter_reserve(&t.limiter, 0) == 0 && !ctx_limiter_allow(&t.limiter, 1);
+        ctx_limiter_refund(&t.limiter, 5);
+        _exit(empty && drink(&t.limiter) == 5 ? 0 : 1);
+    }
+    int status = -1;
+    EXPECT_EQ(waitpid(child, &status, 0), child);
+    EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    for (int i = 0; i < 3; i++) three_served(&t, i, CTX_MS(100));
+    three_close(&t, CTX_MS(100));
+}
+
+/* -- waits that end otherwise ----------------------------------------------------------------------------------- */
 
 TEST(the_last_of_those_who_wait_gives_all_its_tokens_back) {
     ctx_clock_fake(CTX_S(1000));
@@ -407,6 +574,11 @@ TEST(a_deadline_before_the_tokens_is_refused_at_once_and_takes_nothing) {
     ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_MS(300) - 1);
     EXPECT_EQ(ctx_limiter_wait(&limiter, ctx, 3), CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(ctx_limiter_wait(&limiter, ctx, 5), CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(ctx_err(ctx), 0);
+    EXPECT_EQ(until_next(&limiter), CTX_MS(100));
+    ctx_end(ctx);
+    ctx = ctx_with_timeout(ctx_background(), CTX_MS(300)); /* at the same moment is not before it */
+    EXPECT_EQ(ctx_limiter_wait(&limiter, ctx, 3), CTX_DEADLINE_EXCEEDED);
     EXPECT_EQ(ctx_err(ctx), 0);
     EXPECT_EQ(until_next(&limiter), CTX_MS(100));
     ctx_end(ctx);

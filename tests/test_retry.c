@@ -371,6 +371,36 @@ TEST(a_wait_that_does_not_fit_before_the_deadline_is_not_begun) {
     ctx_clock_real();
 }
 
+TEST(a_wait_that_ends_just_at_the_deadline_is_not_begun) {
+    static const ctx_dur_t waits[] = {CTX_MS(100)};
+    ctx_clock_fake(CTX_S(1000));
+    ctx_retry_desc_t desc = describe(5, CTX_MS(100));
+    ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_MS(300));
+    work_t work = work_below(ctx, &desc);
+    expect_waits_by(&work, waits, 1, -2);
+    EXPECT_EQ(ctx_err(ctx), 0);
+    ctx_end(ctx);
+    ctx_clock_real();
+}
+
+static int takes_until_the_deadline(ctx_t *ctx, void *arg) {
+    (void)ctx;
+    ctx_clock_advance(*(const ctx_dur_t *)arg);
+    return -9;
+}
+
+/* Whether the runtime has already noticed it or not: the error of the attempt says more. */
+TEST(an_attempt_that_lasts_until_the_deadline_or_longer_has_the_last_word) {
+    for (int longer = 0; longer < 2; longer++) {
+        ctx_clock_fake(CTX_S(1000));
+        ctx_dur_t takes = CTX_MS(300) + longer;
+        ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_MS(300));
+        EXPECT_EQ(ctx_retry(ctx, NULL, takes_until_the_deadline, &takes), -9);
+        ctx_end(ctx);
+        ctx_clock_real();
+    }
+}
+
 TEST(a_wait_that_just_fits_before_the_deadline_is_made) {
     static const ctx_dur_t waits[] = {CTX_MS(100), CTX_MS(200)};
     ctx_clock_fake(CTX_S(1000));

@@ -649,6 +649,68 @@ TEST(a_start_that_is_stuck_does_not_hold_the_stop) {
     nothing_is_left();
 }
 
+/* The grace period of its start counts nothing: what it made is refused and drained, and forced only after that. */
+TEST(a_start_under_way_is_drained_before_it_is_forced_and_each_once) {
+    gate_t starting, draining;
+    gate_init(&starting);
+    gate_init(&draining);
+    ctx_clock_fake(T0);
+    actor_t a = actor("a");
+    a.start_gate = &starting;
+    a.drain_gate = &draining;
+    ctx_service_desc_t desc = describe(&a);
+    ctx_service_t *service = service_of(ctx_background(), &desc);
+    starter_t starter = {service, 0, 0, 0};
+    stopper_t s;
+    pthread_t thread = thread_start(starts, &starter);
+    gate_await(&starting, 1);
+    stop_apart(&s, service, CTX_S(10));
+    pass(CTX_S(3));
+    EXPECT(times(&a, REFUSES) == 0 && times(&a, FORCES) == 0);
+    gate_open(&starting);
+    thread_join(thread);
+    gate_await(&draining, 1);
+    EXPECT_EQ(starter.rc, CTX_CLOSED);
+    EXPECT_EQ(times(&a, FORCES), 0);
+    drive(&s.done);
+    thread_join(s.thread);
+    EXPECT_EQ(s.rc, CTX_DEADLINE_EXCEEDED);
+    EXPECT(before(&a, STARTED, &a, REFUSES));
+    EXPECT(before(&a, REFUSES, &a, DRAINS));
+    EXPECT(before(&a, DRAINS, &a, FORCES));
+    EXPECT_EQ(a.at[FORCES], CTX_S(10));
+    EXPECT(times(&a, REFUSES) == 1 && times(&a, DRAINS) == 1 && times(&a, FORCES) == 1);
+    EXPECT_EQ(times(&a, RUNS), 0);
+    gate_open(&draining);
+    UNTIL(times(&a, DRAINED) == 1);
+    ctx_service_free(service);
+    gate_destroy(&starting);
+    gate_destroy(&draining);
+    nothing_is_left();
+}
+
+TEST(a_start_that_goes_well_after_the_stop_is_neither_drained_nor_forced) {
+    gate_t gate;
+    gate_init(&gate);
+    ctx_clock_fake(T0);
+    actor_t a = actor("a");
+    a.start_gate = &gate;
+    ctx_service_desc_t desc = describe(&a);
+    ctx_service_t *service = service_of(ctx_background(), &desc);
+    starter_t starter = {service, 0, 0, 0};
+    pthread_t thread = thread_start(starts, &starter);
+    gate_await(&gate, 1);
+    EXPECT_EQ(stop_driven(service, CTX_S(1), NULL), CTX_DEADLINE_EXCEEDED);
+    gate_open(&gate);
+    thread_join(thread);
+    until_quiet();
+    EXPECT_EQ(starter.rc, CTX_CLOSED);
+    EXPECT(times(&a, REFUSES) == 0 && times(&a, DRAINS) == 0 && times(&a, FORCES) == 0 && times(&a, RUNS) == 0);
+    ctx_service_free(service);
+    gate_destroy(&gate);
+    nothing_is_left();
+}
+
 static int waits_in_start(ctx_t *ctx, void *user) {
     add((int *)user, 1);
     return ctx_wait(ctx, CTX_FOREVER);
@@ -690,6 +752,11 @@ static int stops_itself(ctx_t *ctx, void *user) {
     return 0;
 }
 
+static int returns_when_it_is_told(ctx_t *ctx, void *user) {
+    (void)user;
+    return ctx_wait(ctx, CTX_FOREVER);
+}
+
 static void counts_refusals(void *user) { add(&((self_t *)user)->refused, 1); }
 
 TEST(run_may_stop_its_own_service) {
@@ -717,6 +784,37 @@ TEST(run_may_stop_its_own_service) {
         EXPECT_EQ(load(&self.refused), 1);
         ctx_service_free(self.service);
         gate_destroy(&self.gate);
+    }
+    nothing_is_left();
+}
+
+/* Without end, so waiting for itself would be for ever. */
+static int stops_itself_for_ever(ctx_t *ctx, void *user) {
+    self_t *self = (self_t *)user;
+    (void)ctx;
+    store(&self->rc, ctx_service_stop(self->service, CTX_FOREVER, NULL));
+    add(&self->done, 1);
+    return 0;
+}
+
+TEST(start_and_drain_may_stop_their_own_service) {
+    for (int drains = 0; drains < 2; drains++) {
+        self_t self;
+        memset(&self, 0, sizeof self);
+        ctx_service_desc_t desc;
+        memset(&desc, 0, sizeof desc);
+        desc.run = returns_when_it_is_told;
+        if (drains)
+            desc.drain = stops_itself_for_ever;
+        else
+            desc.start = stops_itself_for_ever;
+        desc.user = &self;
+        self.service = service_of(ctx_background(), &desc);
+        EXPECT_EQ(ctx_service_start(self.service), drains ? 0 : CTX_CLOSED);
+        EXPECT_EQ(ctx_service_stop(self.service, CTX_FOREVER, NULL), 0);
+        UNTIL(load(&self.done) == 1);
+        EXPECT_EQ(load(&self.rc), 0);
+        ctx_service_free(self.service);
     }
     nothing_is_left();
 }

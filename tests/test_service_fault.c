@@ -133,6 +133,78 @@ TEST(a_stuck_run_does_not_hold_a_stop_without_supplies) {
     nothing_is_left();
 }
 
+/* Nobody but the thread that was there before runs them, and one of them stands still. */
+TEST(a_stuck_drain_does_not_hold_a_stop_without_supplies) {
+    gate_t gate;
+    gate_init(&gate);
+    fresh();
+    actor_t a = actor("a");
+    a.drain_gate = a.run_gate = &gate; /* whose thread would serve too */
+    ctx_service_desc_t desc = describe(&a);
+    desc.grace = CTX_MS(20);
+    ctx_service_t *service = started(ctx_background(), &desc);
+    all_supplies_end();
+    ctx_shutdown_report_t report;
+    ctx_time_t from = ctx_now();
+    EXPECT_EQ(ctx_service_stop(service, CTX_MS(100), &report), CTX_DEADLINE_EXCEEDED);
+    EXPECT(ctx_now() - from < CTX_S(20));
+    EXPECT_EQ(report.late, 1);
+    EXPECT(times(&a, DRAINS) == 1 && times(&a, FORCES) == 0); /* that is behind the drain */
+    gate_open(&gate);
+    UNTIL(times(&a, FORCES) == 1);
+    EXPECT(before(&a, DRAINED, &a, FORCES));
+    UNTIL(times(&a, RETURNED) == 1);
+    ctx_service_free(service);
+    supplies_are_back();
+    gate_destroy(&gate);
+    nothing_is_left();
+}
+
+TEST(refuse_and_drain_do_not_begin_after_force) {
+    gate_t gate;
+    gate_init(&gate);
+    fresh();
+    actor_t stuck = actor("stuck"), behind = actor("behind");
+    stuck.drain_gate = stuck.run_gate = behind.run_gate = &gate; /* whose threads would serve too */
+    ctx_service_desc_t desc[] = {describe(&stuck), describe(&behind)};
+    ctx_service_t *first = started(ctx_background(), &desc[0]), *second = started(ctx_background(), &desc[1]);
+    all_supplies_end();
+    EXPECT_EQ(ctx_service_stop(first, CTX_MS(20), NULL), CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(ctx_service_stop(second, CTX_MS(20), NULL), CTX_DEADLINE_EXCEEDED);
+    EXPECT(times(&behind, REFUSES) == 0 && times(&behind, FORCES) == 0); /* behind the other's drain */
+    gate_open(&gate);
+    UNTIL(times(&behind, FORCES) == 1 && times(&behind, RETURNED) == 1 && times(&stuck, RETURNED) == 1);
+    EXPECT(times(&behind, REFUSES) == 0 && times(&behind, DRAINS) == 0);
+    ctx_service_free(first);
+    ctx_service_free(second);
+    supplies_are_back();
+    gate_destroy(&gate);
+    nothing_is_left();
+}
+
+static int waits_for_the_end(ctx_t *ctx, void *user) {
+    (void)user;
+    return ctx_wait(ctx, CTX_FOREVER);
+}
+
+/* The thread that fires deadlines cannot be had either. */
+TEST(a_drain_that_waits_ends_at_its_deadline_without_supplies) {
+    fresh();
+    ctx_service_desc_t desc;
+    memset(&desc, 0, sizeof desc);
+    desc.drain = waits_for_the_end;
+    desc.drain_budget = CTX_MS(20);
+    ctx_service_t *service = started(ctx_background(), &desc);
+    ctx_runtime_stop();
+    all_supplies_end();
+    ctx_shutdown_report_t report;
+    EXPECT_EQ(ctx_service_stop(service, LONG_WAIT, &report), CTX_DEADLINE_EXCEEDED); /* what the drain returned */
+    EXPECT(report.late == 0 && report.within_budget);
+    supplies_are_back();
+    ctx_service_free(service);
+    nothing_is_left();
+}
+
 /* -- apps ------------------------------------------------------------------------------------------------------- */
 
 /* An app of three, made and run on a thread that was there before the supplies ended. */
@@ -256,6 +328,12 @@ static int counts(ctx_t *ctx, void *arg) {
     return 0;
 }
 
+static int counts_whatever_its_context(ctx_t *ctx, void *arg) {
+    (void)ctx;
+    add((int *)arg, 1);
+    return 0;
+}
+
 static int add_count(ctx_cleanup_t *cleanup, int *count, bool critical) {
     ctx_cleanup_desc_t desc;
     memset(&desc, 0, sizeof desc);
@@ -284,6 +362,60 @@ TEST(a_cleanup_that_was_added_runs_once_whatever_fails) {
             if (!failed) break;
         }
     }
+}
+
+typedef struct {
+    gate_t gate;
+    int ended, lates; /* [atomic] */
+} stuck_cleanup_t;
+
+static int stands_still(ctx_t *ctx, void *arg) {
+    stuck_cleanup_t *stuck = (stuck_cleanup_t *)arg;
+    (void)ctx;
+    gate_pass(&stuck->gate);
+    add(&stuck->ended, 1);
+    return 0;
+}
+
+static void counts_lates(const char *name, int rc, ctx_dur_t took, void *arg) {
+    (void)name;
+    (void)rc;
+    (void)took;
+    add(&((stuck_cleanup_t *)arg)->lates, 1);
+}
+
+TEST(a_stuck_cleanup_does_not_hold_a_run_without_supplies) {
+    stuck_cleanup_t stuck;
+    int behind = 0;
+    memset(&stuck, 0, sizeof stuck);
+    gate_init(&stuck.gate);
+    ctx_cleanup_t cleanup = {0};
+    ctx_cleanup_desc_t desc;
+    memset(&desc, 0, sizeof desc);
+    desc.fn = stands_still;
+    desc.arg = &stuck;
+    desc.critical = true;
+    desc.on_late = counts_lates;
+    fresh();
+    EXPECT_EQ(ctx_cleanup_add(&cleanup, &desc), 0);
+    desc.fn = counts_whatever_its_context;
+    desc.arg = &behind;
+    desc.critical = false;
+    desc.on_late = NULL;
+    EXPECT_EQ(ctx_cleanup_add(&cleanup, &desc), 0);
+    all_supplies_end();
+    ctx_shutdown_report_t report;
+    ctx_time_t from = ctx_now();
+    EXPECT_EQ(ctx_cleanup_run(&cleanup, CTX_MS(50), &report), CTX_DEADLINE_EXCEEDED);
+    EXPECT(ctx_now() - from < CTX_S(20));
+    EXPECT_EQ(report.late, 2);
+    EXPECT_EQ(load(&behind), 0);
+    gate_open(&stuck.gate);
+    UNTIL(load(&stuck.lates) == 1 && load(&behind) == 1); /* each runs all the same, and once */
+    EXPECT_EQ(load(&stuck.ended), 1);
+    supplies_are_back();
+    gate_destroy(&stuck.gate);
+    nothing_is_left();
 }
 
 TEST(cleanups_run_without_memory_and_threads) {

@@ -665,6 +665,32 @@ TEST(the_runtime_stops_while_a_callback_uses_the_library) {
     ctx_runtime_stop();
 }
 
+TEST(a_signal_after_the_end_of_the_runtime_cancels_what_lives) {
+    const int sig = SIGUSR1;
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+    ctx_runtime_stop();
+    send_self(sig);
+    EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
+    ctx_end(ctx);
+    ctx_runtime_stop();
+    EXPECT_EQ(fault_live(), 0);
+}
+
+/* Its handler has noted it, and the signal thread comes to it when that context has ended and another is there. */
+TEST(a_signal_that_came_before_a_context_was_made_does_not_cancel_it) {
+    const int first = SIGUSR1, second = SIGUSR2;
+    CTX__STORE(&ctx__signals.pending[first], 1, RELAXED);
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), &first, 1);
+    ctx_t *other = ctx_notify_signals(ctx_background(), &second, 1);
+    send_self(second);
+    EXPECT_EQ(ctx_wait(other, LONG_WAIT), CTX_CANCELED); /* the thread has looked at the first by now */
+    EXPECT_EQ(ctx_err(ctx), 0);
+    ctx_end(ctx);
+    ctx_end(other);
+    ctx_runtime_stop();
+    EXPECT_EQ(fault_live(), 0);
+}
+
 TEST(the_runtime_stops_clean_and_starts_again) {
     const int sig = SIGUSR1;
     for (int i = 0; i < 5; i++) {

@@ -462,6 +462,41 @@ TEST(bad_arguments_are_invalid) {
     scene_close(&s);
 }
 
+/* The last item takes the context with it. */
+static int cancels_at_last(ctx_t *ctx, const void *in, void *out, void *user) {
+    scene_t *s = (scene_t *)user;
+    int item = *(const int *)in;
+    enter(s, ctx);
+    if (item == s->n - 1) ctx_cancel(s->ctx);
+    return leave(s, item, out, 1);
+}
+
+TEST(a_stage_whose_items_all_went_through_returns_0_though_the_last_was_canceled_meanwhile) {
+    scene_t s;
+    for (int k = 0; k < 6; k++) {
+        scene_open(&s, 5, 5, cancels_at_last);
+        s.desc.on_cancel = policies[k % 3];
+        s.desc.ordered = k >= 3;
+        run_to_the_end(&s);
+        scene_close(&s);
+    }
+}
+
+TEST(a_stage_whose_workers_need_more_memory_than_there_are_addresses_says_so) {
+    ctx_chan_t *in = chan_of((size_t)-1 / 8, 0), *out = ints(1);
+    ctx_stage_desc_t desc;
+    memset(&desc, 0, sizeof desc);
+    desc.in = in;
+    desc.out = out;
+    desc.fn = counts;
+    for (desc.workers = 8; desc.workers <= 1024; desc.workers *= 2) {
+        EXPECT_EQ(ctx_stage_run(ctx_background(), &desc), CTX_NO_MEMORY);
+        EXPECT_EQ(ctx_chan_try_recv(out, NULL), CTX_CLOSED);
+    }
+    ctx_chan_free(in);
+    ctx_chan_free(out);
+}
+
 /* -- order ------------------------------------------------------------------------------------------------------ */
 
 typedef struct {
@@ -1116,6 +1151,7 @@ enum { STAGES = 3 };
 /* For a group: runs the stage of a scene. */
 static int runs_in_group(ctx_t *ctx, void *arg) {
     scene_t *s = (scene_t *)arg;
+    store(&s->tid, thread_id());
     return s->rc = ctx_stage_run(ctx, &s->desc);
 }
 
@@ -1150,6 +1186,47 @@ TEST(a_close_at_the_source_runs_through_the_whole_pipeline) {
     }
 }
 
+/* The stages wait for each other, and the pool has too few workers for all of them. Nobody runs one by waiting. */
+static int feeds_the_first(ctx_t *ctx, void *arg) {
+    scene_t *s = (scene_t *)arg;
+    for (int i = 0; i < s->n; i++) {
+        int rc = ctx_chan_send(s->in, ctx, &i);
+        if (rc) return rc;
+    }
+    return ctx_chan_close(s->in);
+}
+
+TEST(stages_of_one_group_run_on_a_pool_with_too_few_workers_for_them) {
+    for (int workers = 1; workers <= 2; workers++) {
+        for (int late = 0; late < 2; late++) { /* the source comes before the stages, or when all of them wait */
+            enum { FED = 50 };
+            scene_t s[STAGES];
+            ctx_pool_desc_t desc;
+            ctx_group_desc_t below;
+            memset(&desc, 0, sizeof desc);
+            memset(&below, 0, sizeof below);
+            desc.workers = workers;
+            below.pool = ctx_pool_new(ctx_background(), &desc);
+            for (int k = 0; k < STAGES; k++) scene_open(&s[k], 0, FED, doubles);
+            connect(s, 1);
+            ctx_chan_free(s[0].in);
+            s[0].in = s[0].desc.in = ints(FED);
+            s[0].n = FED;
+            ctx_group_t *group = ctx_group_new(ctx_background(), &below);
+            if (!late) EXPECT_EQ(ctx_group_go(group, feeds_the_first, &s[0]), 0);
+            for (int k = STAGES - 1; k >= 0; k--) EXPECT_EQ(ctx_group_go(group, runs_in_group, &s[k]), 0);
+            if (late) EXPECT_EQ(ctx_group_go(group, feeds_the_first, &s[0]), 0);
+            int sum = 0, item;
+            while (ctx_chan_recv(s[STAGES - 1].out, ctx_background(), &item) == 0) sum += item;
+            EXPECT_EQ(sum, 8 * (FED * (FED - 1) / 2));
+            EXPECT_EQ(ctx_group_wait(group), 0);
+            ctx_pool_drain(below.pool, CTX_FOREVER, NULL);
+            ctx_pool_free(below.pool);
+            disconnect(s);
+        }
+    }
+}
+
 TEST(in_a_group_the_first_stage_that_fails_stops_the_others) {
     for (int at = 0; at < STAGES; at++) {
         scene_t s[STAGES];
@@ -1160,6 +1237,8 @@ TEST(in_a_group_the_first_stage_that_fails_stops_the_others) {
         ctx_group_t *group = ctx_group_new(ctx_background(), NULL);
         for (int k = 0; k < STAGES; k++)
             if (k != at) EXPECT_EQ(ctx_group_go(group, runs_in_group, &s[k]), 0);
+        for (int k = 0; k < STAGES; k++)
+            if (k != at) until_asleep(&s[k].tid);
         EXPECT_EQ(ctx_group_go(group, runs_in_group, &s[at]), 0);
         EXPECT_EQ(ctx_group_wait(group), FAILURE);
         EXPECT_EQ(s[at].rc, FAILURE);

@@ -232,6 +232,43 @@ TEST(a_stage_with_fewer_threads_than_workers_loses_nothing) {
         }
 }
 
+/* The one worker that there is comes to its end just before the stage learns that there is no thread for the next. */
+static int worker_tid; /* [atomic] */
+static gate_t *worker_gate;
+
+static int says_who(ctx_t *ctx, const void *in, void *out, void *user) {
+    int rc = stops_at_gate(ctx, in, out, user); /* nobody is idle until the next thread is asked for */
+    store(&worker_tid, thread_id());
+    return rc;
+}
+
+static void until_worker_is_idle(void) {
+    gate_open(worker_gate);
+    until_asleep(&worker_tid);
+}
+
+TEST(a_stage_whose_only_worker_is_done_when_no_other_thread_can_be_had_succeeds) {
+    for (int ordered = 0; ordered < 2; ordered++) {
+        scene_t s;
+        ctx_runtime_stop(); /* no idle threads */
+        scene_open(&s, CTX_CANCEL_FINISH, 2, ordered);
+        s.desc.fn = says_who;
+        s.desc.finish_budget = CTX_S(60);
+        ctx_chan_close(s.in);
+        store(&worker_tid, 0);
+        worker_gate = &s.gate;
+        fault_threads_before = until_worker_is_idle;
+        fault_threads_all_after(1);
+        EXPECT_EQ(ctx_stage_run(ctx_background(), &s.desc), 0);
+        EXPECT(fault_threads_off());
+        fault_threads_before = NULL;
+        EXPECT_EQ(ctx_chan_len(s.out), ITEMS);
+        EXPECT_EQ(s.letters, 0);
+        scene_accounts(&s);
+        scene_close(&s);
+    }
+}
+
 typedef struct {
     scene_t scene;
     ctx_t *ctx;
