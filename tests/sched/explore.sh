@@ -1,7 +1,8 @@
 #!/bin/bash
 # Explore for about SECONDS: explore.sh SECONDS PROGRAM...
-# First every scenario by itself, up to the bound of two preemptions or as long as its share lasts; then, until the time
-# is over, priorities and chance with new seeds, and the bound of three. The last line is `N passed, N failed`.
+# First every scenario by itself, up to the bound of two preemptions or as long as its share of half the time lasts, and
+# with races.c up to the bound of one; then, until the time is over, priorities and chance with new seeds, and the bound
+# of three. The last line is `N passed, N failed`.
 set -u
 seconds=${1:?usage: explore.sh SECONDS PROGRAM...}
 shift
@@ -27,18 +28,25 @@ run() {
     fi
 }
 
-share=$((seconds / 75 + 1))
+scenarios=0
 for program; do
     case $program in
-        */races/*) run "$program" --bound 1 --time 1 ;;
+        */races/*) ;;
+        *) scenarios=$((scenarios + $("$program" --list | wc -l))) ;;
+    esac
+done
+share=$(awk -v s="$seconds" -v n="$scenarios" 'BEGIN { printf "%.2f", s / 2 / (n + 1) }')
+for program; do
+    case $program in
+        */races/*) run "$program" --bound 1 --time "$(awk -v share="$share" 'BEGIN { printf "%.2f", share / 3 }')" ;;
         *) run "$program" --time "$share" ;;
     esac
 done
 for ((seed = 1; SECONDS < end; seed++)); do
     for program; do
         ((SECONDS < end)) || break
-        run "$program" --strategy pct --seed "$RANDOM$seed" --time 1
-        run "$program" --strategy random --seed "$RANDOM$seed" --schedules 300 --time 1
+        run "$program" --strategy pct --seed "$RANDOM$seed" --time "$share"
+        run "$program" --strategy random --seed "$RANDOM$seed" --schedules 300 --time "$share"
         ((seconds < 600)) || run "$program" --bound 3 --time $((seconds / 60))
     done
 done

@@ -173,6 +173,7 @@ static __thread sched_thread_t *sched_self; /* NULL outside of schedules */
 extern char __data_start[], _end[];
 
 size_t sched_malloc_most = SIZE_MAX;
+int sched_starts_fail;
 char *const sched_memory = SCHED_BASE;
 const size_t sched_memory_size = (size_t)SCHED_THREADS * (SCHED_ARENA + SCHED_STACK);
 int sched_thread_or_none(void) { return sched_self ? (int)(sched_self - S->threads) : -1; }
@@ -622,12 +623,17 @@ void ctx__sched_wake(uint32_t *word, int n) {
 int64_t ctx__sched_now(void) { return S->clock += 1000; }
 
 int ctx__sched_start(pthread_t *thread, void *(*fn)(void *), void *arg) {
-    sched_thread_t *t = &S->threads[S->count];
-    if (S->count == SCHED_THREADS) sched_fail(NULL, 0, "too many threads");
+    sched_thread_t *t;
     if (S->exploring) {
-        sched_place("start a thread", t, __FILE__, __LINE__);
-        sched_point(SCHED_READY, true);
+        sched_place("start a thread", &S->threads[S->count], __FILE__, __LINE__);
+        sched_point(SCHED_READY, true); /* where another thread may start one, too */
     }
+    if (sched_starts_fail) {
+        sched_starts_fail--;
+        return EAGAIN;
+    }
+    if (S->count == SCHED_THREADS) sched_fail(NULL, 0, "too many threads");
+    t = &S->threads[S->count];
     t->name = "library";
     t->run = NULL;
     t->fn = fn;

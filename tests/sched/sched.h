@@ -46,7 +46,8 @@
 
    Not seen: the reorderings that weak memory orders allow (races.c finds those that leave plain data unordered); an
    interleaving inside plain accesses without races.c; spurious wake-ups of a futex or condition variable; signals;
-   system calls that fail; allocations that fail, unless the scenario sets sched_malloc_most. */
+   system calls that fail; allocations and starts of threads that fail, unless the scenario sets sched_malloc_most or
+   sched_starts_fail. */
 #ifndef SCHED_H
 #define SCHED_H
 
@@ -105,6 +106,9 @@ void sched_fail(const char *file, int line, const char *format, ...) __attribute
 #define pthread_cond_wait(cond, mutex) sched_cond_wait((cond), (mutex))
 #define pthread_cond_broadcast(cond) sched_cond_wake((cond), SCHED_THREADS)
 #define pthread_cond_signal(cond) sched_cond_wake((cond), 1)
+#ifndef pthread_detach /* a scenario may note who is left */
+#define pthread_detach(thread) ((void)(thread))
+#endif
 #define sysconf(name) ((void)(name), (long)SCHED_CPUS)
 #include HDR
 #endif
@@ -126,6 +130,7 @@ typedef struct {
 } sched_scenario_t;
 
 extern size_t sched_malloc_most; /* larger blocks of the library's cannot be had (default: SIZE_MAX) */
+extern int sched_starts_fail;    /* the next N threads that the library starts are unavailable (default: 0) */
 int sched_thread(void);          /* the number of the calling thread: the first of a scenario is 1 */
 
 /* A flag of the scenario that threads share: each use is a point to switch. */
