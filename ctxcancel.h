@@ -4593,7 +4593,7 @@ static inline char *ctx__pool_room(ctx_pool_t *pool) {
         ring->head_seen = CTX__LOAD(&ring->head, ACQUIRE);
         if (ring->tail - ring->head_seen >= ctx__pool_most(pool)) return NULL;
     }
-    return ring->cells + ring->tail_slot * ring->size;
+    return ctx__ring_room(ring);
 }
 
 /* [in, out] */
@@ -5812,7 +5812,6 @@ static void ctx__group_come(ctx__turns_t *turns, bool lost) {
         ctx__lock(&group->mu);
     }
     group->active--;
-    if (lost) ctx__group_wake(group);
     ctx__unlock(&group->mu);
     ctx__group_unref(group, 1);
 }
@@ -5907,8 +5906,7 @@ static bool ctx__group_may_go(void *arg) {
 static int ctx__group_enter(ctx_group_t *group, bool wait) {
     bool task = wait && ctx__scope_of(CTX__IN_GROUP, group);
     int rc;
-    group->adding += task;
-    if (task) ctx__wake_all(&group->at_limit);
+    group->adding += task; /* the room that this makes it takes itself */
     while ((rc = ctx__group_refuses(group)) == 0 && !ctx__group_has_room(group)) {
         if (!wait) return CTX_QUEUE_FULL;
         if (!ctx__group_run_last(group))

@@ -5,15 +5,9 @@
 #include "ctxcancel.h"
 #include "test.h"
 #include "steps.h"
+#include "child.h"
 
 #include <poll.h>
-
-static bool readable(int fd) {
-    struct pollfd poller;
-    poller.fd = fd;
-    poller.events = POLLIN;
-    return poll(&poller, 1, 0) == 1;
-}
 
 /* -- a tree with everything that can stand below a context ------------------------------------------------------- */
 

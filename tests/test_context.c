@@ -5,6 +5,7 @@
 #define CTXCANCEL_IMPLEMENTATION
 #include "ctxcancel.h"
 #include "race.h"
+#include "child.h"
 
 #include <limits.h>
 #include <poll.h>
@@ -603,13 +604,6 @@ static void *cancel_above(void *arg) {
         start_line(&race->line);
     }
     return NULL;
-}
-
-static bool readable(int fd) {
-    struct pollfd poller;
-    poller.fd = fd;
-    poller.events = POLLIN;
-    return poll(&poller, 1, 0) == 1;
 }
 
 TEST(the_first_to_attach_during_a_cancel_is_not_overlooked) {

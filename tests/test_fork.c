@@ -3,6 +3,7 @@
 #include "ctxcancel.h"
 #include "test.h"
 #include "race.h"
+#include "child.h"
 
 #include <poll.h>
 #include <sys/wait.h>
@@ -57,23 +58,7 @@ static int in_child(int (*fn)(void *arg), void *arg) {
         }
         _exit(line ? 1 : 0);
     }
-    int status = 0;
-    while (waitpid(pid, &status, 0) < 0)
-        if (errno != EINTR) return -2;
-    if (WIFSIGNALED(status)) return 1000 + WTERMSIG(status); /* 1014: it hung */
-    return WEXITSTATUS(status);
-}
-
-#define REQUIRE(expr)                 \
-    do {                              \
-        if (!(expr)) return __LINE__; \
-    } while (0)
-
-static bool readable(int fd) {
-    struct pollfd poller;
-    poller.fd = fd;
-    poller.events = POLLIN;
-    return poll(&poller, 1, 0) == 1;
+    return end_of_child(pid);
 }
 
 static void count(void *arg) { __atomic_add_fetch((int *)arg, 1, __ATOMIC_RELEASE); }

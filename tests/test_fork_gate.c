@@ -17,6 +17,7 @@ static inline int gate_create(pthread_t *thread, const pthread_attr_t *attr, voi
 #undef pthread_create
 #include "test.h"
 #include "race.h"
+#include "child.h"
 
 #include <fcntl.h>
 #include <poll.h>
@@ -38,19 +39,7 @@ const char *__tsan_default_options(void) { return "die_after_fork=0"; }
 #define NEEDS_THREADS_IN_CHILDREN ((void)0)
 #endif
 
-#define REQUIRE(expr)                 \
-    do {                              \
-        if (!(expr)) return __LINE__; \
-    } while (0)
-
 enum { CHILD_SECONDS = 30 };
-
-static bool readable(int fd) {
-    struct pollfd poller;
-    poller.fd = fd;
-    poller.events = POLLIN;
-    return poll(&poller, 1, 0) == 1;
-}
 
 static void count(void *arg) { add((int *)arg, 1); }
 

@@ -4,14 +4,10 @@
 #include "ctxcancel.h"
 #include "test.h"
 #include "steps.h"
+#include "child.h"
 
 #include <poll.h>
 #include <sys/wait.h>
-
-#define REQUIRE(expr)                 \
-    do {                              \
-        if (!(expr)) return __LINE__; \
-    } while (0)
 
 #ifdef TEST_THREAD_SANITIZER
 #ifdef __cplusplus
@@ -26,13 +22,6 @@ const char *__tsan_default_options(void) { return "die_after_fork=0"; }
 #endif
 
 enum { CHILD_SECONDS = 20 };
-
-static bool readable(int fd) {
-    struct pollfd poller;
-    poller.fd = fd;
-    poller.events = POLLIN;
-    return poll(&poller, 1, 0) == 1;
-}
 
 static void count(void *arg) { add((int *)arg, 1); }
 
@@ -112,13 +101,6 @@ static void works(void *shared) {
     fork_t *f = (fork_t *)shared;
     while (!f->begun) steps_yield();
     f->work(f);
-}
-
-static int end_of_child(pid_t pid) {
-    int status = 0;
-    while (waitpid(pid, &status, 0) < 0)
-        if (errno != EINTR) return -1;
-    return WIFSIGNALED(status) ? 1000 + WTERMSIG(status) : WEXITSTATUS(status); /* 1014: it hung */
 }
 
 /* Children after each other: at most one is alive, and at the first bad one it stops. */

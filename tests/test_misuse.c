@@ -57,12 +57,32 @@ static void after_without_a_callback(void) {
     ctx_on_done_t reg;
     ctx_on_done(&reg, ctx_background(), NULL, NULL);
 }
+static int waits_for_its_group(ctx_t *ctx, void *group) {
+    (void)ctx;
+    return ctx_group_wait(*(ctx_group_t **)group);
+}
+
+static void wait_in_a_task_of_the_group(void) {
+    ctx_group_t *group = ctx_group_new(ctx_background(), NULL);
+    ctx_group_go(group, waits_for_its_group, &group);
+    ctx_group_wait(group);
+}
+static void wait_outside_of_the_group(void) { ctx_group_wait(ctx_group_new(ctx_background(), NULL)); }
+
 static void advance_the_real_clock(void) { ctx_clock_advance(1); }
 
 TEST(null_contexts_and_missing_callbacks_trip_the_assertion) {
     EXPECT_EQ(status_of(err_of_null), ASSERTED);
     EXPECT_EQ(status_of(after_null), ASSERTED);
     EXPECT_EQ(status_of(after_without_a_callback), ASSERTED);
+}
+
+TEST(a_task_that_waits_for_its_own_group_trips_the_assertion) {
+#ifdef TEST_THREAD_SANITIZER
+    SKIP("the thread sanitizer allows no thread in the child of a fork");
+#endif
+    EXPECT_EQ(status_of(wait_outside_of_the_group), 0);
+    EXPECT_EQ(status_of(wait_in_a_task_of_the_group), ASSERTED);
 }
 
 TEST(advancing_the_real_clock_trips_the_assertion) { EXPECT_EQ(status_of(advance_the_real_clock), ASSERTED); }

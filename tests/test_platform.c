@@ -18,6 +18,7 @@ static inline int platform_create(pthread_t *thread, const pthread_attr_t *attr,
 #undef pthread_create
 #include "test.h"
 #include "gates.h"
+#include "child.h"
 
 #include <limits.h>
 #include <poll.h>
@@ -28,11 +29,6 @@ static inline int platform_create(pthread_t *thread, const pthread_attr_t *attr,
 
    A scenario returns 0, or the line of what was not. This process never calls the library before it runs scenarios: it
    forks for each. The thread sanitizer knows no threads in such a child, so there the child runs this program anew. */
-
-#define REQUIRE(expr)                 \
-    do {                              \
-        if (!(expr)) return __LINE__; \
-    } while (0)
 
 enum { CHILD_SECONDS = 30 };
 
@@ -72,10 +68,7 @@ static int fresh(const char *name) {
         _exit(run_scenario(scenario));
 #endif
     }
-    int status = 0;
-    while (waitpid(pid, &status, 0) < 0)
-        if (errno != EINTR) return -2;
-    return WIFSIGNALED(status) ? 1000 + WTERMSIG(status) : WEXITSTATUS(status);
+    return end_of_child(pid);
 }
 
 #define FRESH(scenario) EXPECT_EQ(fresh(#scenario), 0)
