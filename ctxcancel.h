@@ -3623,7 +3623,7 @@ static bool ctx__timers_fire(ctx_time_t now, bool fake, ctx_time_t *look) {
 
 static void ctx__runtime_kick(void) {
     CTX__ADD(&ctx__runtime.kicks, 1u, RELEASE);
-    ctx__futex_wake(&ctx__runtime.kicks, 1);
+    ctx__futex_wake(&ctx__runtime.kicks, INT32_MAX); /* a thread that is to end may sleep beside its successor */
 }
 
 static bool ctx__nag_all(void); /* section 7 */
@@ -7336,7 +7336,9 @@ CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_f
    stood before comes back.
 
    Signals. The handler notes the signal and posts a semaphore, which is all that a handler may do; one thread waits
-   there and cancels every context that asked for it. SA_RESETHAND has put the default action back by then. Per signal
+   there and cancels every context that asked for it. A thread that follows one which ctx_runtime_stop() ends does not
+   wait at the semaphore before that one has left it, for it could take the post that is meant for the other.
+   SA_RESETHAND has put the default action back by then. Per signal
    there is a count of contexts that want it and the action that stood before the first of them, which comes back with
    the last. All of it under ctx__life; canceling is done without. */
 
@@ -7366,6 +7368,7 @@ static struct {
     pthread_t thread;                    /* [ctx__life] */
     bool running;                        /* [ctx__life] */
     uint32_t era;                        /* [atomic, set under ctx__life] as for the runtime thread */
+    uint32_t gone;                       /* [atomic] how many of its threads have ended, so the era whose turn it is */
 } ctx__signals;
 
 static const char *ctx__signal_name(int signal) {
@@ -7439,12 +7442,18 @@ static void ctx__signal_deliver(int signal) {
 static void *ctx__signal_main(void *arg) {
     uint32_t era = (uint32_t)(uintptr_t)arg;
     int signal;
+    uint32_t gone;
     ctx__thread_name("ctx-signals");
+    while ((gone = CTX__LOAD(&ctx__signals.gone, ACQUIRE)) != era)
+        ctx__futex_wait(&ctx__signals.gone, gone, CTX_NO_DEADLINE);
     while (CTX__LOAD(&ctx__signals.era, ACQUIRE) == era) {
         while (sem_wait(&ctx__signals.posted) < 0) {}
         for (signal = 1; signal < CTX__SIGNALS; signal++)
             if (CTX__LOAD(&ctx__signals.pending[signal], RELAXED)) ctx__signal_deliver(signal);
     }
+    gone = era; /* pairs with the load at the beginning of the next one; a fork in a callback has counted already */
+    CTX__CAS(&ctx__signals.gone, &gone, era + 1, RELEASE, RELAXED);
+    ctx__futex_wake(&ctx__signals.gone, INT32_MAX);
     return NULL;
 }
 
@@ -7691,6 +7700,7 @@ static void ctx__fork_child(void) {
     ctx__runtime.running = ctx__runtime.running && me->runtime;
     ctx__runtime.nags = NULL;
     ctx__signals.running = false;
+    ctx__signals.gone = ++ctx__signals.era; /* this thread may be the one that waited for signals */
     for (i = 0; i < CTX__WHEELS; i++) ctx__wheels[i].started = 0;
     memset(&ctx__wheels[CTX__WHEELS], 0, sizeof *ctx__wheels);
     ctx__wheels[CTX__WHEELS].tick = ctx__tick_of(ctx_now());

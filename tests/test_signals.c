@@ -665,6 +665,35 @@ TEST(the_runtime_stops_while_a_callback_uses_the_library) {
     ctx_runtime_stop();
 }
 
+static void *makes_contexts(void *arg) {
+    ender_t *ender = (ender_t *)arg;
+    const int sig = SIGUSR2;
+    gate_pass(&ender->gate);
+    while (!load(&ender->done)) ctx_end(ctx_notify_signals(ctx_background(), &sig, 1));
+    return NULL;
+}
+
+/* A successor that took the post which was meant for the signal thread would leave that one waiting for ever. */
+TEST(a_stop_ends_the_signal_thread_though_another_is_started) {
+    const int sig = SIGUSR1;
+    ender_t ender;
+    gate_init(&ender.gate);
+    ender.done = 0;
+    pthread_t thread = thread_start(makes_contexts, &ender);
+    gate_await(&ender.gate, 1);
+    gate_open(&ender.gate);
+    for (int i = 0; i < test_scale(20000); i++) {
+        ctx_end(ctx_notify_signals(ctx_background(), &sig, 1));
+        ctx_runtime_stop();
+    }
+    store(&ender.done, 1);
+    pthread_join(thread, NULL);
+    ctx_runtime_stop();
+    EXPECT(is_default(SIGUSR1) && is_default(SIGUSR2));
+    gate_destroy(&ender.gate);
+    EXPECT_EQ(fault_live(), 0);
+}
+
 TEST(a_signal_after_the_end_of_the_runtime_cancels_what_lives) {
     const int sig = SIGUSR1;
     ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
