@@ -187,6 +187,25 @@ CTXCANCEL_API void ctx_clock_fake(ctx_time_t start);
    Negative spans are none. CTXCANCEL_ASSERT if the clock is not fake. */
 CTXCANCEL_API void ctx_clock_advance(ctx_dur_t dur);
 
+/* For tests: a fake clock that moves by itself. Whenever every thread that takes part is parked in a wait of this
+   library, it moves to the next deadline, and the runtime thread fires what is due. So half an hour of retries takes
+   milliseconds, and the times in it are the same in every run. (Go's testing/synctest.)
+   These threads take part: the calling one; the library's threads that run tasks and callbacks of services, from before
+   they begin; and each thread between ctx_clock_join() and ctx_clock_leave(). These waits count: all of this library in
+   which a thread sleeps, but ctx_cond_wait(). A thread that takes part and sleeps in any other way, such as on a mutex,
+   in pthread_join() or in a call of the system, counts as running, and the clock stands still: let it leave before. A
+   callback that the runtime thread runs counts as running too, so it must not wait.
+   If all threads are parked and no deadline is left, nobody could ever run again: this prints the waits to stderr and
+   is a CTXCANCEL_ASSERT. Threads that take no part are not waited for. A worker does not nap for `.coalesce`.
+   Call it while nothing waits; ctx_clock_real() ends it. CTXCANCEL_ASSERT if the runtime thread is unavailable. */
+CTXCANCEL_API void ctx_clock_auto(ctx_time_t start);
+
+/* Have the calling thread take part in ctx_clock_auto(), or no longer. A thread that ends has left. The clock does not
+   wait for a thread that has not joined yet: let the thread that starts it wait, on a pthread_barrier_t for example,
+   until it has. Neither does anything with another clock. */
+CTXCANCEL_API void ctx_clock_join(void);
+CTXCANCEL_API void ctx_clock_leave(void);
+
 /* Back to CLOCK_MONOTONIC. */
 CTXCANCEL_API void ctx_clock_real(void);
 
@@ -1164,6 +1183,8 @@ extern "C" {
 
    The one parker is a word too: EMPTY, PARKED (its owner sleeps on it) or SET. unpark() sets it and pays for a system
    call only if it was PARKED; the system call uses the word's address but not its memory, which may be gone by then.
+   COUNTED is PARKED for a thread that ctx_clock_auto() counts: section 2. The upper bits say in which era of that clock
+   the word was last changed by another thread.
    Below it is futex on Linux, else a small table of mutexes and condition variables picked by address.
 
    The one mutex, for what is held over a call of the system, is such a word again: its waiters sleep. They are inside,
@@ -1213,6 +1234,7 @@ extern "C" {
 #define CTX__LINE 64 /* bytes of a cache line */
 #define CTX__ALIGNED __attribute__((aligned(CTX__LINE)))
 #define CTX__UNLIKELY(x) __builtin_expect(!!(x), 0)
+#define CTX__LIKELY(x) __builtin_expect(!!(x), 1)
 #define CTX__CONTAINER(ptr, type, field) ((type *)(void *)((char *)(ptr)-offsetof(type, field)))
 
 #define CTX__STORE(word, value, order) (CTX__STEP("store", word) __atomic_store_n(word, value, __ATOMIC_##order))
@@ -1464,32 +1486,85 @@ static void ctx__futex_init(void) {
 typedef struct {
     uint32_t state; /* [atomic] */
     ctx_t *expires; /* [owner thread] the context whose deadline ends the wait: set by ctx__watch(), section 7 */
+    ctx_t *with;    /* [owner thread] the context that it waits with, NULL while idle; and the function that waits */
+    const char *op;
 } ctx__parker_t;
-enum { CTX__EMPTY, CTX__PARKED, CTX__SET };
+enum { CTX__EMPTY, CTX__PARKED, CTX__SET, CTX__COUNTED = CTX__PARKED | 4, CTX__PARK_ERA = 8 };
+
+static bool ctx__park_is(uint32_t state, uint32_t kind) { return state % CTX__PARK_ERA == kind; }
 
 static void ctx__parker_init(ctx__parker_t *parker) {
     parker->state = CTX__EMPTY;
-    parker->expires = NULL;
+    parker->expires = parker->with = NULL;
+    parker->op = NULL;
+}
+
+static uint32_t ctx__parked_state(void); /* section 2: what the calling thread is when parked */
+static void ctx__count_out(const ctx__parker_t *parker);
+static void ctx__count_in(uint32_t era);
+static void ctx__count_less(uint32_t era);
+static void ctx__count_note(uint32_t state);
+static uint32_t ctx__clock_era(void);
+
+/* Set the state of a parker. Returns true if its owner sleeps there, and is to be woken: it counts from now on. */
+static inline bool ctx__parker_set(ctx__parker_t *parker) {
+    uint32_t era = ctx__clock_era(), was = CTX__EXCHANGE(&parker->state, CTX__SET + era * CTX__PARK_ERA, ACQ_REL);
+    if (CTX__UNLIKELY(era) && ctx__park_is(was, CTX__COUNTED)) ctx__count_in(era);
+    return (was & CTX__PARKED) != 0;
+}
+
+/* From parked to EMPTY. Returns false if it was not parked. The owner of a parker counts itself in before: it may be the
+   only one that can run. */
+static bool ctx__parker_empty(ctx__parker_t *parker, bool own) {
+    uint32_t era = ctx__clock_era(), state = CTX__LOAD(&parker->state, SEQ_CST);
+    bool counts = CTX__UNLIKELY(era) && ctx__park_is(state, CTX__COUNTED), emptied = false;
+    if (counts && own) ctx__count_in(era);
+    while ((state & CTX__PARKED) && !emptied)
+        emptied = CTX__CAS(&parker->state, &state, CTX__EMPTY + era * CTX__PARK_ERA, SEQ_CST, SEQ_CST);
+    if (counts && emptied && !own) ctx__count_in(era);
+    if (counts && !emptied && own) ctx__count_less(era);
+    return emptied;
 }
 
 /* Let the owner of the parker go on: now, or when it next parks. */
 static void ctx__unpark(ctx__parker_t *parker) {
-    if (CTX__EXCHANGE(&parker->state, (uint32_t)CTX__SET, ACQ_REL) == CTX__PARKED)
-        ctx__futex_wake(&parker->state, 1);
+    if (ctx__parker_set(parker)) ctx__futex_wake(&parker->state, 1);
+}
+
+/* Become parked, unless it is SET. Returns the state that the word to sleep on has. The swap is sequentially consistent
+   for the fake clock. */
+static uint32_t ctx__parker_park(ctx__parker_t *parker) {
+    uint32_t parked = ctx__parked_state(), state = CTX__LOAD(&parker->state, ACQUIRE);
+    while (ctx__park_is(state, CTX__EMPTY)) {
+        if (!CTX__CAS(&parker->state, &state, parked, SEQ_CST, ACQUIRE)) continue;
+        if (parked == CTX__COUNTED) ctx__count_out(parker);
+        return parked;
+    }
+    return state;
+}
+
+/* After a sleep, maybe for no reason. True: unparked. */
+static bool ctx__parker_woken(const ctx__parker_t *parker) {
+    uint32_t state = CTX__LOAD(&parker->state, ACQUIRE);
+    if (!(state & CTX__PARKED)) ctx__count_note(state);
+    return ctx__park_is(state, CTX__SET);
+}
+
+/* Awake without having been unparked. False: it has been meanwhile. */
+static bool ctx__parker_rise(ctx__parker_t *parker) {
+    ctx__parker_empty(parker, true);
+    return !ctx__parker_woken(parker);
 }
 
 /* Park until unparked (true) or until `until` on the real clock (false). For waits that pace the library, not the
    program; those of the program use ctx__park() of section 5, which knows the fake clock. Pairs with ctx__unpark. */
 static bool ctx__park_real(ctx__parker_t *parker, ctx_time_t until) {
     for (;;) {
-        uint32_t state = CTX__EMPTY;
-        CTX__CAS(&parker->state, &state, (uint32_t)CTX__PARKED, ACQ_REL, ACQUIRE);
-        if (state != CTX__SET) ctx__futex_wait(&parker->state, CTX__PARKED, until);
-        state = CTX__LOAD(&parker->state, ACQUIRE);
-        if (state == CTX__SET) return true;
+        uint32_t state = ctx__parker_park(parker);
+        if (!ctx__park_is(state, CTX__SET)) ctx__futex_wait(&parker->state, state, until);
+        if (ctx__parker_woken(parker)) return true;
         if (until == CTX_NO_DEADLINE || ctx__clock_read() < until) continue;
-        if (CTX__CAS(&parker->state, &state, (uint32_t)CTX__EMPTY, ACQ_REL, ACQUIRE))
-            return false;
+        if (ctx__parker_rise(parker)) return false;
     }
 }
 
@@ -1500,9 +1575,7 @@ static void ctx__parker_reset(ctx__parker_t *parker) {
 
 /* Make the owner look at the clock again, without setting it. Pairs with the exchange in ctx__park. */
 static void ctx__parker_nudge(ctx__parker_t *parker) {
-    uint32_t parked = CTX__PARKED;
-    if (CTX__CAS(&parker->state, &parked, (uint32_t)CTX__EMPTY, SEQ_CST, RELAXED))
-        ctx__futex_wake(&parker->state, 1);
+    if (ctx__parker_empty(parker, false)) ctx__futex_wake(&parker->state, 1);
 }
 
 /* A wait on a condition variable of the program's, until `until` on the real clock where the system can do that on the
@@ -1793,6 +1866,10 @@ typedef struct ctx__thread {
     uint64_t random;   /* the state of ctx__random() */
     void *runner;      /* the ctx__runner_t that this thread is: section 10 */
     const struct ctx__thread *waits_for; /* [ctx__stops] whose callback it waits for: section 3 */
+    bool library;        /* [atomic] one of the library's that runs tasks: it takes part in every ctx_clock_auto() */
+    bool rests;          /* [atomic, set by its thread] it is parked, and may be counted */
+    uint32_t counted;    /* [atomic] the era of that clock which counts it: section 2 */
+    const char *op, *name, *site; /* [atomic, set by its thread] the wait it is in, with that clock */
     struct ctx__scope *scope;            /* what it is inside of, innermost first */
     unsigned look_skip, look_back;       /* ctx__look_out(): waits to skip, and how many it was last */
     ctx__link_t link;                    /* [gate.mu] */
@@ -1891,9 +1968,12 @@ static void ctx__cache_flush(ctx__thread_t *me) {
 }
 
 /* The destructor of the thread's key. Another destructor may still call the library, which then enters anew. */
+static void ctx__clock_quit(ctx__thread_t *me); /* section 2 */
+
 static void ctx__thread_leave(void *thread) {
     ctx__thread_t *me = (ctx__thread_t *)thread;
     if (me->linked) ctx__thread_unlink(me);
+    ctx__clock_quit(me); /* now ctx_clock_auto() does not find it */
     ctx__cache_flush(me);
 }
 
@@ -2141,13 +2221,27 @@ CTXCANCEL_API const char *ctx_strerror(int code) {
 
 /* == 2. time ====================================================== */
 
-/* Everything reads one clock: CLOCK_MONOTONIC, or while `fake` is set a number that only ctx_clock_advance() moves. A
-   thread that sleeps until a time does so through ctx__park() of section 5, which knows both. */
+/* Everything reads one clock: CLOCK_MONOTONIC, or while `fake` is set a number that only ctx_clock_advance() moves, and
+   with ctx_clock_auto() the runtime thread. A thread that sleeps until a time does so through ctx__park() of section 5,
+   which knows all.
+
+   ctx_clock_auto(): `running` counts the threads that take part and are not parked, and the clock moves only while it
+   is 0. A thread that parks counts itself out, after its parker says COUNTED. Whoever ends that state counts it in,
+   before it can run. A thread of the library is counted in by the one that starts it, or by ctx_clock_auto() if it does
+   not rest then. Who counts the last one out kicks the runtime thread, which counts itself in while it moves the clock
+   and fires what is due. A deadline that a thread waits for is in a wheel before it is counted out, and until it is
+   counted in. */
 
 static struct {
-    int fake;       /* [atomic] */
-    ctx_time_t now; /* [atomic] */
+    int fake;         /* [atomic] */
+    ctx_time_t now;   /* [atomic] */
+    uint32_t era;     /* [atomic] which ctx_clock_auto() this is; 0: none */
+    uint32_t eras;    /* how many there have been */
+    uint64_t running; /* [atomic] CTX__CLOCK_RUNNING(), below how often one was counted in, below the era */
 } ctx__clock;
+
+enum { CTX__CLOCK_BITS = 20, CTX__CLOCK_MASK = (1 << CTX__CLOCK_BITS) - 1, CTX__CLOCK_ERAS = (1 << 24) - 1 };
+#define CTX__CLOCK_RUNNING(word) ((uint32_t)((word) & CTX__CLOCK_MASK))
 
 static inline bool ctx__clock_is_fake(void) { return CTX__LOAD(&ctx__clock.fake, ACQUIRE) != 0; }
 
@@ -2157,6 +2251,107 @@ CTXCANCEL_API ctx_time_t ctx_now(void) {
 }
 
 static ctx_time_t ctx__min(ctx_time_t a, ctx_time_t b) { return a < b ? a : b; }
+
+static void ctx__clock_wake(void); /* section 5: have the runtime thread look whether all are parked */
+
+static uint32_t ctx__clock_era(void) { return CTX__LOAD(&ctx__clock.era, ACQUIRE); }
+
+static uint32_t ctx__parked_state(void) {
+    const ctx__thread_t *me = &ctx__self;
+    if (me->library || (me->counted && me->counted == ctx__clock_era())) return CTX__COUNTED; /* its own to read */
+    return CTX__PARKED;
+}
+
+static uint64_t ctx__clock_word(uint32_t era, uint64_t ins, uint32_t running) {
+    return (uint64_t)era << 2 * CTX__CLOCK_BITS | (ins & CTX__CLOCK_MASK) << CTX__CLOCK_BITS | running;
+}
+
+/* One thread more runs, or one less: a late call, of an era that is over, changes nothing. True: none runs now. */
+static bool ctx__clock_change(uint32_t era, int by) {
+    uint64_t word = CTX__LOAD(&ctx__clock.running, ACQUIRE), changed;
+    do {
+        if (word >> 2 * CTX__CLOCK_BITS != era) return false;
+        changed = ctx__clock_word(era, (word >> CTX__CLOCK_BITS) + (by > 0), CTX__CLOCK_RUNNING(word) + (uint32_t)by);
+    } while (!CTX__CAS_WEAK(&ctx__clock.running, &word, changed, ACQ_REL, ACQUIRE));
+    return !CTX__CLOCK_RUNNING(changed);
+}
+
+static void ctx__count_less(uint32_t era) {
+    if (ctx__clock_change(era, -1)) ctx__clock_wake();
+}
+
+/* A thread that takes part will run. */
+static CTX__COLD void ctx__count_in(uint32_t era) { ctx__clock_change(era, 1); }
+
+/* The calling thread is parked. If the clock did not know it, it does from now on. */
+static void ctx__count_out(const ctx__parker_t *parker) {
+    ctx__thread_t *me = &ctx__self;
+    uint32_t era;
+    CTX__STORE(&me->rests, true, SEQ_CST); /* one of this thread and ctx_clock_auto() sees the other */
+    era = CTX__LOAD(&ctx__clock.era, SEQ_CST);
+    if (CTX__LIKELY(!era)) return;
+    CTX__STORE(&me->op, parker->with ? parker->op : NULL, RELAXED);
+    CTX__STORE(&me->name, parker->with ? ctx_name(parker->with) : NULL, RELAXED);
+    CTX__STORE(&me->site, parker->with ? ctx_site(parker->with) : NULL, RELAXED);
+    if (CTX__EXCHANGE(&me->counted, era, ACQ_REL) == era) ctx__count_less(era);
+}
+
+/* The calling thread was parked, and `state` ended that: who set it has counted this thread in, in that era. If the
+   clock began just then, the thread counts itself in. */
+static void ctx__count_note(uint32_t state) {
+    ctx__thread_t *me = &ctx__self;
+    uint32_t era = state / CTX__PARK_ERA, now;
+    if (CTX__LIKELY(!me->rests)) return;
+    if (era) CTX__STORE(&me->counted, era, RELAXED);
+    CTX__STORE(&me->rests, false, SEQ_CST); /* pairs with the load in ctx__clock_count() */
+    now = CTX__LOAD(&ctx__clock.era, SEQ_CST);
+    if (me->library && now && now != era && CTX__EXCHANGE(&me->counted, now, ACQ_REL) != now) ctx__count_in(now);
+}
+
+/* Threads of the library that run as the clock begins. */
+static void ctx__clock_count(uint32_t era) {
+    const ctx__link_t *link;
+    ctx__lock(&ctx__gate.mu);
+    for (link = ctx__gate.threads; link; link = link->next) {
+        ctx__thread_t *thread = CTX__CONTAINER(link, ctx__thread_t, link);
+        uint32_t counted = CTX__LOAD(&thread->counted, ACQUIRE);
+        if (!CTX__LOAD(&thread->library, ACQUIRE) || CTX__LOAD(&thread->rests, SEQ_CST) || counted == era) continue;
+        if (CTX__CAS(&thread->counted, &counted, era, ACQ_REL, RELAXED)) ctx__count_in(era);
+    }
+    ctx__unlock(&ctx__gate.mu);
+}
+
+static void ctx__clock_quit(ctx__thread_t *me) {
+    uint32_t era = ctx__clock_era();
+    if (CTX__EXCHANGE(&me->counted, 0u, ACQ_REL) == era && era) ctx__count_less(era);
+}
+
+CTXCANCEL_API void ctx_clock_join(void) {
+    ctx__thread_t *me = ctx__me();
+    uint32_t era = ctx__clock_era();
+    if (!era || CTX__LOAD(&me->counted, RELAXED) == era) return;
+    ctx__count_in(era);
+    CTX__STORE(&me->counted, era, RELEASE);
+}
+
+CTXCANCEL_API void ctx_clock_leave(void) { ctx__clock_quit(ctx__me()); }
+
+/* Start a thread of the library that takes part. It begins by ctx__member_begin(). */
+static int ctx__member_start(pthread_t *thread, void *(*fn)(void *), void *arg) {
+    uint32_t era = ctx__clock_era();
+    int rc;
+    if (era) ctx__count_in(era);
+    rc = ctx__thread_start(thread, fn, arg);
+    if (rc && era) ctx__count_less(era);
+    return rc;
+}
+
+static ctx__thread_t *ctx__member_begin(void) {
+    ctx__thread_t *me = ctx__me();
+    CTX__STORE(&me->counted, ctx__clock_era(), RELAXED);
+    CTX__STORE(&me->library, true, RELEASE);
+    return me;
+}
 
 /* An entry of a timing wheel, inside of what has the deadline: see section 5. */
 typedef struct ctx__timer {
@@ -3818,6 +4013,68 @@ static bool ctx__runtime_retires(ctx__thread_t *me) {
     return alone;
 }
 
+/* -- the clock that moves by itself -- */
+
+/* Whether a thread that takes part waits for something, other than for work. `show`: print the waits. */
+static CTX__COLD bool ctx__clock_waits(uint32_t era, bool show) {
+    const ctx__link_t *link;
+    bool any = false;
+    ctx__lock(&ctx__gate.mu);
+    for (link = ctx__gate.threads; link; link = link->next) {
+        const ctx__thread_t *thread = CTX__CONTAINER(link, const ctx__thread_t, link);
+        const char *op = CTX__LOAD(&thread->op, RELAXED);
+        if (!op || !CTX__LOAD(&thread->rests, ACQUIRE) || CTX__LOAD(&thread->counted, RELAXED) != era) continue;
+        any = true;
+        if (!show) continue;
+        fprintf(stderr, "  thread %u in %s, with the context \"%s\" of %s\n", thread->index, op,
+                CTX__LOAD(&thread->name, RELAXED), CTX__LOAD(&thread->site, RELAXED));
+    }
+    ctx__unlock(&ctx__gate.mu);
+    return any;
+}
+
+/* Nobody can run, no deadline is left, and somebody waits. */
+static CTX__COLD void ctx__clock_stuck(uint32_t era) {
+    bool somebody_can_run = false;
+    fprintf(stderr, "ctx_clock_auto: every thread waits, and no deadline is left:\n");
+    ctx__clock_waits(era, true);
+    CTXCANCEL_ASSERT(somebody_can_run);
+    (void)somebody_can_run;
+}
+
+/* Fire what is due, moving the clock from deadline to deadline until something was or a thread can run. A thread that
+   has run since the wheels were looked at may have brought an earlier deadline. False: no deadline is left, and nobody
+   can run. */
+static bool ctx__clock_move(void) {
+    ctx_time_t now = ctx_now(), next;
+    for (;;) {
+        uint64_t word = CTX__LOAD(&ctx__clock.running, ACQUIRE);
+        if (CTX__CLOCK_RUNNING(word) > 1 || ctx__timers_fire(now, true, &next)) return true;
+        if (CTX__LOAD(&ctx__clock.running, ACQUIRE) != word) continue;
+        if (next == CTX_NO_DEADLINE) return false;
+        now = next;
+        CTX__STORE(&ctx__clock.now, now, SEQ_CST);
+    }
+}
+
+/* By the runtime thread. If every thread that takes part is parked, move the clock. True: look again, for they may all
+   be parked by now. */
+static bool ctx__clock_step(void) {
+    uint32_t era = ctx__clock_era();
+    uint64_t seen, mine;
+    bool moved, waits, alone;
+    if (CTX__LIKELY(!era)) return false;
+    seen = CTX__LOAD(&ctx__clock.running, ACQUIRE);
+    if (CTX__CLOCK_RUNNING(seen)) return false;
+    mine = ctx__clock_word(era, (seen >> CTX__CLOCK_BITS) + 1, 1);
+    if (!CTX__CAS(&ctx__clock.running, &seen, mine, ACQ_REL, RELAXED)) return true;
+    moved = ctx__clock_move();
+    waits = !moved && ctx__clock_waits(era, false);
+    alone = CTX__LOAD(&ctx__clock.running, ACQUIRE) == mine; /* nobody has run since */
+    if (waits && alone) ctx__clock_stuck(era);
+    return ctx__clock_change(era, -1) && (moved || !alone);
+}
+
 static void *ctx__runtime_main(void *arg) {
     uint32_t era = (uint32_t)(uintptr_t)arg;
     ctx__thread_t *me = ctx__me();
@@ -3831,6 +4088,7 @@ static void *ctx__runtime_main(void *arg) {
         if (CTX__LOAD(&ctx__runtime.era, ACQUIRE) != era) return NULL;
         if (CTX__LOAD(&ctx__runtime.pending, RELAXED)) ctx__runtime_call_pending(); /* and look again when kicked */
         if (!ctx__clock_is_fake() && ctx__timers_fire(now, false, &next)) continue;
+        if (ctx__clock_step()) continue;
         if (ctx__nag_all()) next = ctx__min(next, now + CTX_MS(1));
         if (ctx__forks != forks && ctx__runtime_retires(me)) return NULL;
         if (next > now) ctx__futex_wait(&ctx__runtime.kicks, kicks, next);
@@ -3847,6 +4105,11 @@ static CTX__COLD int ctx__runtime_start(void) {
     }
     ctx__life_unlock();
     return rc;
+}
+
+static void ctx__clock_wake(void) {
+    if (!CTX__LOAD(&ctx__runtime.running, ACQUIRE)) ctx__runtime_start();
+    ctx__runtime_kick();
 }
 
 static int ctx__timer_ready(void) {
@@ -3959,7 +4222,7 @@ static CTX__COLD void ctx__expire(ctx_t *ctx) {
 
 /* Sleep once, until unparked, or until `until` on the library's clock, or without a reason. */
 static void ctx__park_once(ctx__parker_t *parker, ctx_time_t until) {
-    uint32_t state = CTX__EMPTY;
+    uint32_t state;
     ctx__alarm_t alarm;
     bool fake = until != CTX_NO_DEADLINE && ctx__clock_is_fake();
     if (fake) { /* before PARKED: an alarm that goes off early finds the clock moved already */
@@ -3967,10 +4230,12 @@ static void ctx__park_once(ctx__parker_t *parker, ctx_time_t until) {
         alarm.parker = parker;
         ctx__timer_add(&alarm.timer, until);
     }
-    CTX__CAS(&parker->state, &state, (uint32_t)CTX__PARKED, SEQ_CST, ACQUIRE);
-    if (state != CTX__SET && (until == CTX_NO_DEADLINE || ctx_now() < until))
-        ctx__futex_wait(&parker->state, CTX__PARKED, fake ? CTX_NO_DEADLINE : until);
-    if (fake) ctx__timer_remove(&alarm.timer);
+    state = ctx__parker_park(parker);
+    if (!ctx__park_is(state, CTX__SET) && (until == CTX_NO_DEADLINE || ctx_now() < until))
+        ctx__futex_wait(&parker->state, state, fake ? CTX_NO_DEADLINE : until);
+    if (!fake) return;
+    ctx__parker_empty(parker, true); /* it runs, before its alarm goes: else the clock could move past that */
+    ctx__timer_remove(&alarm.timer);
 }
 
 /* Park until unparked (true) or until `until` on the library's clock (false). When the context that is waited with
@@ -3979,14 +4244,13 @@ static bool ctx__park(ctx__parker_t *parker, ctx_time_t until) {
     for (;;) {
         ctx_t *expires = ctx__clock_is_fake() ? NULL : parker->expires;
         ctx_time_t deadline = expires ? ctx__deadline(expires) : CTX_NO_DEADLINE, now;
-        uint32_t state = CTX__PARKED;
         ctx__park_once(parker, ctx__min(until, deadline));
-        if (CTX__LOAD(&parker->state, ACQUIRE) == CTX__SET) return true;
+        if (ctx__parker_woken(parker)) return true;
         if (until == CTX_NO_DEADLINE && deadline == CTX_NO_DEADLINE) continue;
         now = ctx_now();
         if (now < until && now < deadline) continue;
         /* Awake, so nobody needs to pay for waking this thread; unless somebody has just done so. */
-        if (!CTX__CAS(&parker->state, &state, (uint32_t)CTX__EMPTY, ACQ_REL, ACQUIRE) && state == CTX__SET) return true;
+        if (!ctx__parker_rise(parker)) return true;
         if (now >= until) return false;
         parker->expires = NULL;
         ctx__expire(expires);
@@ -4033,12 +4297,28 @@ static bool ctx__timers_armed(void) {
 }
 
 CTXCANCEL_API void ctx_clock_fake(ctx_time_t start) {
+    CTX__STORE(&ctx__clock.era, 0u, RELEASE);
     CTX__STORE(&ctx__clock.now, start, SEQ_CST);
     CTX__STORE(&ctx__clock.fake, 1, RELEASE);
     ctx__wheels_rebase(start);
 }
 
+CTXCANCEL_API void ctx_clock_auto(ctx_time_t start) {
+    ctx__thread_t *me = ctx__me();
+    int rc;
+    ctx_clock_fake(start);
+    rc = ctx__runtime_start();
+    CTXCANCEL_ASSERT(rc == 0);
+    (void)rc;
+    ctx__clock.eras = ctx__clock.eras % CTX__CLOCK_ERAS + 1;
+    CTX__STORE(&me->counted, ctx__clock.eras, RELAXED);
+    CTX__STORE(&ctx__clock.running, ctx__clock_word(ctx__clock.eras, 0, 1), RELAXED);
+    CTX__STORE(&ctx__clock.era, ctx__clock.eras, SEQ_CST);
+    ctx__clock_count(ctx__clock.eras);
+}
+
 CTXCANCEL_API void ctx_clock_real(void) {
+    CTX__STORE(&ctx__clock.era, 0u, RELEASE);
     CTX__STORE(&ctx__clock.fake, 0, RELEASE);
     ctx__wheels_rebase(ctx__clock_read());
     if (ctx__timers_armed()) ctx__runtime_start();
@@ -4164,7 +4444,7 @@ static void ctx__unwatch(ctx__watch_t *watch) {
 }
 
 static bool ctx__parker_is_set(const void *parker) {
-    return CTX__LOAD(&((const ctx__parker_t *)parker)->state, ACQUIRE) == CTX__SET;
+    return ctx__park_is(CTX__LOAD(&((const ctx__parker_t *)parker)->state, ACQUIRE), CTX__SET);
 }
 
 /* Look for a moment, before parking. True: unparked. */
@@ -4212,12 +4492,14 @@ static void ctx__wait_unlock(uint32_t *mu, bool inside) {
    `mu` guards what `holds` looks at; the caller has it, and has it again on return. A thread that makes it hold wakes
    `queue` under `mu`, where this one stands meanwhile; or, with no queue, unparks `wait`, which the caller has queued.
    With no `mu` nothing is locked, and with no `holds` nobody makes it hold: the thread sleeps. */
-static int ctx__wait_on(ctx__wait_t *wait, uint32_t *mu, ctx__queue_t *queue, bool (*holds)(void *what), void *what,
-                        ctx_t *ctx, ctx_time_t until) {
+static int ctx__wait_for(ctx__wait_t *wait, uint32_t *mu, ctx__queue_t *queue, bool (*holds)(void *what), void *what,
+                         ctx_t *ctx, ctx_time_t until, const char *op) {
     bool inside = (ctx__self.inside & ~CTX__STRANGER) != 0, held = false, live, in_time = true;
     ctx__parker_t *parker = &wait->parker;
     ctx__watch_t watch;
     int err;
+    parker->with = ctx;
+    parker->op = op;
     do {
         ctx__wait_unlock(mu, inside);
         live = ctx__watch(&watch, ctx, parker);
@@ -4240,13 +4522,18 @@ static int ctx__wait_on(ctx__wait_t *wait, uint32_t *mu, ctx__queue_t *queue, bo
 }
 
 /* The same for a thread that stands in no queue. */
-static int ctx__await(uint32_t *mu, ctx__queue_t *queue, bool (*holds)(void *what), void *what, ctx_t *ctx,
-                      ctx_time_t until) {
+static int ctx__await_for(uint32_t *mu, ctx__queue_t *queue, bool (*holds)(void *what), void *what, ctx_t *ctx,
+                          ctx_time_t until, const char *op) {
     ctx__wait_t wait;
     if (holds && holds(what)) return 0;
     ctx__wait_init(&wait);
-    return ctx__wait_on(&wait, mu, queue, holds, what, ctx, until);
+    return ctx__wait_for(&wait, mu, queue, holds, what, ctx, until, op);
 }
+
+/* With the name of the function that waits. */
+#define ctx__wait_on(wait, mu, queue, holds, what, ctx, until) \
+    ctx__wait_for(wait, mu, queue, holds, what, ctx, until, __func__)
+#define ctx__await(mu, queue, holds, what, ctx, until) ctx__await_for(mu, queue, holds, what, ctx, until, __func__)
 
 static ctx_time_t ctx__from_now(ctx_dur_t dur) {
     return dur == CTX_FOREVER ? CTX_NO_DEADLINE : ctx_time_add(ctx_now(), dur);
@@ -4254,7 +4541,7 @@ static ctx_time_t ctx__from_now(ctx_dur_t dur) {
 
 /* Sleep until `ctx` is done (its err) or until `until` (0). */
 static int ctx__sleep_until(ctx_t *ctx, ctx_time_t until) {
-    int rc = ctx__await(NULL, NULL, NULL, NULL, ctx, until);
+    int rc = ctx__await_for(NULL, NULL, NULL, NULL, ctx, until, "ctx_sleep");
     return rc == CTX_NOT_READY ? 0 : rc;
 }
 
@@ -4728,7 +5015,7 @@ static CTX__COLD int ctx__worker_start(ctx__worker_t *worker) {
     int rc;
     worker->begun = true;
     CTX__ADD(&pool->refs, 1u, RELAXED);
-    rc = ctx__thread_start(&worker->thread, ctx__worker_main, worker);
+    rc = ctx__member_start(&worker->thread, ctx__worker_main, worker);
     ctx__lock(&pool->ring.in);
     pool->starting--;
     worker->state = rc ? CTX__WORKER_NONE : CTX__WORKER_STARTED;
@@ -5049,7 +5336,7 @@ static void ctx__worker_lie_down(ctx__worker_t *worker) {
     ctx__link_in(&pool->idle, &worker->link);
     worker->idle = true;
     pool->idle_count++;
-    worker->naps = pool->desc.coalesce && worker->ran && !pool->promised;
+    worker->naps = pool->desc.coalesce && worker->ran && !pool->promised && !ctx__clock_era();
     worker->ran = false;
     pool->promised += worker->naps;
 }
@@ -5093,7 +5380,7 @@ static bool ctx__worker_rest(ctx__worker_t *worker) {
 
 static void *ctx__worker_main(void *arg) {
     ctx__worker_t *worker = (ctx__worker_t *)arg;
-    ctx__me();
+    ctx__member_begin();
     ctx__thread_name(worker->pool->desc.name);
     ctx__scope_enter(&worker->scope, CTX__IN_TASK, worker->pool);
     do {
@@ -5714,7 +6001,7 @@ static bool ctx__runner_next(ctx__runner_t *runner) {
 
 static void *ctx__runner_main(void *arg) {
     ctx__runner_t *runner = (ctx__runner_t *)arg;
-    ctx__me()->runner = runner;
+    ctx__member_begin()->runner = runner;
     ctx__thread_name("ctx-runner");
     runner->thread = pthread_self();
     do {
@@ -5732,7 +6019,7 @@ static CTX__COLD int ctx__runner_start(const ctx__job_t *job) {
     pthread_t thread;
     if (!runner) return CTX_NO_MEMORY;
     runner->job = *job;
-    if (!ctx__thread_start(&thread, ctx__runner_main, runner)) return 0;
+    if (!ctx__member_start(&thread, ctx__runner_main, runner)) return 0;
     CTXCANCEL_FREE(runner);
     return CTX_NO_MEMORY;
 }
@@ -5754,7 +6041,7 @@ static int ctx__run(const ctx__job_t *job) {
     }
     ctx__runners.threads += !runner;
     /* One that has not gone to sleep yet is woken for nothing. */
-    if (runner && (!ctx__runners.woken || CTX__LOAD(&runner->parker.state, RELAXED) != CTX__PARKED))
+    if (runner && (!ctx__runners.woken || !(CTX__LOAD(&runner->parker.state, RELAXED) & CTX__PARKED)))
         wake = ctx__runner_wake(runner);
     ctx__leave(&ctx__runners.mu);
     if (wake) ctx__unpark(&wake->parker);
@@ -6304,7 +6591,7 @@ static uint32_t *ctx__chan_finish(const ctx__chan_op_t *op, int rc) {
     bool parked;
     select->cases[op->index].rc = rc;
     select->index = op->index;
-    parked = CTX__EXCHANGE(parker, (uint32_t)CTX__SET, ACQ_REL) == CTX__PARKED;
+    parked = ctx__parker_set(&select->wait.parker);
     CTX__STORE(&select->state, CTX__CHAN_DONE, RELEASE); /* the waiter may leave: pairs with ctx__select_done() */
     return parked ? parker : NULL;
 }
@@ -7889,6 +8176,7 @@ static void ctx__fork_child(void) {
     ctx__fork_frames();
     ctx__fork_nodes();
     ctx__lookers = 0;
+    ctx__clock.running = ctx__clock_word(ctx__clock.era, 0, me->counted && me->counted == ctx__clock.era);
     ctx__runners_forget();
     ctx__fork_parent(); /* opens the gate */
     if (CTX__TSAN) return; /* it does not allow threads in the child of a threaded process */

@@ -252,9 +252,74 @@ static void check_grace_real(void) {
     unmake_graced();
 }
 
+/* -- the clock that moves by itself -- */
+
+static void setup_auto(void) {
+    ctx_clock_auto(0);
+    ctx_clock_leave(); /* the explorer's main thread does not wait in the library */
+    ctx_sem_init(&sem, 1);
+    SCHED_CHECK(ctx_sem_try_acquire(&sem, 1));
+}
+static void auto_sleeps(ctx_dur_t span, ctx_time_t end) {
+    SCHED_CHECK(ctx_sleep(ctx_background(), span) == 0);
+    SCHED_CHECK(ctx_now() == end);
+}
+static void auto_sleeper(void) {
+    ctx_clock_join();
+    auto_sleeps(CTX_MS(5), CTX_MS(5));
+    auto_sleeps(CTX_MS(5), CTX_MS(10));
+}
+/* The two begin together: each waits, in its own way, until the other has joined. */
+static sched_flag_t joined[2];
+static void auto_meet(int me) {
+    ctx_clock_join();
+    sched_set(&joined[me]);
+    while (!sched_is_set(&joined[!me])) ctx__sched_relax();
+}
+static void auto_releases(void) {
+    auto_meet(0);
+    auto_sleeps(CTX_MS(5), CTX_MS(5));
+    ctx_sem_release(&sem, 1);
+    auto_sleeps(CTX_MS(5), CTX_MS(10));
+}
+static void auto_acquires(void) {
+    auto_meet(1);
+    SCHED_CHECK(ctx_sem_acquire(&sem, ctx_background(), 1) == 0);
+    SCHED_CHECK(ctx_now() == CTX_MS(5));
+    auto_sleeps(CTX_MS(2), CTX_MS(7));
+}
+static int auto_task(ctx_t *c, void *arg) {
+    (void)arg;
+    SCHED_CHECK(ctx_sleep(c, CTX_MS(5)) == 0);
+    SCHED_CHECK(ctx_now() == CTX_MS(5));
+    return 0;
+}
+static void auto_pool(void) {
+    ctx_pool_desc_t desc;
+    ctx_pool_t *pool;
+    ctx_clock_join();
+    memset(&desc, 0, sizeof desc);
+    desc.workers = 1;
+    pool = ctx_pool_new(ctx_background(), &desc);
+    SCHED_CHECK(ctx_pool_submit(pool, ctx_background(), "task", auto_task, NULL) == 0);
+    SCHED_CHECK(ctx_pool_drain(pool, CTX_S(1), NULL) == 0);
+    SCHED_CHECK(ctx_now() == CTX_MS(5));
+    ctx_pool_free(pool);
+}
+static void check_auto(void) {
+    ctx_runtime_stop();
+    ctx_clock_real();
+    ctx_runtime_stop();
+}
+
 static const sched_scenario_t scenarios[] = {
+    { "timer: auto, sleeper", setup_auto, { T(auto_sleeper) }, check_auto, false },
+    { "timer: auto, release / acquire", setup_auto, { T(auto_releases), T(auto_acquires) }, check_auto, false },
+    { "timer: auto, pool", setup_auto, { T(auto_pool) }, check_auto, false },
+
     { "timer: grace, cancel / advance", setup_grace, { T(cancel_graced), T(advance_short) }, check_graced, false },
-    { "timer: grace, deadline / cancel", setup_grace_deadline, { T(advance_alone), T(cancel_graced) }, check_graced, false },
+    { "timer: grace, deadline / cancel", setup_grace_deadline,
+      { T(advance_alone), T(cancel_graced) }, check_graced, false },
     { "timer: grace, cancel / end", setup_grace, { T(cancel_graced), T(end_graced) }, check_graced_ended, false },
     { "timer: grace, cancel / end of the last", setup_grace_last,
       { T(cancel_graced), T(end_graced) }, check_grace_last, false },
