@@ -858,12 +858,21 @@ typedef struct {
     double factor;  /* each wait is so many times the one before; 1 at least (default: 2) */
     double jitter;  /* which part of each wait is random, 0 to 1: 0.5 waits between half and all (default: 0) */
     bool (*retryable)(int rc, void *arg); /* whether to try again after this error (default: after every one) */
+    ctx_dur_t attempt_timeout; /* each attempt gets a child of `ctx` that is canceled so long after the attempt began;
+                     negative: already expired (default: 0, none; then `fn` gets `ctx` itself) */
+    int (*on_retry)(int attempt, int rc, ctx_dur_t *wait, void *arg); /* called before each wait: attempt number
+                     `attempt`, counted from 1, has returned `rc`. May change `*wait`, also beyond `.cap`, as a
+                     Retry-After asks; negative is 0, and the waits after it are not changed. Not 0: do not try again
+                     (default: none) */
 } ctx_retry_desc_t;
 
 /* Call `fn(ctx, arg)` until it returns 0, with exponential backoff between. Returns the last result of `fn`: it stops
-   after 0, after an error that is not retryable, after the last attempt, and if the next wait would not end before the
-   deadline of `ctx`. Returns ctx_err(ctx) if `ctx` is done before the first attempt, or canceled before or during a
-   wait, which it cuts short. `desc` may be NULL. */
+   after 0, after an error that is not retryable, after the last attempt, if on_retry returns other than 0, and if the
+   next wait, which on_retry may have changed, would not end before the deadline of `ctx`. Returns ctx_err(ctx) if `ctx`
+   is done before the first attempt, or canceled before or during a wait, which it cuts short.
+   An attempt that runs into its own `.attempt_timeout` is retried like any other: what `fn` returns then, such as
+   CTX_DEADLINE_EXCEEDED, is an error as any. An attempt whose context cannot be made counts as one that has returned
+   CTX_NO_MEMORY. `desc` may be NULL. */
 CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_fn fn, void *arg);
 
 /* == 13. system =================================================== */
@@ -7476,6 +7485,14 @@ static ctx_dur_t ctx__retry_jitter(ctx_dur_t wait, double jitter) {
     return wait - (ctx_dur_t)((double)wait * jitter * ((double)ctx__random() / 4294967296.0));
 }
 
+/* One attempt in a context of its own. */
+static CTX__COLD int ctx__retry_attempt(ctx_t *ctx, ctx_dur_t timeout, ctx_task_fn fn, void *arg) {
+    ctx_t *own = ctx_with_timeout_at(ctx, timeout, "ctx_retry");
+    int rc = own->flags & CTX__F_FAILED ? ctx_err(own) : fn(own, arg);
+    ctx_end(own);
+    return rc;
+}
+
 CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_fn fn, void *arg) {
     ctx_retry_desc_t d;
     double wait;
@@ -7494,10 +7511,12 @@ CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_f
     for (tried = 1;; tried++) {
         ctx_dur_t next;
         ctx_time_t until;
-        rc = fn(ctx, arg);
+        rc = d.attempt_timeout ? ctx__retry_attempt(ctx, d.attempt_timeout, fn, arg) : fn(ctx, arg);
         if (rc == 0 || tried == d.attempts || (d.retryable && !d.retryable(rc, arg))) return rc;
-        if (tried == INT32_MAX) tried = 0; /* attempts without end */
         next = ctx__retry_jitter(wait < (double)d.cap ? (ctx_dur_t)wait : d.cap, d.jitter);
+        if (d.on_retry && !ctx_err(ctx) && d.on_retry(tried, rc, &next, arg)) return rc;
+        if (next < 0) next = 0;
+        if (tried == INT32_MAX) tried = 0; /* attempts without end */
         until = ctx_time_add(ctx_now(), next); /* read once: a wait that is begun ends before the deadline */
         if (until >= ctx_deadline(ctx)) return rc;
         err = ctx__sleep_until(ctx, until);
