@@ -145,14 +145,16 @@ typedef struct {
 #define CTX_NOT_READY (-EAGAIN)            /* not yet: nothing to take, or the wait ended before the event */
 #define CTX_ALREADY (-EALREADY)            /* it was started before, or belongs to another */
 
-/* Names an error in English, 0 and errno's numbers included. Never NULL; static, except that codes of the system which
+/* Names an error in English, 0 and errno's numbers included. A number that both this library and the system use has a
+   text that fits either. Never NULL; static, except that codes of the system which
    this library does not define come from strerror(). */
 CTXCANCEL_API const char *ctx_strerror(int code);
 
-/* Join the runtime thread, the signal thread (unless a context of ctx_notify_signals() lives) and the idle threads of
-   groups, run callbacks that are still pending, and free every byte that the library has cached for the calling thread
-   and for threads that have ended. For the last line of main(), so that leak checkers end clean. Later use starts what
-   it needs again. Timers do not fire between. Not to be called from a callback. */
+/* Join the runtime thread, the signal thread (unless a context of ctx_notify_signals() or a registration of
+   ctx_on_signals() lives) and the idle threads of groups, run callbacks that are still pending, and free every byte that
+   the library has cached for the calling thread and for threads that have ended. For the last line of main(), so that
+   leak checkers end clean. Later use starts what it needs again. Timers do not fire between. Not to be called from a
+   callback. */
 CTXCANCEL_API void ctx_runtime_stop(void);
 
 /* == 2. time ====================================================== */
@@ -2131,12 +2133,12 @@ static const char *ctx__own_text(int code) {
     switch (code) {
     case 0: return "success";
     case CTX_CANCELED: return "context canceled";
-    case CTX_DEADLINE_EXCEEDED: return "deadline exceeded";
+    case CTX_DEADLINE_EXCEEDED: return "deadline exceeded or timed out";
     case CTX_QUEUE_FULL: return "queue full";
-    case CTX_CLOSED: return "closed";
+    case CTX_CLOSED: return "closed or broken pipe";
     case CTX_NO_MEMORY: return "out of memory";
     case CTX_INVALID: return "invalid argument";
-    case CTX_NOT_READY: return "not ready";
+    case CTX_NOT_READY: return "not ready or temporarily unavailable";
     case CTX_ALREADY: return "already started";
     default: return NULL;
     }
