@@ -903,7 +903,7 @@ typedef struct {
     ctx_dur_t finished_at; /* everything of it had returned */
     int rc;                /* of a service the first error of its callbacks, of a cleanup what `fn` returned */
     uint64_t dropped;      /* by pools and batchers that its callbacks drained, and what they said themselves */
-    uint64_t stuck;        /* tasks left running by pools that its callbacks drained */
+    uint64_t stuck;        /* tasks of pools that its callbacks drained, and items of batchers, that still ran then */
     bool not_started;      /* or its start has failed */
     bool late;             /* it was not finished when the report was made: it is stuck, or goes on in the background */
 } ctx_shutdown_part_t;
@@ -917,12 +917,14 @@ typedef struct {
     int rc;             /* what the call returned */
     ctx_dur_t budget;
     ctx_dur_t took;
-    bool within_budget; /* everything stopped inside the budget */
+    bool within_budget; /* everything stopped inside the budget: no component is late, and what components drained has
+                           left no task and no flush running. The latter does not change `rc` */
     bool forced;        /* a second signal came */
     ctx_dur_t lame_duck; /* how long the readiness was off before the first component was told */
     size_t total;       /* components */
     size_t late;        /* of these, not finished */
     uint64_t dropped;   /* in all */
+    uint64_t stuck;     /* in all: tasks and items, as in the parts */
     size_t n;           /* parts that follow: min(total, CTX_SHUTDOWN_PARTS), the late and the slowest of them, in the
                            order in which their turn came */
     ctx_shutdown_part_t parts[CTX_SHUTDOWN_PARTS];
@@ -1016,6 +1018,13 @@ CTXCANCEL_API int ctx_app_add(ctx_app_t *app, const ctx_service_desc_t *desc);
    did not stop inside the budget; else 0. At once CTX_INVALID if an `.needs` names no service or goes in a circle, or a
    signal cannot be caught, or CTX_NO_MEMORY. `desc` may be NULL. */
 CTXCANCEL_API int ctx_app_run(ctx_app_t *app, const ctx_app_desc_t *desc);
+
+/* A context that is done when the shutdown begins, before the wait as a lame duck: for work outside its services, such
+   as watches, or a registration of ctx_on_signals(). Has the values of the app's parent, and then the cause of the
+   shutdown, as the report. Live before ctx_app_run(); canceled by ctx_app_free(). Its callbacks run on the thread of
+   ctx_app_run(), inside the budget, so they must be short. Borrowed: valid until the app is freed, and for services of
+   the app until they have returned; ctx_retain() keeps it for longer. */
+CTXCANCEL_API ctx_t *ctx_app_ctx(ctx_app_t *app);
 
 /* For a health check in one of its services: everything has started and no shutdown has begun. False in a service that
    goes on after the app was freed. */
@@ -6920,7 +6929,8 @@ struct ctx_batch {
     unsigned draining;     /* [mu] of these, inside a drain */
     ctx__call_t timer;
     uint64_t added;        /* [mu] items ever */
-    uint64_t tallied;      /* [mu] dropped items that the shutdown report has */
+    uint64_t tallied;      /* [mu] dropped items that the shutdown report has, ... */
+    uint64_t tallied_stuck; /* [mu] ... and items of stuck flushes */
     uint64_t flushed;      /* [atomic] items of flushes that returned 0 */
     uint64_t dropped;      /* [atomic] items that went to on_drop */
     ctx__queue_t at_room, at_end; /* [mu] */
@@ -7258,8 +7268,10 @@ static void ctx__batch_cut(ctx_batch_t *batch) {
     ctx__batch_work(batch, batch->ctx);
 }
 
-/* The drain of a thread has ended. Dropped items are told to the shutdown that the thread works for, each once. */
+/* The drain of a thread has ended. Dropped items, and those of a stuck flush, are told to the shutdown that the thread
+   works for, each once. */
 static void ctx__batch_settle(ctx_batch_t *batch, bool inside, ctx_batch_report_t *report) {
+    uint64_t stuck;
     bool removed;
     ctx__lock(&batch->mu);
     removed = batch->armed && ctx__timer_remove(&batch->timer.timer);
@@ -7269,8 +7281,10 @@ static void ctx__batch_settle(ctx_batch_t *batch, bool inside, ctx_batch_report_
     report->dropped = CTX__LOAD(&batch->dropped, ACQUIRE);
     report->flushed = CTX__LOAD(&batch->flushed, ACQUIRE);
     report->stuck = batch->added - report->flushed - report->dropped;
-    ctx__tally_add(report->dropped - batch->tallied, 0);
+    stuck = report->stuck > batch->tallied_stuck ? report->stuck - batch->tallied_stuck : 0;
+    ctx__tally_add(report->dropped - batch->tallied, stuck);
     batch->tallied = report->dropped;
+    batch->tallied_stuck += stuck;
     ctx__unlock(&batch->mu);
     if (removed) ctx__batch_unref(batch);
 }
@@ -8100,6 +8114,7 @@ struct ctx_app {
     ctx__stop_t stop;         /* of its services */
     ctx_t *parent;            /* [const] a reference */
     ctx_t *ctx;               /* [const] detached from it: the services stop in order */
+    ctx_t *stopping;          /* [const] below that: done when the shutdown begins. Lives as long as the app's memory */
     ctx_t *first, *second;    /* [owner thread] done at the first and at the second signal */
     ctx_t *over;              /* [owner thread] done when `first` or the parent is */
     uint32_t refs;            /* [atomic] the owner, and each service */
@@ -8109,7 +8124,9 @@ struct ctx_app {
 #define CTX__MEMBER(l) CTX__CONTAINER(l, ctx_service_t, member)
 
 static void ctx__app_unref(ctx_app_t *app) {
-    if (app && CTX__SUB(&app->refs, 1u, ACQ_REL) == 1) CTXCANCEL_FREE(app);
+    if (!app || CTX__SUB(&app->refs, 1u, ACQ_REL) != 1) return;
+    ctx_release(app->stopping);
+    CTXCANCEL_FREE(app);
 }
 
 static void ctx__service_unref(ctx_service_t *service) {
@@ -8600,8 +8617,8 @@ static ctx_time_t ctx__service_over_at(const ctx_service_t *service) {
     return service->finished > service->canceled ? service->finished : service->canceled;
 }
 
-/* [mu] */
-static bool ctx__stop_within_budget(const ctx__stop_t *stop) {
+/* [mu] Did all components stop in time? */
+static bool ctx__stop_in_time(const ctx__stop_t *stop) {
     const ctx__link_t *link;
     for (link = stop->members.first; link; link = link->next) {
         const ctx_service_t *service = CTX__MEMBER(link);
@@ -8676,9 +8693,10 @@ static void ctx__stop_report(const ctx__stop_t *stop, ctx_shutdown_report_t *rep
         const ctx_service_t *service = CTX__MEMBER(link);
         report->late += service->late;
         report->dropped += CTX__LOAD(&service->tally.dropped, RELAXED);
+        report->stuck += CTX__LOAD(&service->tally.stuck, RELAXED);
         if (service->marked) ctx__service_part(service, stop->start, &report->parts[report->n++]);
     }
-    report->within_budget = ctx__stop_within_budget(stop);
+    report->within_budget = !report->stuck && ctx__stop_in_time(stop);
     ctx__parts_sort(report->parts, report->n);
 }
 
@@ -8749,6 +8767,12 @@ static void ctx__part_print(const ctx_shutdown_report_t *report, const ctx_shutd
     fprintf(file, " |%s| %.46s\n", bar, text);
 }
 
+static const char *ctx__report_text(const ctx_shutdown_report_t *report) {
+    if (report->late) return "some are late";
+    if (report->stuck) return "something is stuck";
+    return report->within_budget ? "inside the budget" : "over the budget";
+}
+
 CTXCANCEL_API int ctx_shutdown_print(const ctx_shutdown_report_t *report, FILE *file) {
     char took[32], budget[32], duck[32];
     size_t i, n;
@@ -8757,13 +8781,13 @@ CTXCANCEL_API int ctx_shutdown_print(const ctx_shutdown_report_t *report, FILE *
     errno = 0;
     fprintf(file, "shutdown (%.24s): %s of %s, %s\n", report->cause ? report->cause : "request",
             ctx__dur_text(took, sizeof took, report->took), ctx__dur_text(budget, sizeof budget, report->budget),
-            report->late ? "some are late" : report->within_budget ? "inside the budget" : "over the budget");
+            ctx__report_text(report));
     if (report->lame_duck > 0)
         fprintf(file, "  of which %s as a lame duck\n", ctx__dur_text(duck, sizeof duck, report->lame_duck));
     if (report->forced) fprintf(file, "  forced by a second signal\n");
     if (report->rc) fprintf(file, "  error: %.80s\n", ctx_strerror(report->rc));
-    fprintf(file, "  components: %llu, late: %llu, dropped: %llu\n", (unsigned long long)report->total,
-            (unsigned long long)report->late, (unsigned long long)report->dropped);
+    fprintf(file, "  components: %llu, late: %llu, dropped: %llu, stuck: %llu\n", (unsigned long long)report->total,
+            (unsigned long long)report->late, (unsigned long long)report->dropped, (unsigned long long)report->stuck);
     if (n) fprintf(file, "  = refuse and drain   ~ canceled   ! forced   > still running\n");
     for (i = 0; i < n; i++) ctx__part_print(report, &report->parts[i], file);
     if (report->total > n) fprintf(file, "  and %llu more\n", (unsigned long long)(report->total - n));
@@ -8899,7 +8923,7 @@ static void ctx__service_supervise(ctx_service_t *service, ctx_dur_t budget) {
     ctx__stop_add(stop, service);
     ctx__stop_run(stop);
     stop->what = "request"; /* for reports */
-    stop->rc = ctx__stop_within_budget(stop) ? service->rc : CTX_DEADLINE_EXCEEDED;
+    stop->rc = ctx__stop_in_time(stop) ? service->rc : CTX_DEADLINE_EXCEEDED;
     service->stop = NULL;
     ctx__wake_all(&service->waiters);
 }
@@ -8938,7 +8962,11 @@ CTXCANCEL_API ctx_app_t *ctx_app_new(ctx_t *parent) {
     make.site = "ctx_app_new";
     make.detach = true;
     app->ctx = ctx__make(parent, NULL, &make);
-    if (app->ctx->flags & CTX__F_FAILED) {
+    make.detach = false;
+    app->stopping = ctx__make(app->ctx, NULL, &make);
+    if ((app->ctx->flags | app->stopping->flags) & CTX__F_FAILED) {
+        ctx_end(app->stopping);
+        ctx_end(app->ctx);
         CTXCANCEL_FREE(app);
         return NULL;
     }
@@ -8964,6 +8992,8 @@ CTXCANCEL_API int ctx_app_add(ctx_app_t *app, const ctx_service_desc_t *desc) {
     ctx__stop_add(&app->stop, service);
     return 0;
 }
+
+CTXCANCEL_API ctx_t *ctx_app_ctx(ctx_app_t *app) { return app ? app->stopping : ctx__failed(CTX_INVALID); }
 
 CTXCANCEL_API bool ctx_app_ready(const ctx_app_t *app) {
     return app && CTX__LOAD(&app->ready, ACQUIRE) != 0;
@@ -9124,17 +9154,18 @@ static ctx_dur_t ctx__app_shut_down(ctx_app_t *app, ctx_dur_t budget, ctx_dur_t 
     stop->start = ctx_now();
     stop->budget = budget;
     stop->end = ctx_time_add(stop->start, budget);
+    ctx__leave(&ctx__services.mu);
+    ctx_cancel_cause(app->stopping, stop->code, stop->what);
     if (lame_duck > 0) {
-        ctx__leave(&ctx__services.mu);
         ctx__sleep_until(app->second, ctx__min(stop->end, ctx_time_add(stop->start, lame_duck)));
         duck = ctx_now() - stop->start;
-        ctx__enter(&ctx__services.mu);
     }
+    ctx__enter(&ctx__services.mu);
     for (link = stop->members.first; link; link = link->next)
         CTX__MEMBER(link)->deadline = ctx__stop_cut(stop, CTX__MEMBER(link));
     stop->earliest = CTX__NEVER;
     ctx__stop_run(stop);
-    stop->rc = stop->failed_rc || ctx__stop_within_budget(stop) ? stop->failed_rc : CTX_DEADLINE_EXCEEDED;
+    stop->rc = stop->failed_rc || ctx__stop_in_time(stop) ? stop->failed_rc : CTX_DEADLINE_EXCEEDED;
     for (link = stop->members.first; link; link = link->next) CTX__MEMBER(link)->stop = NULL;
     if (stop->hook) stop->hook->stop = NULL;
     return duck;
@@ -9221,7 +9252,7 @@ CTXCANCEL_API int ctx_cleanup_run(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_
     if (stop.n) cleanup->run = &stop;
     ctx__stop_run(&stop);
     if (stop.n) cleanup->run = NULL;
-    stop.rc = stop.failed_rc || ctx__stop_within_budget(&stop) ? stop.failed_rc : CTX_DEADLINE_EXCEEDED;
+    stop.rc = stop.failed_rc || ctx__stop_in_time(&stop) ? stop.failed_rc : CTX_DEADLINE_EXCEEDED;
     ctx__stop_report(&stop, report);
     for (link = stop.members.first; link; link = link->next) CTX__MEMBER(link)->stop = NULL;
     ctx__leave(&ctx__services.mu);
