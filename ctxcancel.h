@@ -45,7 +45,8 @@
      - A callback or task returns: it must not leave by longjmp(), pthread_exit() or a C++ exception. Compiled as C++
        the implementation calls std::terminate() when an exception leaves a callback of ctx_on_done().
      - The threads of this library have the signal mask of the thread whose call started them.
-     - Before dlclose() of an object that holds the implementation, end its contexts and call ctx_runtime_stop().
+     - Before dlclose() of an object that holds the implementation, end its contexts, stop its registrations, and call
+       ctx_runtime_stop().
      - Where the machine has no 64-bit atomics of its own (i486, ARMv5, MIPS 32), link with `-latomic`.
      - Descriptions (`ctx_desc_t` and the like) are structs where zero means the default: name what you need,
        `&(ctx_desc_t){ .name = "fetch", .timeout = CTX_MS(50) }`; in C++ `ctx_desc_t d = {}; d.name = "fetch";`.
@@ -885,10 +886,40 @@ CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_f
    each is canceled. When the last one for a signal has ended, the action that stood before comes back.
    A signal that every thread blocks cancels nothing.
    Returns a failed context with CTX_INVALID if `n` is 0 or one of them cannot be caught, CTX_NO_MEMORY if memory or the
-   signal thread is unavailable, or CTX_ALREADY if another
-   copy of this library in the process (CTXCANCEL_STATIC, or a plugin's own) has such contexts at the moment. */
+   signal thread is unavailable, or CTX_ALREADY if another copy of this library in the process (CTXCANCEL_STATIC, or a
+   plugin's own) has such contexts or registrations of ctx_on_signals() at the moment. */
 #define ctx_notify_signals(parent, ...) ctx_notify_signals_at((parent), __VA_ARGS__, CTX__SITE)
 CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, size_t n, const char *site);
+
+/* Storage for one registration: yours, on the stack or inside your own struct. The fields are private. */
+typedef struct {
+    void (*fn)(int signal, void *user);
+    uint64_t wants[2];  /* [const] a bit per signal */
+    uint64_t due[2];    /* [ctx__life] the signals that it has yet to be told of */
+    ctx__link_t link;   /* [ctx__life] pprev NULL: not registered */
+    ctx_on_done_t call; /* never linked: its address stands for a call of fn. Has `user`, the context and the thread */
+} ctx_on_signals_t;
+
+/* Call `fn(signal, user)` for each of these signals that comes, until `ctx` is done or ctx_on_signals_stop(). For what
+   a signal asks for again and again, such as a reload on SIGHUP. A signal that comes while `fn` runs is remembered,
+   each kind once, as the system itself does. One `fn` runs at a time, on the signal thread, with no lock held. It may
+   call any function here, even stop `reg` or cancel `ctx`, but must be short: other signals wait for it, and so do the
+   cancels of ctx_notify_signals() for the same one, which follow.
+   Until it is stopped, not merely until `ctx` is done, the signal never ends the process, even if contexts wait for it
+   too. The action that stood before comes back with the last registration and context that asked for the signal. A
+   registration also lives on after ctx_runtime_stop(). After fork() the child keeps those that the forking thread made.
+   `reg` need not be initialised. Stop it with ctx_on_signals_stop() before its storage goes, even if `ctx` is done. It
+   holds the memory of `ctx` until then.
+   Returns 0. On an error nothing is registered: returns CTX_INVALID if `n` is 0, a signal cannot be caught or an
+   argument is NULL; ctx_err(ctx) if `ctx` is done; CTX_NO_MEMORY or CTX_ALREADY as ctx_notify_signals(). */
+CTXCANCEL_API int ctx_on_signals(ctx_on_signals_t *reg, ctx_t *ctx, const int *signals, size_t n,
+                                 void (*fn)(int signal, void *user), void *user);
+
+/* Unregister. If `fn` is running on the signal thread, waits for it to finish; afterwards `reg` and `user` may be
+   reused or freed. Called from inside `fn`, or from a callback that `fn` waits for, returns at once. Does nothing for a
+   `reg` that is zeroed, was stopped before, or could not be registered. Do not hold a lock across this call that `fn`
+   takes: then each waits for the other. */
+CTXCANCEL_API void ctx_on_signals_stop(ctx_on_signals_t *reg);
 
 /* == 14. service ================================================== */
 
@@ -7543,21 +7574,30 @@ CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_f
 
 /* == 13. system =================================================== */
 
-/* While a context wants a signal the handler of this copy of the library stands, and with the last one the action that
-   stood before comes back.
+/* While a context or a registration wants a signal the handler of this copy of the library stands, and with the last
+   one the action that stood before comes back.
 
    Signals. The handler notes the signal and posts a semaphore, which is all that a handler may do; one thread waits
-   there and cancels every context that asked for it. A thread that follows one which ctx_runtime_stop() ends does not
-   wait at the semaphore before that one has left it, for it could take the post that is meant for the other.
-   SA_RESETHAND has put the default action back by then. Per signal
-   there is a count of contexts that want it and the action that stood before the first of them, which comes back with
-   the last. All of it under ctx__life; canceling is done without. */
+   there, calls every registration and cancels every context that asked for it. A thread that follows one which
+   ctx_runtime_stop() ends does not wait at the semaphore before that one has left it, for it could take the post that
+   is meant for the other. SA_RESETHAND has put the default action back by then, unless somebody keeps the handler: a
+   registration, or a context with a `second`. Per signal there is a count of those that want it and the action that
+   stood before the first of them, which comes back with the last. All of it under ctx__life; canceling and calling is
+   done without.
+
+   Calls. The signal thread notes in each registration which signals it has yet to be told of, then takes one at a time
+   under ctx__life and puts a frame for its call into a stripe, as section 3 does for callbacks. So a stop, which takes
+   the registration out under ctx__life, finds the frame of a call that has begun, and waits for it by the rules of
+   section 3; no other call begins. The signal thread does not touch a registration once its frame is in place.
+
+     registered --signal--> due --the signal thread claims it--> registered, a frame stands for the call
+          \------------------\---- ctx_on_signals_stop(), or a fork that drops it ----> out */
 
 enum { CTX__SIGNALS = 65 };
 
 typedef struct ctx__notify {
     ctx_t node;
-    uint64_t wants[2];             /* [const] a bit per signal */
+    uint64_t wants[2];             /* [const] as in a registration */
     ctx_t *second;                 /* [const] canceled by the second signal, which then does not end the process */
     ctx_t *target;                 /* [signal thread] what the signal at hand cancels */
     struct ctx__notify *next_hit;  /* [signal thread] */
@@ -7570,9 +7610,10 @@ __attribute__((weak, visibility("default"))) extern void *ctx__signals_owner;
 __attribute__((weak, visibility("default"))) void *ctx__signals_owner = NULL;
 
 static struct {
-    ctx__link_t *live;                   /* [ctx__life] */
-    unsigned count[CTX__SIGNALS];        /* [ctx__life] contexts that want it */
-    unsigned kept[CTX__SIGNALS];         /* [ctx__life] of these, with a `second` */
+    ctx__link_t *live;                   /* [ctx__life] contexts */
+    ctx__queue_t regs;                   /* [ctx__life] registrations */
+    unsigned count[CTX__SIGNALS];        /* [ctx__life] contexts and registrations that want it */
+    unsigned kept[CTX__SIGNALS];         /* [ctx__life] of these, registrations and contexts with a `second` */
     struct sigaction before[CTX__SIGNALS]; /* [ctx__life] while count is not 0 */
     int pending[CTX__SIGNALS];           /* [atomic] */
     sem_t posted;
@@ -7622,9 +7663,17 @@ static const char *ctx__signal_name(int signal) {
     return site[6] ? site + 7 : site;
 }
 
-static bool ctx__notify_wants(const ctx__notify_t *notify, int signal) {
-    return (notify->wants[signal / 64] >> (signal % 64) & 1) != 0;
+static bool ctx__signal_in(const uint64_t set[2], int signal) {
+    return (set[signal / 64] >> (signal % 64) & 1) != 0;
 }
+
+static void ctx__signal_set(uint64_t set[2], int signal, bool in) {
+    uint64_t bit = (uint64_t)1 << (signal % 64);
+    set[signal / 64] = in ? set[signal / 64] | bit : set[signal / 64] & ~bit;
+}
+
+/* Is there anybody to hear signals? [ctx__life] */
+static bool ctx__signals_wanted(void) { return ctx__signals.live || ctx__signals.regs.first; }
 
 static void ctx__signal_handler(int signal) {
     int saved = errno;
@@ -7633,20 +7682,65 @@ static void ctx__signal_handler(int signal) {
     errno = saved;
 }
 
-static void ctx__signal_deliver(int signal) {
+/* [ctx__life] A signal has come: it is due to the registrations that want it. Returns the contexts that want it,
+   pinned. */
+static ctx__notify_t *ctx__signal_collect(int signal) {
     ctx__notify_t *hit = NULL;
     ctx__link_t *link;
-    ctx__life_lock();
-    link = CTX__EXCHANGE(&ctx__signals.pending[signal], 0, ACQUIRE) ? ctx__signals.live : NULL;
-    for (; link; link = link->next) {
+    for (link = ctx__signals.regs.first; link; link = link->next) {
+        ctx_on_signals_t *reg = CTX__CONTAINER(link, ctx_on_signals_t, link);
+        if (ctx__signal_in(reg->wants, signal)) ctx__signal_set(reg->due, signal, true);
+    }
+    for (link = ctx__signals.live; link; link = link->next) {
         ctx__notify_t *notify = CTX__CONTAINER(link, ctx__notify_t, link);
-        if (!ctx__notify_wants(notify, signal) || !ctx__pin(&notify->node)) continue;
+        if (!ctx__signal_in(notify->wants, signal) || !ctx__pin(&notify->node)) continue;
         notify->target = NULL;
         if (notify->second && ctx__why(&notify->node)) notify->target = ctx_retain(notify->second);
         notify->next_hit = hit;
         hit = notify;
     }
+    return hit;
+}
+
+/* [ctx__life] The next registration that the signal is due to, of a context that is not done; NULL: none. It is due no
+   longer. */
+static ctx_on_signals_t *ctx__signal_claim(int signal) {
+    ctx__link_t *link;
+    for (link = ctx__signals.regs.first; link; link = link->next) {
+        ctx_on_signals_t *reg = CTX__CONTAINER(link, ctx_on_signals_t, link);
+        if (!ctx__signal_in(reg->due, signal)) continue;
+        ctx__signal_set(reg->due, signal, false);
+        if (!ctx_err(reg->call.ctx)) return reg;
+    }
+    return NULL;
+}
+
+/* Call the next registration that the signal is due to. Returns false if there is none. */
+static bool ctx__signal_call(int signal) {
+    void (*fn)(int signal, void *user) = NULL;
+    void *user = NULL;
+    ctx_on_signals_t *reg;
+    ctx__frame_t frame;
+    ctx__life_lock();
+    reg = ctx__signal_claim(signal);
+    if (reg) {
+        fn = reg->fn;
+        user = reg->call.arg;
+        ctx__frame_enter(&frame, &reg->call, true);
+    }
     ctx__life_unlock();
+    if (!reg) return false;
+    fn(signal, user);
+    ctx__frame_leave(&frame, &reg->call);
+    return true;
+}
+
+static void ctx__signal_deliver(int signal) {
+    ctx__notify_t *hit = NULL;
+    ctx__life_lock();
+    if (CTX__EXCHANGE(&ctx__signals.pending[signal], 0, ACQUIRE)) hit = ctx__signal_collect(signal);
+    ctx__life_unlock();
+    while (ctx__signal_call(signal)) {}
     while (hit) {
         ctx_t *node = &hit->node, *second = hit->target;
         hit = hit->next_hit;
@@ -7693,7 +7787,7 @@ static int ctx__signal_action(int signal, bool handled, bool keep, struct sigact
     return sigaction(signal, &action, before) < 0 ? -errno : 0;
 }
 
-/* [ctx__life] One context less wants the signal. Without one that keeps the handler it is for the next signal only, and
+/* [ctx__life] One less wants the signal. Without one that keeps the handler it is for the next signal only, and
    if that has come to all that are left, it is the default. */
 static void ctx__signal_unhook(int signal, bool keep) {
     bool waiting = false;
@@ -7704,7 +7798,7 @@ static void ctx__signal_unhook(int signal, bool keep) {
     } else if (keep && !ctx__signals.kept[signal]) {
         for (link = ctx__signals.live; link; link = link->next) {
             ctx__notify_t *notify = CTX__CONTAINER(link, ctx__notify_t, link);
-            waiting = waiting || (ctx__notify_wants(notify, signal) && !ctx__why(&notify->node));
+            waiting = waiting || (ctx__signal_in(notify->wants, signal) && !ctx__why(&notify->node));
         }
         ctx__signal_action(signal, waiting, false, NULL);
     }
@@ -7728,64 +7822,74 @@ static bool ctx__signals_claim(void) {
     return CTX__CAS(&ctx__signals_owner, &nobody, (void *)&ctx__signals, ACQ_REL, ACQUIRE) || nobody == &ctx__signals;
 }
 
-/* [ctx__life] The last context of this copy has ended. */
+/* [ctx__life] The last context or registration of this copy may have ended. */
 static void ctx__signals_yield(void) {
-    if (!ctx__signals.live) CTX__STORE(&ctx__signals_owner, (void *)NULL, RELEASE);
+    if (!ctx__signals_wanted()) CTX__STORE(&ctx__signals_owner, (void *)NULL, RELEASE);
 }
 
-/* [ctx__life] */
-static int ctx__notify_hook(ctx__notify_t *notify) {
+/* [ctx__life] One more wants these. */
+static int ctx__signals_hook(const uint64_t wants[2], bool keep) {
     int signal, rc = ctx__signals_claim() ? ctx__signal_start() : CTX_ALREADY;
-    bool keep = notify->second != NULL;
     if (rc == CTX_ALREADY) return rc;
     for (signal = 1; !rc && signal < CTX__SIGNALS; signal++)
-        if (ctx__notify_wants(notify, signal) && ctx__signal_hook(signal, keep)) rc = CTX_INVALID;
-    if (!rc) {
-        ctx__link_in(&ctx__signals.live, &notify->link);
-        return 0;
-    }
+        if (ctx__signal_in(wants, signal) && ctx__signal_hook(signal, keep)) rc = CTX_INVALID;
+    if (!rc) return 0;
     for (signal -= 2; signal > 0; signal--) /* the one before the last has failed */
-        if (ctx__notify_wants(notify, signal)) ctx__signal_unhook(signal, keep);
+        if (ctx__signal_in(wants, signal)) ctx__signal_unhook(signal, keep);
     ctx__signals_yield();
     return rc;
+}
+
+/* [ctx__life] One that wanted these has been taken out. */
+static void ctx__signals_unhook(const uint64_t wants[2], bool keep) {
+    int signal;
+    for (signal = 1; signal < CTX__SIGNALS; signal++)
+        if (ctx__signal_in(wants, signal)) ctx__signal_unhook(signal, keep);
+    ctx__signals_yield();
 }
 
 /* A notifying context was ended, or its last reference dropped. */
 static void ctx__notify_ended(ctx_t *node) {
     ctx__notify_t *notify = (ctx__notify_t *)(void *)node;
-    int signal;
     ctx__life_lock();
     if (notify->link.pprev) {
         ctx__link_out(&notify->link);
-        notify->link.pprev = NULL;
-        for (signal = 1; signal < CTX__SIGNALS; signal++)
-            if (ctx__notify_wants(notify, signal)) ctx__signal_unhook(signal, notify->second != NULL);
-        ctx__signals_yield();
+        ctx__signals_unhook(notify->wants, notify->second != NULL);
     }
     ctx__life_unlock();
+}
+
+/* The set of these. Returns 0, or CTX_INVALID. */
+static int ctx__signals_of(const int *signals, size_t n, uint64_t set[2]) {
+    size_t i;
+    if (!signals || !n) return CTX_INVALID;
+    for (i = 0; i < n; i++) {
+        if (signals[i] < 1 || signals[i] >= CTX__SIGNALS) return CTX_INVALID;
+        ctx__signal_set(set, signals[i], true);
+    }
+    return 0;
 }
 
 /* The context of ctx_notify_signals(). `second` may be NULL, and must outlive it else. */
 static ctx_t *ctx__notify_make(ctx_t *parent, const int *signals, size_t n, const char *site, ctx_t *second) {
     ctx_t *bad = ctx__bad_parent(parent);
     ctx__make_t make = ctx__make_plain;
+    uint64_t wants[2] = { 0, 0 };
     ctx__notify_t *notify;
-    size_t i;
     int rc;
     if (bad) return bad;
-    if (!signals || !n) return ctx__failed(CTX_INVALID);
-    for (i = 0; i < n; i++)
-        if (signals[i] < 1 || signals[i] >= CTX__SIGNALS) return ctx__failed(CTX_INVALID);
+    if (ctx__signals_of(signals, n, wants)) return ctx__failed(CTX_INVALID);
     notify = ctx__me()->linked ? (ctx__notify_t *)ctx__alloc(sizeof *notify) : NULL;
     if (!notify) return ctx__failed(CTX_NO_MEMORY);
-    for (i = 0; i < n; i++) notify->wants[signals[i] / 64] |= (uint64_t)1 << (signals[i] % 64);
+    memcpy(notify->wants, wants, sizeof wants);
     notify->second = second;
     ctx__me();
     make.flags = CTX__F_NOTIFY;
     make.site = site;
     ctx__make(parent, &notify->node, &make);
     ctx__life_lock();
-    rc = ctx__notify_hook(notify);
+    rc = ctx__signals_hook(notify->wants, second != NULL);
+    if (!rc) ctx__link_in(&ctx__signals.live, &notify->link);
     ctx__life_unlock();
     if (!rc) return &notify->node;
     ctx_end_at(&notify->node, NULL);
@@ -7794,6 +7898,47 @@ static ctx_t *ctx__notify_make(ctx_t *parent, const int *signals, size_t n, cons
 
 CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, size_t n, const char *site) {
     return ctx__notify_make(parent, signals, n, site, NULL);
+}
+
+CTXCANCEL_API int ctx_on_signals(ctx_on_signals_t *reg, ctx_t *ctx, const int *signals, size_t n,
+                                 void (*fn)(int signal, void *user), void *user) {
+    int rc;
+    if (!reg) return CTX_INVALID;
+    memset(reg, 0, sizeof *reg);
+    if (!ctx || !fn || ctx__signals_of(signals, n, reg->wants)) return CTX_INVALID;
+    rc = ctx_err(ctx);
+    if (rc) return rc;
+    if (!ctx__me()->linked) return CTX_NO_MEMORY;
+    ctx__timer_revive(ctx);
+    reg->fn = fn;
+    reg->call.arg = user;
+    reg->call.ctx = ctx_retain(ctx);
+    reg->call.flags = (int)(ctx__me()->index * CTX__REG_THREAD);
+    ctx__life_lock();
+    rc = ctx__signals_hook(reg->wants, true);
+    if (!rc) ctx__queue_add(&ctx__signals.regs, &reg->link);
+    ctx__life_unlock();
+    if (rc) ctx_release(ctx);
+    return rc;
+}
+
+/* [ctx__life] */
+static void ctx__on_signals_out(ctx_on_signals_t *reg) {
+    ctx__queue_out(&ctx__signals.regs, &reg->link);
+    ctx__signals_unhook(reg->wants, true);
+}
+
+CTXCANCEL_API void ctx_on_signals_stop(ctx_on_signals_t *reg) {
+    ctx_t *ctx = NULL;
+    CTXCANCEL_ASSERT(reg != NULL);
+    ctx__life_lock();
+    if (reg->link.pprev) {
+        ctx = reg->call.ctx;
+        ctx__on_signals_out(reg);
+    }
+    ctx__life_unlock();
+    ctx__frame_wait(&reg->call);
+    ctx_release(ctx);
 }
 
 /* -- fork --
@@ -7907,6 +8052,25 @@ static void ctx__fork_frames(void) {
     }
 }
 
+/* Drop the registrations for signals that other threads made, before a thread of the child's may get their stacks. What
+   the parent was about to tell is not the child's. */
+static void ctx__fork_signals(void) {
+    ctx_on_done_t *dropped = NULL;
+    ctx__link_t *link, *next;
+    ctx__life_lock();
+    for (link = ctx__signals.regs.first; link; link = next) {
+        ctx_on_signals_t *reg = CTX__CONTAINER(link, ctx_on_signals_t, link);
+        next = link->next;
+        memset(reg->due, 0, sizeof reg->due);
+        if (ctx__fork_keeps(&reg->call)) continue;
+        ctx__on_signals_out(reg);
+        reg->call.next = dropped;
+        dropped = &reg->call;
+    }
+    ctx__life_unlock();
+    for (; dropped; dropped = dropped->next) ctx_release(dropped->ctx);
+}
+
 static void ctx__fork_child(void) {
     ctx__thread_t *me = &ctx__self;
     unsigned i;
@@ -7926,10 +8090,11 @@ static void ctx__fork_child(void) {
     ctx__lookers = 0;
     ctx__runners_forget();
     ctx__fork_parent(); /* opens the gate */
+    ctx__fork_signals();
     if (CTX__TSAN) return; /* it does not allow threads in the child of a threaded process */
     if (ctx__timers_armed() || ctx__runtime.pending) ctx__timer_ready();
     ctx__life_lock();
-    if (ctx__signals.live) ctx__signal_start();
+    if (ctx__signals_wanted()) ctx__signal_start();
     ctx__life_unlock();
 }
 
@@ -7969,7 +8134,7 @@ CTXCANCEL_API void ctx_runtime_stop(void) {
     ctx__runners_stop();
     ctx__life_lock();
     join_runtime = ctx__runtime.running != 0;
-    join_signals = ctx__signals.running && !ctx__signals.live;
+    join_signals = ctx__signals.running && !ctx__signals_wanted();
     runtime = ctx__runtime.thread;
     signals = ctx__signals.thread;
     CTX__ADD(&ctx__runtime.era, 1u, RELEASE);
