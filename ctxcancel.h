@@ -897,7 +897,7 @@ typedef struct {
     uint64_t wants[2];  /* [const] a bit per signal */
     uint64_t due[2];    /* [ctx__life] the signals that it has yet to be told of */
     ctx__link_t link;   /* [ctx__life] pprev NULL: not registered */
-    ctx_on_done_t call; /* never linked: its address stands for a call of fn. Has `user`, the context and the thread */
+    ctx_on_done_t call; /* in no list: its address stands for a call of fn. Has `user`, the context and the thread */
 } ctx_on_signals_t;
 
 /* Call `fn(signal, user)` for each of these signals that comes, until `ctx` is done or ctx_on_signals_stop(). For what
@@ -916,9 +916,10 @@ CTXCANCEL_API int ctx_on_signals(ctx_on_signals_t *reg, ctx_t *ctx, const int *s
                                  void (*fn)(int signal, void *user), void *user);
 
 /* Unregister. If `fn` is running on the signal thread, waits for it to finish; afterwards `reg` and `user` may be
-   reused or freed. Called from inside `fn`, or from a callback that `fn` waits for, returns at once. Does nothing for a
-   `reg` that is zeroed, was stopped before, or could not be registered. Do not hold a lock across this call that `fn`
-   takes: then each waits for the other. */
+   reused or freed. Called from inside `fn`, or from a callback that `fn` waits for, returns at once. If `fn` registers
+   `reg` anew meanwhile, that registration is the one that is stopped. Does nothing for a `reg` that is zeroed, was
+   stopped before, or could not be registered. Do not hold a lock across this call that `fn` takes: then each waits for
+   the other. */
 CTXCANCEL_API void ctx_on_signals_stop(ctx_on_signals_t *reg);
 
 /* == 14. service ================================================== */
@@ -7588,7 +7589,9 @@ CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_f
    Calls. The signal thread notes in each registration which signals it has yet to be told of, then takes one at a time
    under ctx__life and puts a frame for its call into a stripe, as section 3 does for callbacks. So a stop, which takes
    the registration out under ctx__life, finds the frame of a call that has begun, and waits for it by the rules of
-   section 3; no other call begins. The signal thread does not touch a registration once its frame is in place.
+   section 3; no other call begins. `call.state` is LINKED while the registration is in, so that a stop which finds no
+   frame sees whether the call has registered it anew. The signal thread does not touch a registration once it has left
+   ctx__life with the frame in place.
 
      registered --signal--> due --the signal thread claims it--> registered, a frame stands for the call
           \------------------\---- ctx_on_signals_stop(), or a fork that drops it ----> out */
@@ -7727,6 +7730,7 @@ static bool ctx__signal_call(int signal) {
         fn = reg->fn;
         user = reg->call.arg;
         ctx__frame_enter(&frame, &reg->call, true);
+        CTX__STORE(&reg->call.state, CTX__REG_LINKED, RELEASE); /* for the next signal */
     }
     ctx__life_unlock();
     if (!reg) return false;
@@ -7902,43 +7906,47 @@ CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, si
 
 CTXCANCEL_API int ctx_on_signals(ctx_on_signals_t *reg, ctx_t *ctx, const int *signals, size_t n,
                                  void (*fn)(int signal, void *user), void *user) {
-    int rc;
-    if (!reg) return CTX_INVALID;
+    uint64_t wants[2] = { 0, 0 };
+    int rc = ctx && fn && reg ? ctx__signals_of(signals, n, wants) : CTX_INVALID;
+    if (!rc) rc = ctx_err(ctx);
+    if (!rc && !ctx__me()->linked) rc = CTX_NO_MEMORY;
+    if (!rc) ctx__timer_revive(ctx);
+    if (!reg) return rc;
+    ctx__life_lock(); /* a stop on another thread may be waiting for the call that registers it anew */
     memset(reg, 0, sizeof *reg);
-    if (!ctx || !fn || ctx__signals_of(signals, n, reg->wants)) return CTX_INVALID;
-    rc = ctx_err(ctx);
-    if (rc) return rc;
-    if (!ctx__me()->linked) return CTX_NO_MEMORY;
-    ctx__timer_revive(ctx);
-    reg->fn = fn;
-    reg->call.arg = user;
-    reg->call.ctx = ctx_retain(ctx);
-    reg->call.flags = (int)(ctx__me()->index * CTX__REG_THREAD);
-    ctx__life_lock();
-    rc = ctx__signals_hook(reg->wants, true);
-    if (!rc) ctx__queue_add(&ctx__signals.regs, &reg->link);
+    if (!rc) rc = ctx__signals_hook(wants, true);
+    if (!rc) {
+        memcpy(reg->wants, wants, sizeof wants);
+        reg->fn = fn;
+        reg->call.arg = user;
+        reg->call.ctx = ctx_retain(ctx);
+        reg->call.flags = (int)(ctx__self.index * CTX__REG_THREAD);
+        CTX__STORE(&reg->call.state, CTX__REG_LINKED, RELEASE);
+        ctx__queue_add(&ctx__signals.regs, &reg->link);
+    }
     ctx__life_unlock();
-    if (rc) ctx_release(ctx);
     return rc;
 }
 
-/* [ctx__life] */
-static void ctx__on_signals_out(ctx_on_signals_t *reg) {
+/* [ctx__life] Its context is for the caller to release. */
+static ctx_t *ctx__on_signals_out(ctx_on_signals_t *reg) {
     ctx__queue_out(&ctx__signals.regs, &reg->link);
+    CTX__STORE(&reg->call.state, CTX__REG_IDLE, RELEASE);
     ctx__signals_unhook(reg->wants, true);
+    return reg->call.ctx;
 }
 
 CTXCANCEL_API void ctx_on_signals_stop(ctx_on_signals_t *reg) {
-    ctx_t *ctx = NULL;
+    bool again;
+    ctx_t *ctx;
     CTXCANCEL_ASSERT(reg != NULL);
-    ctx__life_lock();
-    if (reg->link.pprev) {
-        ctx = reg->call.ctx;
-        ctx__on_signals_out(reg);
-    }
-    ctx__life_unlock();
-    ctx__frame_wait(&reg->call);
-    ctx_release(ctx);
+    do {
+        ctx__life_lock();
+        ctx = reg->link.pprev ? ctx__on_signals_out(reg) : NULL;
+        ctx__life_unlock();
+        again = ctx__frame_wait(&reg->call); /* the call may have registered it anew */
+        ctx_release(ctx);
+    } while (again);
 }
 
 /* -- fork --
