@@ -152,10 +152,10 @@ typedef struct {
 CTXCANCEL_API const char *ctx_strerror(int code);
 
 /* Join the runtime thread, the signal thread (unless a context of ctx_notify_signals() or a registration of
-   ctx_on_signals() lives) and the idle threads of groups, run callbacks that are still pending, and free every byte that
-   the library has cached for the calling thread and for threads that have ended. For the last line of main(), so that
-   leak checkers end clean. Later use starts what it needs again. Timers do not fire between. Not to be called from a
-   callback. */
+   ctx_on_signals() lives) and the idle threads of groups, run callbacks that are still pending, and free every byte
+   that the library has cached for the calling thread and for threads that have ended. For the last line of main(), so
+   that leak checkers end clean. Later use starts what it needs again. Timers do not fire between. Not to be called from
+   a callback. */
 CTXCANCEL_API void ctx_runtime_stop(void);
 
 /* == 2. time ====================================================== */

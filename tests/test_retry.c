@@ -463,19 +463,19 @@ static const ctx_key_t number_key = CTX_KEY(int);
 
 /* What attempts shall do, and what they saw. */
 typedef struct {
-    ctx_t *ctx;       /* of ctx_retry() */
+    ctx_t *ctx; /* of ctx_retry() */
     ctx_dur_t timeout;
-    int run_out;      /* so many attempts go on until their contexts are done */
-    int calls;        /* [atomic] */
-    int tid;          /* [atomic] of the thread in ctx_retry() */
-    ctx_t *last;      /* the context of the last one */
-    int succeeds_at;  /* 0: never */
+    int run_out;        /* so many attempts go on until their contexts are done */
+    int calls;          /* [atomic] */
+    int tid;            /* [atomic] of the thread in ctx_retry() */
+    ctx_t *last;        /* the context of the last one */
+    int succeeds_at;    /* 0: never */
     ctx_dur_t waits[8]; /* what on_retry writes; -2: leaves it */
     ctx_dur_t seen[8];  /* what it finds */
     int seen_rc[8];
-    int retries;      /* [atomic] calls of on_retry */
-    int refuses_at;   /* the call that refuses */
-    bool cancels;     /* on_retry cancels the context */
+    int retries;    /* [atomic] calls of on_retry */
+    int refuses_at; /* the call that refuses */
+    bool cancels;   /* on_retry cancels the context */
 } attempts_t;
 
 static int no_wait(int attempt, int rc, ctx_dur_t *wait, void *arg) {

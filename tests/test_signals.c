@@ -627,13 +627,13 @@ TEST(nothing_is_told_once_the_context_is_done) {
     memset(&h, 0, sizeof h);
     ctx_t *ctx = ctx_with_cancel(ctx_background());
     EXPECT_EQ(ctx_on_signals(&h.reg, ctx, &sig, 1, hears, &h), 0);
-    ctx_end(ctx); /* the registration holds its memory */
+    ctx_end(ctx);             /* the registration holds its memory */
     EXPECT(!is_default(sig)); /* and still keeps the process alive, ... */
     send_self(sig);
     after_delivery_of(SIGUSR2);
     EXPECT_EQ(calls_of(&h), 0);
     ctx_on_signals_stop(&h.reg);
-    EXPECT(is_default(sig)); /* ... until it is stopped */
+    EXPECT(is_default(sig));                                                    /* ... until it is stopped */
     EXPECT_EQ(ctx_on_signals(&h.reg, ctx_background(), &sig, 1, hears, &h), 0); /* the storage is as new */
     send_self(sig);
     UNTIL(load(&h.usr1) == 1);

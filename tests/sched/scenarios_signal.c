@@ -1,5 +1,5 @@
-/* ctx_on_signals() against ctx_on_signals_stop(): after the stop no call runs, and none begins. A thread of the scenario
-   stands for the signal thread, which waits at a semaphore that the explorer does not know. */
+/* ctx_on_signals() against ctx_on_signals_stop(): after the stop no call runs, and none begins. A thread of the
+   scenario stands for the signal thread, which waits at a semaphore that the explorer does not know. */
 #include "sched.h"
 
 #include <signal.h>
