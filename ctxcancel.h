@@ -3,7 +3,8 @@
    What Go programmers have in `context`, `errgroup`, `semaphore`, channels and worker pools, as one header for C99 and
    C++11: a tree of contexts that can be canceled, time out and carry values; polling that costs one load; a weighted
    semaphore; a bounded pool that rejects early and drains on a budget; groups, channels, pipelines, batching, rate
-   limits and retries; signals that cancel a context; services that start in order and stop inside a budget.
+   limits and retries; signals that cancel a context or call a function; services that start in order and stop inside a
+   budget.
 
        #define CTXCANCEL_IMPLEMENTATION           // in exactly one file; in strict -std=c11, the first include
        #include "ctxcancel.h"
@@ -35,11 +36,11 @@
      - A bad argument is CTX_INVALID where a caller can act on it. A program error (ending twice, releasing permits that
        nobody holds, no callback, asking about a NULL context) trips CTXCANCEL_ASSERT.
      - After fork() the child keeps all contexts, and their deadlines still fire. Existing pools are closed in the
-       child; callbacks that other threads registered and their waits are discarded. Other shared objects (semaphores,
-       groups, channels, batchers, services) belong to the parent: create new ones in the child. A done descriptor
-       keeps its number but is the child's own; an epoll set that the child inherits still watches the parent's. fork()
-       waits until no thread is inside the library, so do not fork inside CTXCANCEL_MALLOC and the like. vfork(),
-       posix_spawn() and clone() need no care: their child only executes another program.
+       child; callbacks and registrations for signals that other threads made, and their waits, are discarded. Other
+       shared objects (semaphores, groups, channels, batchers, services) belong to the parent: create new ones in the
+       child. A done descriptor keeps its number but is the child's own; an epoll set that the child inherits still
+       watches the parent's. fork() waits until no thread is inside the library, so do not fork inside CTXCANCEL_MALLOC
+       and the like. vfork(), posix_spawn() and clone() need no care: their child only executes another program.
      - pthread_cancel() takes effect after a wait of this library, except in ctx_cond_wait(), which it ends. A thread
        that is canceled asynchronously (PTHREAD_CANCEL_ASYNCHRONOUS) must not call this library.
      - A callback or task returns: it must not leave by longjmp(), pthread_exit() or a C++ exception. Compiled as C++
@@ -861,8 +862,9 @@ typedef struct {
     double factor;  /* each wait is so many times the one before; 1 at least (default: 2) */
     double jitter;  /* which part of each wait is random, 0 to 1: 0.5 waits between half and all (default: 0) */
     bool (*retryable)(int rc, void *arg); /* whether to try again after this error (default: after every one) */
-    ctx_dur_t attempt_timeout; /* each attempt gets a child of `ctx` that is canceled so long after the attempt began;
-                     negative: already expired (default: 0, none; then `fn` gets `ctx` itself) */
+    ctx_dur_t attempt_timeout; /* each attempt gets a child of `ctx` that is canceled so long after the attempt began,
+                     and ended when it returns; negative: already expired (default: 0, none; then `fn` gets `ctx`
+                     itself) */
     int (*on_retry)(int attempt, int rc, ctx_dur_t *wait, void *arg); /* called before each wait: attempt number
                      `attempt`, counted from 1, has returned `rc`. May change `*wait`, also beyond `.cap`, as a
                      Retry-After asks; negative is 0, and the waits after it are not changed. Not 0: do not try again

@@ -1,4 +1,5 @@
 /* Section 13: a context that the first of some signals cancels, and functions that each of them calls. */
+#define FAULT_THREADS
 #include "fault.h"
 
 #define CTXCANCEL_IMPLEMENTATION
@@ -847,10 +848,16 @@ TEST(registrations_need_no_memory_but_a_thread) {
     hears_t h;
     memset(&h, 0, sizeof h);
     ctx_runtime_stop();
+    fault_threads_all_after(0);
+    EXPECT_EQ(ctx_on_signals(&h.reg, ctx_background(), &sig, 1, hears, &h), CTX_NO_MEMORY);
+    EXPECT(fault_threads_off());
+    EXPECT(is_default(sig));
+    ctx_on_signals_stop(&h.reg);
     fault_all_after(0);
-    int rc = ctx_on_signals(&h.reg, ctx_background(), &sig, 1, hears, &h);
-    fault_off();
-    EXPECT(rc == 0 || rc == CTX_NO_MEMORY);
+    EXPECT_EQ(ctx_on_signals(&h.reg, ctx_background(), &sig, 1, hears, &h), 0);
+    EXPECT(!fault_off());
+    send_self(sig);
+    UNTIL(load(&h.usr1) == 1);
     ctx_on_signals_stop(&h.reg);
     EXPECT(is_default(sig));
     ctx_runtime_stop();
