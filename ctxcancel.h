@@ -7539,7 +7539,7 @@ static ctx_dur_t ctx__retry_jitter(ctx_dur_t wait, double jitter) {
 static CTX__COLD int ctx__retry_attempt(ctx_t *ctx, ctx_dur_t timeout, ctx_task_fn fn, void *arg) {
     ctx_t *own = ctx_with_timeout_at(ctx, timeout, "ctx_retry");
     int rc = own->flags & CTX__F_FAILED ? ctx_err(own) : fn(own, arg);
-    ctx_end(own);
+    ctx_end_at(own, NULL);
     return rc;
 }
 
@@ -8236,6 +8236,7 @@ typedef struct ctx__stop {
     ctx_service_t *hook;   /* on_force, as the force of a service (may be NULL) */
     int code;              /* cause of the cancels */
     const char *what;
+    const char *site;      /* of an app: what began its shutdown */
     int failed_rc;         /* of the first member that failed */
     const char *failed;    /* its name */
     int rc;                /* result */
@@ -9140,8 +9141,8 @@ CTXCANCEL_API ctx_app_t *ctx_app_new(ctx_t *parent) {
     make.detach = false;
     app->stopping = ctx__make(app->ctx, NULL, &make);
     if ((app->ctx->flags | app->stopping->flags) & CTX__F_FAILED) {
-        ctx_end(app->stopping);
-        ctx_end(app->ctx);
+        ctx_end_at(app->stopping, NULL);
+        ctx_end_at(app->ctx, NULL);
         CTXCANCEL_FREE(app);
         return NULL;
     }
@@ -9319,6 +9320,7 @@ static void ctx__app_cause(ctx_app_t *app) {
     ctx_cause_t cause = ctx_cause(app->over);
     app->stop.what = app->stop.failed_rc ? app->stop.failed : cause.what;
     app->stop.code = app->stop.failed_rc ? app->stop.failed_rc : cause.code;
+    app->stop.site = app->stop.failed_rc ? "ctx_app_run" : cause.site;
 }
 
 /* [mu, released meanwhile] Returns the time as a lame duck. */
@@ -9330,7 +9332,7 @@ static ctx_dur_t ctx__app_shut_down(ctx_app_t *app, ctx_dur_t budget, ctx_dur_t 
     stop->budget = budget;
     stop->end = ctx_time_add(stop->start, budget);
     ctx__leave(&ctx__services.mu);
-    ctx_cancel_cause(app->stopping, stop->code, stop->what);
+    ctx_cancel_cause_at(app->stopping, stop->code, stop->what, stop->site);
     if (lame_duck > 0) {
         ctx__sleep_until(app->second, ctx__min(stop->end, ctx_time_add(stop->start, lame_duck)));
         duck = ctx_now() - stop->start;

@@ -961,6 +961,7 @@ TEST(the_apps_context_is_done_when_the_shutdown_begins) {
     EXPECT_EQ(ctx_err(ctx), CTX_CANCELED); /* the lame duck has hardly begun */
     EXPECT_EQ(ctx_cause(ctx).code, SIGTERM);
     EXPECT(strcmp(ctx_cause(ctx).what, "SIGTERM") == 0);
+    EXPECT(strcmp(ctx_cause(ctx).site, "signal SIGTERM") == 0);
     EXPECT_EQ(times(&a, REFUSES), 0);
     EXPECT_EQ(await_end(&runner), 0);
     EXPECT_EQ(ctx_cause(ctx).code, SIGTERM);
