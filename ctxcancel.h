@@ -3,7 +3,8 @@
    What Go programmers have in `context`, `errgroup`, `semaphore`, channels and worker pools, as one header for C99 and
    C++11: a tree of contexts that can be canceled, time out and carry values; polling that costs one load; a weighted
    semaphore; a bounded pool that rejects early and drains on a budget; groups, channels, pipelines, batching, rate
-   limits and retries; signals that cancel a context; services that start in order and stop inside a budget.
+   limits and retries; signals that cancel a context or call a function; services that start in order and stop inside a
+   budget.
 
        #define CTXCANCEL_IMPLEMENTATION           // in exactly one file; in strict -std=c11, the first include
        #include "ctxcancel.h"
@@ -35,17 +36,18 @@
      - A bad argument is CTX_INVALID where a caller can act on it. A program error (ending twice, releasing permits that
        nobody holds, no callback, asking about a NULL context) trips CTXCANCEL_ASSERT.
      - After fork() the child keeps all contexts, and their deadlines still fire. Existing pools are closed in the
-       child; callbacks that other threads registered and their waits are discarded. Other shared objects (semaphores,
-       groups, channels, batchers, services) belong to the parent: create new ones in the child. A done descriptor
-       keeps its number but is the child's own; an epoll set that the child inherits still watches the parent's. fork()
-       waits until no thread is inside the library, so do not fork inside CTXCANCEL_MALLOC and the like. vfork(),
-       posix_spawn() and clone() need no care: their child only executes another program.
+       child; callbacks and registrations for signals that other threads made, and their waits, are discarded. Other
+       shared objects (semaphores, groups, channels, batchers, services) belong to the parent: create new ones in the
+       child. A done descriptor keeps its number but is the child's own; an epoll set that the child inherits still
+       watches the parent's. fork() waits until no thread is inside the library, so do not fork inside CTXCANCEL_MALLOC
+       and the like. vfork(), posix_spawn() and clone() need no care: their child only executes another program.
      - pthread_cancel() takes effect after a wait of this library, except in ctx_cond_wait(), which it ends. A thread
        that is canceled asynchronously (PTHREAD_CANCEL_ASYNCHRONOUS) must not call this library.
      - A callback or task returns: it must not leave by longjmp(), pthread_exit() or a C++ exception. Compiled as C++
        the implementation calls std::terminate() when an exception leaves a callback of ctx_on_done().
      - The threads of this library have the signal mask of the thread whose call started them.
-     - Before dlclose() of an object that holds the implementation, end its contexts and call ctx_runtime_stop().
+     - Before dlclose() of an object that holds the implementation, end its contexts, stop its registrations, and call
+       ctx_runtime_stop().
      - Where the machine has no 64-bit atomics of its own (i486, ARMv5, MIPS 32), link with `-latomic`.
      - Descriptions (`ctx_desc_t` and the like) are structs where zero means the default: name what you need,
        `&(ctx_desc_t){ .name = "fetch", .timeout = CTX_MS(50) }`; in C++ `ctx_desc_t d = {}; d.name = "fetch";`.
@@ -145,14 +147,16 @@ typedef struct {
 #define CTX_NOT_READY (-EAGAIN)            /* not yet: nothing to take, or the wait ended before the event */
 #define CTX_ALREADY (-EALREADY)            /* it was started before, or belongs to another */
 
-/* Names an error in English, 0 and errno's numbers included. Never NULL; static, except that codes of the system which
+/* Names an error in English, 0 and errno's numbers included. A number that both this library and the system use has a
+   text that fits either. Never NULL; static, except that codes of the system which
    this library does not define come from strerror(). */
 CTXCANCEL_API const char *ctx_strerror(int code);
 
-/* Join the runtime thread, the signal thread (unless a context of ctx_notify_signals() lives) and the idle threads of
-   groups, run callbacks that are still pending, and free every byte that the library has cached for the calling thread
-   and for threads that have ended. For the last line of main(), so that leak checkers end clean. Later use starts what
-   it needs again. Timers do not fire between. Not to be called from a callback. */
+/* Join the runtime thread, the signal thread (unless a context of ctx_notify_signals() or a registration of
+   ctx_on_signals() lives) and the idle threads of groups, run callbacks that are still pending, and free every byte
+   that the library has cached for the calling thread and for threads that have ended. For the last line of main(), so
+   that leak checkers end clean. Later use starts what it needs again. Timers do not fire between. Not to be called from
+   a callback. */
 CTXCANCEL_API void ctx_runtime_stop(void);
 
 /* == 2. time ====================================================== */
@@ -877,12 +881,22 @@ typedef struct {
     double factor;  /* each wait is so many times the one before; 1 at least (default: 2) */
     double jitter;  /* which part of each wait is random, 0 to 1: 0.5 waits between half and all (default: 0) */
     bool (*retryable)(int rc, void *arg); /* whether to try again after this error (default: after every one) */
+    ctx_dur_t attempt_timeout; /* each attempt gets a child of `ctx` that is canceled so long after the attempt began,
+                     and ended when it returns; negative: already expired (default: 0, none; then `fn` gets `ctx`
+                     itself) */
+    int (*on_retry)(int attempt, int rc, ctx_dur_t *wait, void *arg); /* called before each wait: attempt number
+                     `attempt`, counted from 1, has returned `rc`. May change `*wait`, also beyond `.cap`, as a
+                     Retry-After asks; negative is 0, and the waits after it are not changed. Not 0: do not try again
+                     (default: none) */
 } ctx_retry_desc_t;
 
 /* Call `fn(ctx, arg)` until it returns 0, with exponential backoff between. Returns the last result of `fn`: it stops
-   after 0, after an error that is not retryable, after the last attempt, and if the next wait would not end before the
-   deadline of `ctx`. Returns ctx_err(ctx) if `ctx` is done before the first attempt, or canceled before or during a
-   wait, which it cuts short. `desc` may be NULL. */
+   after 0, after an error that is not retryable, after the last attempt, if on_retry returns other than 0, and if the
+   next wait, which on_retry may have changed, would not end before the deadline of `ctx`. Returns ctx_err(ctx) if `ctx`
+   is done before the first attempt, or canceled before or during a wait, which it cuts short.
+   An attempt that runs into its own `.attempt_timeout` is retried like any other: what `fn` returns then, such as
+   CTX_DEADLINE_EXCEEDED, is an error as any. An attempt whose context cannot be made counts as one that has returned
+   CTX_NO_MEMORY. `desc` may be NULL. */
 CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_fn fn, void *arg);
 
 /* == 13. system =================================================== */
@@ -893,10 +907,41 @@ CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_f
    each is canceled. When the last one for a signal has ended, the action that stood before comes back.
    A signal that every thread blocks cancels nothing.
    Returns a failed context with CTX_INVALID if `n` is 0 or one of them cannot be caught, CTX_NO_MEMORY if memory or the
-   signal thread is unavailable, or CTX_ALREADY if another
-   copy of this library in the process (CTXCANCEL_STATIC, or a plugin's own) has such contexts at the moment. */
+   signal thread is unavailable, or CTX_ALREADY if another copy of this library in the process (CTXCANCEL_STATIC, or a
+   plugin's own) has such contexts or registrations of ctx_on_signals() at the moment. */
 #define ctx_notify_signals(parent, ...) ctx_notify_signals_at((parent), __VA_ARGS__, CTX__SITE)
 CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, size_t n, const char *site);
+
+/* Storage for one registration: yours, on the stack or inside your own struct. The fields are private. */
+typedef struct {
+    void (*fn)(int signal, void *user);
+    uint64_t wants[2];  /* [const] a bit per signal */
+    uint64_t due[2];    /* [ctx__life] the signals that it has yet to be told of */
+    ctx__link_t link;   /* [ctx__life] pprev NULL: not registered */
+    ctx_on_done_t call; /* in no list: its address stands for a call of fn. Has `user`, the context and the thread */
+} ctx_on_signals_t;
+
+/* Call `fn(signal, user)` for each of these signals that comes, until `ctx` is done or ctx_on_signals_stop(). For what
+   a signal asks for again and again, such as a reload on SIGHUP. A signal that comes while `fn` runs is remembered,
+   each kind once, as the system itself does. One `fn` runs at a time, on the signal thread, with no lock held. It may
+   call any function here, even stop `reg` or cancel `ctx`, but must be short: other signals wait for it, and so do the
+   cancels of ctx_notify_signals() for the same one, which follow.
+   Until it is stopped, not merely until `ctx` is done, the signal never ends the process, even if contexts wait for it
+   too. The action that stood before comes back with the last registration and context that asked for the signal. A
+   registration also lives on after ctx_runtime_stop(). After fork() the child keeps those that the forking thread made.
+   `reg` need not be initialised. Stop it with ctx_on_signals_stop() before its storage goes, even if `ctx` is done. It
+   holds the memory of `ctx` until then.
+   Returns 0. On an error nothing is registered: returns CTX_INVALID if `n` is 0, a signal cannot be caught or an
+   argument is NULL; ctx_err(ctx) if `ctx` is done; CTX_NO_MEMORY or CTX_ALREADY as ctx_notify_signals(). */
+CTXCANCEL_API int ctx_on_signals(ctx_on_signals_t *reg, ctx_t *ctx, const int *signals, size_t n,
+                                 void (*fn)(int signal, void *user), void *user);
+
+/* Unregister. If `fn` is running on the signal thread, waits for it to finish; afterwards `reg` and `user` may be
+   reused or freed. Called from inside `fn`, or from a callback that `fn` waits for, returns at once. If `fn` registers
+   `reg` anew meanwhile, that registration is the one that is stopped. Does nothing for a `reg` that is zeroed, was
+   stopped before, or could not be registered. Do not hold a lock across this call that `fn` takes: then each waits for
+   the other. */
+CTXCANCEL_API void ctx_on_signals_stop(ctx_on_signals_t *reg);
 
 /* == 14. service ================================================== */
 
@@ -911,7 +956,7 @@ typedef struct {
     ctx_dur_t finished_at; /* everything of it had returned */
     int rc;                /* of a service the first error of its callbacks, of a cleanup what `fn` returned */
     uint64_t dropped;      /* by pools and batchers that its callbacks drained, and what they said themselves */
-    uint64_t stuck;        /* tasks left running by pools that its callbacks drained */
+    uint64_t stuck;        /* tasks of pools that its callbacks drained, and items of batchers, that still ran then */
     bool not_started;      /* or its start has failed */
     bool late;             /* it was not finished when the report was made: it is stuck, or goes on in the background */
 } ctx_shutdown_part_t;
@@ -925,12 +970,14 @@ typedef struct {
     int rc;             /* what the call returned */
     ctx_dur_t budget;
     ctx_dur_t took;
-    bool within_budget; /* everything stopped inside the budget */
+    bool within_budget; /* everything stopped inside the budget: no component is late, and what components drained has
+                           left no task and no flush running. The latter does not change `rc` */
     bool forced;        /* a second signal came */
     ctx_dur_t lame_duck; /* how long the readiness was off before the first component was told */
     size_t total;       /* components */
     size_t late;        /* of these, not finished */
     uint64_t dropped;   /* in all */
+    uint64_t stuck;     /* in all: tasks and items, as in the parts */
     size_t n;           /* parts that follow: min(total, CTX_SHUTDOWN_PARTS), the late and the slowest of them, in the
                            order in which their turn came */
     ctx_shutdown_part_t parts[CTX_SHUTDOWN_PARTS];
@@ -1024,6 +1071,13 @@ CTXCANCEL_API int ctx_app_add(ctx_app_t *app, const ctx_service_desc_t *desc);
    did not stop inside the budget; else 0. At once CTX_INVALID if an `.needs` names no service or goes in a circle, or a
    signal cannot be caught, or CTX_NO_MEMORY. `desc` may be NULL. */
 CTXCANCEL_API int ctx_app_run(ctx_app_t *app, const ctx_app_desc_t *desc);
+
+/* A context that is done when the shutdown begins, before the wait as a lame duck: for work outside its services, such
+   as watches, or a registration of ctx_on_signals(). Has the values of the app's parent, and then the cause of the
+   shutdown, as the report. Live before ctx_app_run(); canceled by ctx_app_free(). Its callbacks run on the thread of
+   ctx_app_run(), inside the budget, so they must be short. Borrowed: valid until the app is freed, and for services of
+   the app until they have returned; ctx_retain() keeps it for longer. */
+CTXCANCEL_API ctx_t *ctx_app_ctx(ctx_app_t *app);
 
 /* For a health check in one of its services: everything has started and no shutdown has begun. False in a service that
    goes on after the app was freed. */
@@ -2202,12 +2256,12 @@ static const char *ctx__own_text(int code) {
     switch (code) {
     case 0: return "success";
     case CTX_CANCELED: return "context canceled";
-    case CTX_DEADLINE_EXCEEDED: return "deadline exceeded";
+    case CTX_DEADLINE_EXCEEDED: return "deadline exceeded or timed out";
     case CTX_QUEUE_FULL: return "queue full";
-    case CTX_CLOSED: return "closed";
+    case CTX_CLOSED: return "closed or broken pipe";
     case CTX_NO_MEMORY: return "out of memory";
     case CTX_INVALID: return "invalid argument";
-    case CTX_NOT_READY: return "not ready";
+    case CTX_NOT_READY: return "not ready or temporarily unavailable";
     case CTX_ALREADY: return "already started";
     default: return NULL;
     }
@@ -7196,7 +7250,8 @@ struct ctx_batch {
     unsigned draining;     /* [mu] of these, inside a drain */
     ctx__call_t timer;
     uint64_t added;        /* [mu] items ever */
-    uint64_t tallied;      /* [mu] dropped items that the shutdown report has */
+    uint64_t tallied;      /* [mu] dropped items that the shutdown report has, ... */
+    uint64_t tallied_stuck; /* [mu] ... and items of stuck flushes */
     uint64_t flushed;      /* [atomic] items of flushes that returned 0 */
     uint64_t dropped;      /* [atomic] items that went to on_drop */
     ctx__queue_t at_room, at_end; /* [mu] */
@@ -7534,8 +7589,10 @@ static void ctx__batch_cut(ctx_batch_t *batch) {
     ctx__batch_work(batch, batch->ctx);
 }
 
-/* The drain of a thread has ended. Dropped items are told to the shutdown that the thread works for, each once. */
+/* The drain of a thread has ended. Dropped items, and those of a stuck flush, are told to the shutdown that the thread
+   works for, each once. */
 static void ctx__batch_settle(ctx_batch_t *batch, bool inside, ctx_batch_report_t *report) {
+    uint64_t stuck;
     bool removed;
     ctx__lock(&batch->mu);
     removed = batch->armed && ctx__timer_remove(&batch->timer.timer);
@@ -7545,8 +7602,10 @@ static void ctx__batch_settle(ctx_batch_t *batch, bool inside, ctx_batch_report_
     report->dropped = CTX__LOAD(&batch->dropped, ACQUIRE);
     report->flushed = CTX__LOAD(&batch->flushed, ACQUIRE);
     report->stuck = batch->added - report->flushed - report->dropped;
-    ctx__tally_add(report->dropped - batch->tallied, 0);
+    stuck = report->stuck > batch->tallied_stuck ? report->stuck - batch->tallied_stuck : 0;
+    ctx__tally_add(report->dropped - batch->tallied, stuck);
     batch->tallied = report->dropped;
+    batch->tallied_stuck += stuck;
     ctx__unlock(&batch->mu);
     if (removed) ctx__batch_unref(batch);
 }
@@ -7763,6 +7822,14 @@ static ctx_dur_t ctx__retry_jitter(ctx_dur_t wait, double jitter) {
     return wait - (ctx_dur_t)((double)wait * jitter * ((double)ctx__random() / 4294967296.0));
 }
 
+/* One attempt in a context of its own. */
+static CTX__COLD int ctx__retry_attempt(ctx_t *ctx, ctx_dur_t timeout, ctx_task_fn fn, void *arg) {
+    ctx_t *own = ctx_with_timeout_at(ctx, timeout, "ctx_retry");
+    int rc = own->flags & CTX__F_FAILED ? ctx_err(own) : fn(own, arg);
+    ctx_end_at(own, NULL);
+    return rc;
+}
+
 CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_fn fn, void *arg) {
     ctx_retry_desc_t d;
     double wait;
@@ -7781,10 +7848,12 @@ CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_f
     for (tried = 1;; tried++) {
         ctx_dur_t next;
         ctx_time_t until;
-        rc = fn(ctx, arg);
+        rc = d.attempt_timeout ? ctx__retry_attempt(ctx, d.attempt_timeout, fn, arg) : fn(ctx, arg);
         if (rc == 0 || tried == d.attempts || (d.retryable && !d.retryable(rc, arg))) return rc;
-        if (tried == INT32_MAX) tried = 0; /* attempts without end */
         next = ctx__retry_jitter(wait < (double)d.cap ? (ctx_dur_t)wait : d.cap, d.jitter);
+        if (d.on_retry && !ctx_err(ctx) && d.on_retry(tried, rc, &next, arg)) return rc;
+        if (next < 0) next = 0;
+        if (tried == INT32_MAX) tried = 0; /* attempts without end */
         until = ctx_time_add(ctx_now(), next); /* read once: a wait that is begun ends before the deadline */
         if (until >= ctx_deadline(ctx)) return rc;
         err = ctx__sleep_until(ctx, until);
@@ -7795,21 +7864,32 @@ CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_f
 
 /* == 13. system =================================================== */
 
-/* While a context wants a signal the handler of this copy of the library stands, and with the last one the action that
-   stood before comes back.
+/* While a context or a registration wants a signal the handler of this copy of the library stands, and with the last
+   one the action that stood before comes back.
 
    Signals. The handler notes the signal and posts a semaphore, which is all that a handler may do; one thread waits
-   there and cancels every context that asked for it. A thread that follows one which ctx_runtime_stop() ends does not
-   wait at the semaphore before that one has left it, for it could take the post that is meant for the other.
-   SA_RESETHAND has put the default action back by then. Per signal
-   there is a count of contexts that want it and the action that stood before the first of them, which comes back with
-   the last. All of it under ctx__life; canceling is done without. */
+   there, calls every registration and cancels every context that asked for it. A thread that follows one which
+   ctx_runtime_stop() ends does not wait at the semaphore before that one has left it, for it could take the post that
+   is meant for the other. SA_RESETHAND has put the default action back by then, unless somebody keeps the handler: a
+   registration, or a context with a `second`. Per signal there is a count of those that want it and the action that
+   stood before the first of them, which comes back with the last. All of it under ctx__life; canceling and calling is
+   done without.
+
+   Calls. The signal thread notes in each registration which signals it has yet to be told of, then takes one at a time
+   under ctx__life and puts a frame for its call into a stripe, as section 3 does for callbacks. So a stop, which takes
+   the registration out under ctx__life, finds the frame of a call that has begun, and waits for it by the rules of
+   section 3; no other call begins. `call.state` is LINKED while the registration is in, so that a stop which finds no
+   frame sees whether the call has registered it anew. The signal thread does not touch a registration once it has left
+   ctx__life with the frame in place.
+
+     registered --signal--> due --the signal thread claims it--> registered, a frame stands for the call
+          \------------------\---- ctx_on_signals_stop(), or a fork that drops it ----> out */
 
 enum { CTX__SIGNALS = 65 };
 
 typedef struct ctx__notify {
     ctx_t node;
-    uint64_t wants[2];             /* [const] a bit per signal */
+    uint64_t wants[2];             /* [const] as in a registration */
     ctx_t *second;                 /* [const] canceled by the second signal, which then does not end the process */
     ctx_t *target;                 /* [signal thread] what the signal at hand cancels */
     struct ctx__notify *next_hit;  /* [signal thread] */
@@ -7822,9 +7902,10 @@ __attribute__((weak, visibility("default"))) extern void *ctx__signals_owner;
 __attribute__((weak, visibility("default"))) void *ctx__signals_owner = NULL;
 
 static struct {
-    ctx__link_t *live;                   /* [ctx__life] */
-    unsigned count[CTX__SIGNALS];        /* [ctx__life] contexts that want it */
-    unsigned kept[CTX__SIGNALS];         /* [ctx__life] of these, with a `second` */
+    ctx__link_t *live;                   /* [ctx__life] contexts */
+    ctx__queue_t regs;                   /* [ctx__life] registrations */
+    unsigned count[CTX__SIGNALS];        /* [ctx__life] contexts and registrations that want it */
+    unsigned kept[CTX__SIGNALS];         /* [ctx__life] of these, registrations and contexts with a `second` */
     struct sigaction before[CTX__SIGNALS]; /* [ctx__life] while count is not 0 */
     int pending[CTX__SIGNALS];           /* [atomic] */
     sem_t posted;
@@ -7874,9 +7955,17 @@ static const char *ctx__signal_name(int signal) {
     return site[6] ? site + 7 : site;
 }
 
-static bool ctx__notify_wants(const ctx__notify_t *notify, int signal) {
-    return (notify->wants[signal / 64] >> (signal % 64) & 1) != 0;
+static bool ctx__signal_in(const uint64_t set[2], int signal) {
+    return (set[signal / 64] >> (signal % 64) & 1) != 0;
 }
+
+static void ctx__signal_set(uint64_t set[2], int signal, bool in) {
+    uint64_t bit = (uint64_t)1 << (signal % 64);
+    set[signal / 64] = in ? set[signal / 64] | bit : set[signal / 64] & ~bit;
+}
+
+/* Is there anybody to hear signals? [ctx__life] */
+static bool ctx__signals_wanted(void) { return ctx__signals.live || ctx__signals.regs.first; }
 
 static void ctx__signal_handler(int signal) {
     int saved = errno;
@@ -7885,20 +7974,66 @@ static void ctx__signal_handler(int signal) {
     errno = saved;
 }
 
-static void ctx__signal_deliver(int signal) {
+/* [ctx__life] A signal has come: it is due to the registrations that want it. Returns the contexts that want it,
+   pinned. */
+static ctx__notify_t *ctx__signal_collect(int signal) {
     ctx__notify_t *hit = NULL;
     ctx__link_t *link;
-    ctx__life_lock();
-    link = CTX__EXCHANGE(&ctx__signals.pending[signal], 0, ACQUIRE) ? ctx__signals.live : NULL;
-    for (; link; link = link->next) {
+    for (link = ctx__signals.regs.first; link; link = link->next) {
+        ctx_on_signals_t *reg = CTX__CONTAINER(link, ctx_on_signals_t, link);
+        if (ctx__signal_in(reg->wants, signal)) ctx__signal_set(reg->due, signal, true);
+    }
+    for (link = ctx__signals.live; link; link = link->next) {
         ctx__notify_t *notify = CTX__CONTAINER(link, ctx__notify_t, link);
-        if (!ctx__notify_wants(notify, signal) || !ctx__pin(&notify->node)) continue;
+        if (!ctx__signal_in(notify->wants, signal) || !ctx__pin(&notify->node)) continue;
         notify->target = NULL;
         if (notify->second && ctx__why(&notify->node)) notify->target = ctx_retain(notify->second);
         notify->next_hit = hit;
         hit = notify;
     }
+    return hit;
+}
+
+/* [ctx__life] The next registration that the signal is due to, of a context that is not done; NULL: none. It is due no
+   longer. */
+static ctx_on_signals_t *ctx__signal_claim(int signal) {
+    ctx__link_t *link;
+    for (link = ctx__signals.regs.first; link; link = link->next) {
+        ctx_on_signals_t *reg = CTX__CONTAINER(link, ctx_on_signals_t, link);
+        if (!ctx__signal_in(reg->due, signal)) continue;
+        ctx__signal_set(reg->due, signal, false);
+        if (!ctx_err(reg->call.ctx)) return reg;
+    }
+    return NULL;
+}
+
+/* Call the next registration that the signal is due to. Returns false if there is none. */
+static bool ctx__signal_call(int signal) {
+    void (*fn)(int signal, void *user) = NULL;
+    void *user = NULL;
+    ctx_on_signals_t *reg;
+    ctx__frame_t frame;
+    ctx__life_lock();
+    reg = ctx__signal_claim(signal);
+    if (reg) {
+        fn = reg->fn;
+        user = reg->call.arg;
+        ctx__frame_enter(&frame, &reg->call, true);
+        CTX__STORE(&reg->call.state, CTX__REG_LINKED, RELEASE); /* for the next signal */
+    }
     ctx__life_unlock();
+    if (!reg) return false;
+    fn(signal, user);
+    ctx__frame_leave(&frame, &reg->call);
+    return true;
+}
+
+static void ctx__signal_deliver(int signal) {
+    ctx__notify_t *hit = NULL;
+    ctx__life_lock();
+    if (CTX__EXCHANGE(&ctx__signals.pending[signal], 0, ACQUIRE)) hit = ctx__signal_collect(signal);
+    ctx__life_unlock();
+    while (ctx__signal_call(signal)) {}
     while (hit) {
         ctx_t *node = &hit->node, *second = hit->target;
         hit = hit->next_hit;
@@ -7945,7 +8080,7 @@ static int ctx__signal_action(int signal, bool handled, bool keep, struct sigact
     return sigaction(signal, &action, before) < 0 ? -errno : 0;
 }
 
-/* [ctx__life] One context less wants the signal. Without one that keeps the handler it is for the next signal only, and
+/* [ctx__life] One less wants the signal. Without one that keeps the handler it is for the next signal only, and
    if that has come to all that are left, it is the default. */
 static void ctx__signal_unhook(int signal, bool keep) {
     bool waiting = false;
@@ -7956,7 +8091,7 @@ static void ctx__signal_unhook(int signal, bool keep) {
     } else if (keep && !ctx__signals.kept[signal]) {
         for (link = ctx__signals.live; link; link = link->next) {
             ctx__notify_t *notify = CTX__CONTAINER(link, ctx__notify_t, link);
-            waiting = waiting || (ctx__notify_wants(notify, signal) && !ctx__why(&notify->node));
+            waiting = waiting || (ctx__signal_in(notify->wants, signal) && !ctx__why(&notify->node));
         }
         ctx__signal_action(signal, waiting, false, NULL);
     }
@@ -7980,64 +8115,74 @@ static bool ctx__signals_claim(void) {
     return CTX__CAS(&ctx__signals_owner, &nobody, (void *)&ctx__signals, ACQ_REL, ACQUIRE) || nobody == &ctx__signals;
 }
 
-/* [ctx__life] The last context of this copy has ended. */
+/* [ctx__life] The last context or registration of this copy may have ended. */
 static void ctx__signals_yield(void) {
-    if (!ctx__signals.live) CTX__STORE(&ctx__signals_owner, (void *)NULL, RELEASE);
+    if (!ctx__signals_wanted()) CTX__STORE(&ctx__signals_owner, (void *)NULL, RELEASE);
 }
 
-/* [ctx__life] */
-static int ctx__notify_hook(ctx__notify_t *notify) {
+/* [ctx__life] One more wants these. */
+static int ctx__signals_hook(const uint64_t wants[2], bool keep) {
     int signal, rc = ctx__signals_claim() ? ctx__signal_start() : CTX_ALREADY;
-    bool keep = notify->second != NULL;
     if (rc == CTX_ALREADY) return rc;
     for (signal = 1; !rc && signal < CTX__SIGNALS; signal++)
-        if (ctx__notify_wants(notify, signal) && ctx__signal_hook(signal, keep)) rc = CTX_INVALID;
-    if (!rc) {
-        ctx__link_in(&ctx__signals.live, &notify->link);
-        return 0;
-    }
+        if (ctx__signal_in(wants, signal) && ctx__signal_hook(signal, keep)) rc = CTX_INVALID;
+    if (!rc) return 0;
     for (signal -= 2; signal > 0; signal--) /* the one before the last has failed */
-        if (ctx__notify_wants(notify, signal)) ctx__signal_unhook(signal, keep);
+        if (ctx__signal_in(wants, signal)) ctx__signal_unhook(signal, keep);
     ctx__signals_yield();
     return rc;
+}
+
+/* [ctx__life] One that wanted these has been taken out. */
+static void ctx__signals_unhook(const uint64_t wants[2], bool keep) {
+    int signal;
+    for (signal = 1; signal < CTX__SIGNALS; signal++)
+        if (ctx__signal_in(wants, signal)) ctx__signal_unhook(signal, keep);
+    ctx__signals_yield();
 }
 
 /* A notifying context was ended, or its last reference dropped. */
 static void ctx__notify_ended(ctx_t *node) {
     ctx__notify_t *notify = (ctx__notify_t *)(void *)node;
-    int signal;
     ctx__life_lock();
     if (notify->link.pprev) {
         ctx__link_out(&notify->link);
-        notify->link.pprev = NULL;
-        for (signal = 1; signal < CTX__SIGNALS; signal++)
-            if (ctx__notify_wants(notify, signal)) ctx__signal_unhook(signal, notify->second != NULL);
-        ctx__signals_yield();
+        ctx__signals_unhook(notify->wants, notify->second != NULL);
     }
     ctx__life_unlock();
+}
+
+/* The set of these. Returns 0, or CTX_INVALID. */
+static int ctx__signals_of(const int *signals, size_t n, uint64_t set[2]) {
+    size_t i;
+    if (!signals || !n) return CTX_INVALID;
+    for (i = 0; i < n; i++) {
+        if (signals[i] < 1 || signals[i] >= CTX__SIGNALS) return CTX_INVALID;
+        ctx__signal_set(set, signals[i], true);
+    }
+    return 0;
 }
 
 /* The context of ctx_notify_signals(). `second` may be NULL, and must outlive it else. */
 static ctx_t *ctx__notify_make(ctx_t *parent, const int *signals, size_t n, const char *site, ctx_t *second) {
     ctx_t *bad = ctx__bad_parent(parent);
     ctx__make_t make = ctx__make_plain;
+    uint64_t wants[2] = { 0, 0 };
     ctx__notify_t *notify;
-    size_t i;
     int rc;
     if (bad) return bad;
-    if (!signals || !n) return ctx__failed(CTX_INVALID);
-    for (i = 0; i < n; i++)
-        if (signals[i] < 1 || signals[i] >= CTX__SIGNALS) return ctx__failed(CTX_INVALID);
+    if (ctx__signals_of(signals, n, wants)) return ctx__failed(CTX_INVALID);
     notify = ctx__me()->linked ? (ctx__notify_t *)ctx__alloc(sizeof *notify) : NULL;
     if (!notify) return ctx__failed(CTX_NO_MEMORY);
-    for (i = 0; i < n; i++) notify->wants[signals[i] / 64] |= (uint64_t)1 << (signals[i] % 64);
+    memcpy(notify->wants, wants, sizeof wants);
     notify->second = second;
     ctx__me();
     make.flags = CTX__F_NOTIFY;
     make.site = site;
     ctx__make(parent, &notify->node, &make);
     ctx__life_lock();
-    rc = ctx__notify_hook(notify);
+    rc = ctx__signals_hook(notify->wants, second != NULL);
+    if (!rc) ctx__link_in(&ctx__signals.live, &notify->link);
     ctx__life_unlock();
     if (!rc) return &notify->node;
     ctx_end_at(&notify->node, NULL);
@@ -8046,6 +8191,51 @@ static ctx_t *ctx__notify_make(ctx_t *parent, const int *signals, size_t n, cons
 
 CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, size_t n, const char *site) {
     return ctx__notify_make(parent, signals, n, site, NULL);
+}
+
+CTXCANCEL_API int ctx_on_signals(ctx_on_signals_t *reg, ctx_t *ctx, const int *signals, size_t n,
+                                 void (*fn)(int signal, void *user), void *user) {
+    uint64_t wants[2] = { 0, 0 };
+    int rc = ctx && fn && reg ? ctx__signals_of(signals, n, wants) : CTX_INVALID;
+    if (!rc) rc = ctx_err(ctx);
+    if (!rc && !ctx__me()->linked) rc = CTX_NO_MEMORY;
+    if (!rc) ctx__timer_revive(ctx);
+    if (!reg) return rc;
+    ctx__life_lock(); /* a stop on another thread may be waiting for the call that registers it anew */
+    memset(reg, 0, sizeof *reg);
+    if (!rc) rc = ctx__signals_hook(wants, true);
+    if (!rc) {
+        memcpy(reg->wants, wants, sizeof wants);
+        reg->fn = fn;
+        reg->call.arg = user;
+        reg->call.ctx = ctx_retain(ctx);
+        reg->call.flags = (int)(ctx__self.index * CTX__REG_THREAD);
+        CTX__STORE(&reg->call.state, CTX__REG_LINKED, RELEASE);
+        ctx__queue_add(&ctx__signals.regs, &reg->link);
+    }
+    ctx__life_unlock();
+    return rc;
+}
+
+/* [ctx__life] Its context is for the caller to release. */
+static ctx_t *ctx__on_signals_out(ctx_on_signals_t *reg) {
+    ctx__queue_out(&ctx__signals.regs, &reg->link);
+    CTX__STORE(&reg->call.state, CTX__REG_IDLE, RELEASE);
+    ctx__signals_unhook(reg->wants, true);
+    return reg->call.ctx;
+}
+
+CTXCANCEL_API void ctx_on_signals_stop(ctx_on_signals_t *reg) {
+    bool again;
+    ctx_t *ctx;
+    CTXCANCEL_ASSERT(reg != NULL);
+    do {
+        ctx__life_lock();
+        ctx = reg->link.pprev ? ctx__on_signals_out(reg) : NULL;
+        ctx__life_unlock();
+        again = ctx__frame_wait(&reg->call); /* the call may have registered it anew */
+        ctx_release(ctx);
+    } while (again);
 }
 
 /* -- fork --
@@ -8159,6 +8349,25 @@ static void ctx__fork_frames(void) {
     }
 }
 
+/* Drop the registrations for signals that other threads made, before a thread of the child's may get their stacks. What
+   the parent was about to tell is not the child's. */
+static void ctx__fork_signals(void) {
+    ctx_on_done_t *dropped = NULL;
+    ctx__link_t *link, *next;
+    ctx__life_lock();
+    for (link = ctx__signals.regs.first; link; link = next) {
+        ctx_on_signals_t *reg = CTX__CONTAINER(link, ctx_on_signals_t, link);
+        next = link->next;
+        memset(reg->due, 0, sizeof reg->due);
+        if (ctx__fork_keeps(&reg->call)) continue;
+        ctx__on_signals_out(reg);
+        reg->call.next = dropped;
+        dropped = &reg->call;
+    }
+    ctx__life_unlock();
+    for (; dropped; dropped = dropped->next) ctx_release(dropped->ctx);
+}
+
 static void ctx__fork_child(void) {
     ctx__thread_t *me = &ctx__self;
     unsigned i;
@@ -8179,10 +8388,11 @@ static void ctx__fork_child(void) {
     ctx__clock.running = ctx__clock_word(ctx__clock.era, 0, me->counted && me->counted == ctx__clock.era);
     ctx__runners_forget();
     ctx__fork_parent(); /* opens the gate */
+    ctx__fork_signals();
     if (CTX__TSAN) return; /* it does not allow threads in the child of a threaded process */
     if (ctx__timers_armed() || ctx__runtime.pending) ctx__timer_ready();
     ctx__life_lock();
-    if (ctx__signals.live) ctx__signal_start();
+    if (ctx__signals_wanted()) ctx__signal_start();
     ctx__life_unlock();
 }
 
@@ -8222,7 +8432,7 @@ CTXCANCEL_API void ctx_runtime_stop(void) {
     ctx__runners_stop();
     ctx__life_lock();
     join_runtime = ctx__runtime.running != 0;
-    join_signals = ctx__signals.running && !ctx__signals.live;
+    join_signals = ctx__signals.running && !ctx__signals_wanted();
     runtime = ctx__runtime.thread;
     signals = ctx__signals.thread;
     CTX__ADD(&ctx__runtime.era, 1u, RELEASE);
@@ -8314,6 +8524,7 @@ typedef struct ctx__stop {
     ctx_service_t *hook;   /* on_force, as the force of a service (may be NULL) */
     int code;              /* cause of the cancels */
     const char *what;
+    const char *site;      /* of an app: what began its shutdown */
     int failed_rc;         /* of the first member that failed */
     const char *failed;    /* its name */
     int rc;                /* result */
@@ -8367,6 +8578,7 @@ struct ctx_app {
     ctx__stop_t stop;         /* of its services */
     ctx_t *parent;            /* [const] a reference */
     ctx_t *ctx;               /* [const] detached from it: the services stop in order */
+    ctx_t *stopping;          /* [const] below that: done when the shutdown begins. Lives as long as the app's memory */
     ctx_t *first, *second;    /* [owner thread] done at the first and at the second signal */
     ctx_t *over;              /* [owner thread] done when `first` or the parent is */
     uint32_t refs;            /* [atomic] the owner, and each service */
@@ -8376,7 +8588,9 @@ struct ctx_app {
 #define CTX__MEMBER(l) CTX__CONTAINER(l, ctx_service_t, member)
 
 static void ctx__app_unref(ctx_app_t *app) {
-    if (app && CTX__SUB(&app->refs, 1u, ACQ_REL) == 1) CTXCANCEL_FREE(app);
+    if (!app || CTX__SUB(&app->refs, 1u, ACQ_REL) != 1) return;
+    ctx_release(app->stopping);
+    CTXCANCEL_FREE(app);
 }
 
 static void ctx__service_unref(ctx_service_t *service) {
@@ -8867,8 +9081,8 @@ static ctx_time_t ctx__service_over_at(const ctx_service_t *service) {
     return service->finished > service->canceled ? service->finished : service->canceled;
 }
 
-/* [mu] */
-static bool ctx__stop_within_budget(const ctx__stop_t *stop) {
+/* [mu] Did all components stop in time? */
+static bool ctx__stop_in_time(const ctx__stop_t *stop) {
     const ctx__link_t *link;
     for (link = stop->members.first; link; link = link->next) {
         const ctx_service_t *service = CTX__MEMBER(link);
@@ -8943,9 +9157,10 @@ static void ctx__stop_report(const ctx__stop_t *stop, ctx_shutdown_report_t *rep
         const ctx_service_t *service = CTX__MEMBER(link);
         report->late += service->late;
         report->dropped += CTX__LOAD(&service->tally.dropped, RELAXED);
+        report->stuck += CTX__LOAD(&service->tally.stuck, RELAXED);
         if (service->marked) ctx__service_part(service, stop->start, &report->parts[report->n++]);
     }
-    report->within_budget = ctx__stop_within_budget(stop);
+    report->within_budget = !report->stuck && ctx__stop_in_time(stop);
     ctx__parts_sort(report->parts, report->n);
 }
 
@@ -9016,6 +9231,12 @@ static void ctx__part_print(const ctx_shutdown_report_t *report, const ctx_shutd
     fprintf(file, " |%s| %.46s\n", bar, text);
 }
 
+static const char *ctx__report_text(const ctx_shutdown_report_t *report) {
+    if (report->late) return "some are late";
+    if (report->stuck) return "something is stuck";
+    return report->within_budget ? "inside the budget" : "over the budget";
+}
+
 CTXCANCEL_API int ctx_shutdown_print(const ctx_shutdown_report_t *report, FILE *file) {
     char took[32], budget[32], duck[32];
     size_t i, n;
@@ -9024,13 +9245,13 @@ CTXCANCEL_API int ctx_shutdown_print(const ctx_shutdown_report_t *report, FILE *
     errno = 0;
     fprintf(file, "shutdown (%.24s): %s of %s, %s\n", report->cause ? report->cause : "request",
             ctx__dur_text(took, sizeof took, report->took), ctx__dur_text(budget, sizeof budget, report->budget),
-            report->late ? "some are late" : report->within_budget ? "inside the budget" : "over the budget");
+            ctx__report_text(report));
     if (report->lame_duck > 0)
         fprintf(file, "  of which %s as a lame duck\n", ctx__dur_text(duck, sizeof duck, report->lame_duck));
     if (report->forced) fprintf(file, "  forced by a second signal\n");
     if (report->rc) fprintf(file, "  error: %.80s\n", ctx_strerror(report->rc));
-    fprintf(file, "  components: %llu, late: %llu, dropped: %llu\n", (unsigned long long)report->total,
-            (unsigned long long)report->late, (unsigned long long)report->dropped);
+    fprintf(file, "  components: %llu, late: %llu, dropped: %llu, stuck: %llu\n", (unsigned long long)report->total,
+            (unsigned long long)report->late, (unsigned long long)report->dropped, (unsigned long long)report->stuck);
     if (n) fprintf(file, "  = refuse and drain   ~ canceled   ! forced   > still running\n");
     for (i = 0; i < n; i++) ctx__part_print(report, &report->parts[i], file);
     if (report->total > n) fprintf(file, "  and %llu more\n", (unsigned long long)(report->total - n));
@@ -9166,7 +9387,7 @@ static void ctx__service_supervise(ctx_service_t *service, ctx_dur_t budget) {
     ctx__stop_add(stop, service);
     ctx__stop_run(stop);
     stop->what = "request"; /* for reports */
-    stop->rc = ctx__stop_within_budget(stop) ? service->rc : CTX_DEADLINE_EXCEEDED;
+    stop->rc = ctx__stop_in_time(stop) ? service->rc : CTX_DEADLINE_EXCEEDED;
     service->stop = NULL;
     ctx__wake_all(&service->waiters);
 }
@@ -9205,7 +9426,11 @@ CTXCANCEL_API ctx_app_t *ctx_app_new(ctx_t *parent) {
     make.site = "ctx_app_new";
     make.detach = true;
     app->ctx = ctx__make(parent, NULL, &make);
-    if (app->ctx->flags & CTX__F_FAILED) {
+    make.detach = false;
+    app->stopping = ctx__make(app->ctx, NULL, &make);
+    if ((app->ctx->flags | app->stopping->flags) & CTX__F_FAILED) {
+        ctx_end_at(app->stopping, NULL);
+        ctx_end_at(app->ctx, NULL);
         CTXCANCEL_FREE(app);
         return NULL;
     }
@@ -9231,6 +9456,8 @@ CTXCANCEL_API int ctx_app_add(ctx_app_t *app, const ctx_service_desc_t *desc) {
     ctx__stop_add(&app->stop, service);
     return 0;
 }
+
+CTXCANCEL_API ctx_t *ctx_app_ctx(ctx_app_t *app) { return app ? app->stopping : ctx__failed(CTX_INVALID); }
 
 CTXCANCEL_API bool ctx_app_ready(const ctx_app_t *app) {
     return app && CTX__LOAD(&app->ready, ACQUIRE) != 0;
@@ -9381,6 +9608,7 @@ static void ctx__app_cause(ctx_app_t *app) {
     ctx_cause_t cause = ctx_cause(app->over);
     app->stop.what = app->stop.failed_rc ? app->stop.failed : cause.what;
     app->stop.code = app->stop.failed_rc ? app->stop.failed_rc : cause.code;
+    app->stop.site = app->stop.failed_rc ? "ctx_app_run" : cause.site;
 }
 
 /* [mu, released meanwhile] Returns the time as a lame duck. */
@@ -9391,17 +9619,18 @@ static ctx_dur_t ctx__app_shut_down(ctx_app_t *app, ctx_dur_t budget, ctx_dur_t 
     stop->start = ctx_now();
     stop->budget = budget;
     stop->end = ctx_time_add(stop->start, budget);
+    ctx__leave(&ctx__services.mu);
+    ctx_cancel_cause_at(app->stopping, stop->code, stop->what, stop->site);
     if (lame_duck > 0) {
-        ctx__leave(&ctx__services.mu);
         ctx__sleep_until(app->second, ctx__min(stop->end, ctx_time_add(stop->start, lame_duck)));
         duck = ctx_now() - stop->start;
-        ctx__enter(&ctx__services.mu);
     }
+    ctx__enter(&ctx__services.mu);
     for (link = stop->members.first; link; link = link->next)
         CTX__MEMBER(link)->deadline = ctx__stop_cut(stop, CTX__MEMBER(link));
     stop->earliest = CTX__NEVER;
     ctx__stop_run(stop);
-    stop->rc = stop->failed_rc || ctx__stop_within_budget(stop) ? stop->failed_rc : CTX_DEADLINE_EXCEEDED;
+    stop->rc = stop->failed_rc || ctx__stop_in_time(stop) ? stop->failed_rc : CTX_DEADLINE_EXCEEDED;
     for (link = stop->members.first; link; link = link->next) CTX__MEMBER(link)->stop = NULL;
     if (stop->hook) stop->hook->stop = NULL;
     return duck;
@@ -9488,7 +9717,7 @@ CTXCANCEL_API int ctx_cleanup_run(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_
     if (stop.n) cleanup->run = &stop;
     ctx__stop_run(&stop);
     if (stop.n) cleanup->run = NULL;
-    stop.rc = stop.failed_rc || ctx__stop_within_budget(&stop) ? stop.failed_rc : CTX_DEADLINE_EXCEEDED;
+    stop.rc = stop.failed_rc || ctx__stop_in_time(&stop) ? stop.failed_rc : CTX_DEADLINE_EXCEEDED;
     ctx__stop_report(&stop, report);
     for (link = stop.members.first; link; link = link->next) CTX__MEMBER(link)->stop = NULL;
     ctx__leave(&ctx__services.mu);

@@ -721,7 +721,7 @@ TEST(components_are_forced_when_on_force_has_returned) {
 typedef struct {
     ctx_app_t *app;
     gate_t gate;
-    int ready, done; /* [atomic] */
+    int ready, err, done; /* [atomic] */
 } health_t;
 
 static int asks_after_the_end(ctx_t *ctx, void *user) {
@@ -729,6 +729,7 @@ static int asks_after_the_end(ctx_t *ctx, void *user) {
     (void)ctx;
     gate_pass(&health->gate);
     store(&health->ready, ctx_app_ready(health->app) ? 1 : 0);
+    store(&health->err, ctx_err(ctx_app_ctx(health->app)));
     store(&health->done, 1);
     return 0;
 }
@@ -755,6 +756,7 @@ TEST(in_a_late_service_the_app_is_not_ready) {
     gate_open(&health.gate);
     UNTIL(load(&health.done));
     EXPECT_EQ(load(&health.ready), 0);
+    EXPECT_EQ(load(&health.err), CTX_CANCELED);
     gate_destroy(&health.gate);
     nothing_is_left();
 }
@@ -931,6 +933,121 @@ TEST(after_a_failure_there_is_a_lame_duck_too) {
     EXPECT_EQ(a.at[REFUSES], CTX_S(3));
     expect_stopped(&a);
     gate_destroy(&gate);
+    nothing_is_left();
+}
+
+/* -- the app's context ------------------------------------------------------------------------------------------ */
+
+static const ctx_key_t color_key = CTX_KEY(int);
+
+TEST(the_apps_context_is_done_when_the_shutdown_begins) {
+    const int color = 3;
+    ctx_clock_fake(T0);
+    ctx_t *parent = ctx_with_value(ctx_background(), &color_key, &color);
+    ctx_app_t *app = app_below(parent);
+    ctx_t *ctx = ctx_app_ctx(app);
+    EXPECT_EQ(ctx_err(ctx), 0);
+    EXPECT(ctx_value(ctx, &color_key) && *(const int *)ctx_value(ctx, &color_key) == 3);
+    actor_t a = actor("a");
+    join(app, &a, NULL);
+    runner_t runner;
+    prepare(&runner, app);
+    runner.desc.lame_duck = CTX_S(3);
+    run_until_ready(&runner);
+    EXPECT_EQ(ctx_err(ctx), 0);
+    EXPECT(ctx_app_ctx(app) == ctx);
+    ctx_retain(ctx);
+    send_self(SIGTERM);
+    EXPECT_EQ(ctx_err(ctx), CTX_CANCELED); /* the lame duck has hardly begun */
+    EXPECT_EQ(ctx_cause(ctx).code, SIGTERM);
+    EXPECT(strcmp(ctx_cause(ctx).what, "SIGTERM") == 0);
+    EXPECT(strcmp(ctx_cause(ctx).site, "signal SIGTERM") == 0);
+    EXPECT_EQ(times(&a, REFUSES), 0);
+    EXPECT_EQ(await_end(&runner), 0);
+    EXPECT_EQ(ctx_cause(ctx).code, SIGTERM);
+    ctx_release(ctx);
+    ctx_end(parent);
+    nothing_is_left();
+}
+
+TEST(the_apps_context_outlives_the_parent_until_the_shutdown) {
+    ctx_clock_fake(T0);
+    ctx_t *parent = ctx_with_cancel(ctx_background());
+    ctx_app_t *app = app_below(parent);
+    ctx_t *ctx = ctx_retain(ctx_app_ctx(app));
+    ctx_cancel_cause(parent, CTX_DEADLINE_EXCEEDED, "enough");
+    EXPECT_EQ(ctx_err(ctx), 0);
+    runner_t runner;
+    prepare(&runner, app);
+    run_apart(&runner);
+    EXPECT_EQ(await_end(&runner), 0);
+    EXPECT_EQ(ctx_err(ctx), CTX_DEADLINE_EXCEEDED);
+    EXPECT(strcmp(ctx_cause(ctx).what, "enough") == 0);
+    ctx_release(ctx);
+    ctx_end(parent);
+    nothing_is_left();
+}
+
+TEST(the_apps_context_names_the_service_that_failed) {
+    ctx_app_t *app = new_app();
+    ctx_t *ctx = ctx_retain(ctx_app_ctx(app));
+    actor_t a = actor("a"), b = actor("b");
+    b.start_rc = -EIO;
+    join(app, &a, NULL);
+    join(app, &b, after_a);
+    runner_t runner;
+    prepare(&runner, app);
+    run_apart(&runner);
+    EXPECT_EQ(await_end(&runner), -EIO);
+    EXPECT_EQ(ctx_err(ctx), CTX_CANCELED);
+    EXPECT_EQ(ctx_cause(ctx).code, -EIO);
+    EXPECT(strcmp(ctx_cause(ctx).what, "b") == 0);
+    ctx_release(ctx);
+    nothing_is_left();
+}
+
+TEST(an_app_that_is_freed_unused_cancels_its_context) {
+    ctx_app_t *app = new_app();
+    ctx_t *ctx = ctx_retain(ctx_app_ctx(app));
+    ctx_app_free(app);
+    EXPECT_EQ(ctx_err(ctx), CTX_CANCELED);
+    ctx_release(ctx);
+    EXPECT_EQ(ctx_err(ctx_app_ctx(NULL)), CTX_INVALID);
+    nothing_is_left();
+}
+
+typedef struct {
+    ctx_app_t *app;
+    pthread_t thread;
+    int ready, calls; /* [atomic] */
+} watcher_t;
+
+/* Whatever it calls, no lock of the services is held. */
+static void watches_the_app(void *arg) {
+    watcher_t *watcher = (watcher_t *)arg;
+    ctx_service_desc_t desc;
+    memset(&desc, 0, sizeof desc);
+    watcher->thread = pthread_self();
+    store(&watcher->ready, ctx_app_ready(watcher->app));
+    ctx_service_free(ctx_service_new(ctx_background(), &desc));
+    add(&watcher->calls, 1);
+}
+
+TEST(a_callback_of_the_apps_context_runs_in_ctx_app_run) {
+    ctx_app_t *app = new_app();
+    watcher_t watcher;
+    memset(&watcher, 0, sizeof watcher);
+    watcher.app = app;
+    ctx_on_done_t reg;
+    EXPECT(ctx_on_done(&reg, ctx_app_ctx(app), watches_the_app, &watcher));
+    actor_t a = actor("a");
+    join(app, &a, NULL);
+    runner_t runner;
+    EXPECT_EQ(run_and_terminate(&runner, app), 0);
+    EXPECT(!ctx_on_done_stop(&reg));
+    EXPECT_EQ(load(&watcher.calls), 1);
+    EXPECT_EQ(load(&watcher.ready), 0);
+    EXPECT(pthread_equal(watcher.thread, runner.thread));
     nothing_is_left();
 }
 
@@ -1378,6 +1495,8 @@ TEST(what_a_drained_pool_drops_shows_in_the_report) {
     EXPECT_EQ(runner.report.dropped, 3);
     EXPECT_EQ(part_of(&runner.report, "hold")->dropped, 3);
     EXPECT_EQ(part_of(&runner.report, "hold")->stuck, 1);
+    EXPECT_EQ(runner.report.stuck, 1);
+    EXPECT(!runner.report.within_budget);
     gate_open(&cargo.gate);
     ctx_pool_free(cargo.pool);
     gate_destroy(&cargo.gate);
@@ -1501,6 +1620,21 @@ TEST(the_bars_lie_where_their_times_are) {
     for (int i = 0; i < 2; i++) EXPECT(to[i] <= from[i + 1] + 1); /* one began when the other had ended */
     EXPECT(to[1] - from[1] > to[0] - from[0] && to[1] - from[1] > to[2] - from[2]);
     EXPECT(from[3] == from[0] && to[3] == to[2]);
+    free(text);
+}
+
+TEST(a_drawn_report_says_that_something_is_stuck) {
+    ctx_shutdown_report_t report = report_of(1);
+    report.parts[0] = drawn_part("writer", 0, CTX_S(1), CTX_S(1));
+    char *text = drawn(&report);
+    EXPECT(strstr(text, "inside the budget") && strstr(text, "stuck: 0"));
+    free(text);
+    report.stuck = report.parts[0].stuck = 17;
+    report.within_budget = false;
+    text = drawn(&report);
+    EXPECT(strstr(text, "something is stuck") && strstr(text, "something is stuck") < strchr(text, '\n'));
+    EXPECT(strstr(text, "stuck: 17"));
+    EXPECT(strstr(line_of(text, "writer"), "17 stuck"));
     free(text);
 }
 

@@ -807,6 +807,52 @@ TEST(a_drain_reports_every_item_and_may_be_repeated) {
     rig_end(&rig);
 }
 
+typedef struct {
+    ctx_batch_t *batch;
+    int added, flushed; /* [atomic] */
+} stream_t;
+
+static int counts_the_flushed(ctx_t *ctx, const void *items, size_t n, void *user) {
+    (void)ctx;
+    (void)items;
+    add(&((stream_t *)user)->flushed, (int)n);
+    return 0;
+}
+
+static void *adds_until_refused(void *arg) {
+    stream_t *stream = (stream_t *)arg;
+    int item = 1, rc;
+    while ((rc = ctx_batch_add(stream->batch, &item)) != CTX_CLOSED)
+        if (rc == 0) add(&stream->added, 1);
+    for (int i = 0; i < 100; i++) EXPECT_EQ(ctx_batch_add(stream->batch, &item), CTX_CLOSED);
+    EXPECT_EQ(ctx_batch_add_wait(stream->batch, ctx_background(), &item), CTX_CLOSED);
+    return NULL;
+}
+
+/* Threads that do not know of the drain go on adding; the batcher is freed when they have ended. */
+TEST(threads_that_add_between_drain_and_free_are_refused) {
+    ctx_batch_desc_t desc;
+    ctx_batch_report_t report;
+    pthread_t threads[3];
+    stream_t stream;
+    memset(&stream, 0, sizeof stream);
+    memset(&desc, 0, sizeof desc);
+    desc.item_size = sizeof(int);
+    desc.max_items = 4;
+    desc.flush = counts_the_flushed;
+    desc.user = &stream;
+    stream.batch = ctx_batch_new(ctx_background(), &desc);
+    CHECK(stream.batch != NULL);
+    for (int i = 0; i < 3; i++) threads[i] = thread_start(adds_until_refused, &stream);
+    UNTIL(load(&stream.flushed) > 0);
+    EXPECT_EQ(ctx_batch_drain(stream.batch, CTX_FOREVER, &report), 0);
+    for (int i = 0; i < 3; i++) thread_join(threads[i]);
+    EXPECT(report.dropped == 0 && report.stuck == 0);
+    EXPECT_EQ(report.flushed, load(&stream.added));
+    EXPECT_EQ(report.flushed, load(&stream.flushed));
+    ctx_batch_free(stream.batch);
+}
+
 TEST(closing_nothing_is_fine) {
     EXPECT_EQ(batch_close(NULL, 0), 0);
     EXPECT_EQ(batch_close(NULL, CTX_FOREVER), 0);

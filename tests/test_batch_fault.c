@@ -1,4 +1,5 @@
-/* Section 12, the batcher without memory, without threads: what was added still reaches one of flush and on_drop. */
+/* Section 12, the batcher without memory, without threads: what was added still reaches one of flush and on_drop.
+   And retries whose attempts get no context. */
 #define FAULT_THREADS
 #include "fault.h"
 
@@ -306,6 +307,36 @@ TEST(without_threads_a_drain_keeps_to_its_budget) {
         rig_close_and_end(&rig);
         if (pool) pool_end(pool);
     }
+}
+
+/* -- retries ---------------------------------------------------------------------------------------------------- */
+
+static int succeeds(ctx_t *ctx, void *calls) {
+    EXPECT_EQ(ctx_err(ctx), 0);
+    add((int *)calls, 1);
+    return 0;
+}
+
+/* The first attempt gets no context; from the second on there is memory. */
+static int ends_the_shortage(int attempt, int rc, ctx_dur_t *wait, void *calls) {
+    fault_off();
+    EXPECT_EQ(attempt, 1);
+    EXPECT_EQ(rc, CTX_NO_MEMORY);
+    EXPECT_EQ(load((int *)calls), 0); /* it was not called with a context that has failed */
+    *wait = 0;
+    return 0;
+}
+
+TEST(an_attempt_without_memory_for_its_context_has_failed) {
+    ctx_retry_desc_t desc;
+    int calls = 0;
+    memset(&desc, 0, sizeof desc);
+    desc.attempt_timeout = CTX_S(3600);
+    desc.on_retry = ends_the_shortage;
+    ctx_runtime_stop(); /* empties the caches */
+    fault_all_after(0);
+    EXPECT_EQ(ctx_retry(ctx_background(), &desc, succeeds, &calls), 0);
+    EXPECT_EQ(calls, 1);
 }
 
 TEST(the_runtime_stops_clean) {

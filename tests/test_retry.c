@@ -457,6 +457,246 @@ TEST(eight_retries_below_one_context_end_with_it) {
     ctx_end(eight.ctx);
 }
 
+/* -- a timeout for each attempt --------------------------------------------------------------------------------- */
+
+static const ctx_key_t number_key = CTX_KEY(int);
+
+/* What attempts shall do, and what they saw. */
+typedef struct {
+    ctx_t *ctx; /* of ctx_retry() */
+    ctx_dur_t timeout;
+    int run_out;        /* so many attempts go on until their contexts are done */
+    int calls;          /* [atomic] */
+    int tid;            /* [atomic] of the thread in ctx_retry() */
+    ctx_t *last;        /* the context of the last one */
+    int succeeds_at;    /* 0: never */
+    ctx_dur_t waits[8]; /* what on_retry writes; -2: leaves it */
+    ctx_dur_t seen[8];  /* what it finds */
+    int seen_rc[8];
+    int retries;    /* [atomic] calls of on_retry */
+    int refuses_at; /* the call that refuses */
+    bool cancels;   /* on_retry cancels the context */
+} attempts_t;
+
+static int no_wait(int attempt, int rc, ctx_dur_t *wait, void *arg) {
+    (void)attempt;
+    (void)rc;
+    (void)arg;
+    *wait = 0;
+    return 0;
+}
+
+static int attempt_below(ctx_t *ctx, void *arg) {
+    attempts_t *a = (attempts_t *)arg;
+    a->calls++;
+    EXPECT(ctx != a->ctx);
+    EXPECT_EQ(ctx_err(ctx), 0);
+    EXPECT_EQ(ctx_deadline(ctx), ctx_now() + a->timeout); /* the clock is fake */
+    EXPECT(ctx_value(ctx, &number_key) && *(const int *)ctx_value(ctx, &number_key) == 7);
+    if (a->last) EXPECT(ctx != a->last && ctx_err(a->last) != 0); /* the one before has ended */
+    ctx_release(a->last);
+    a->last = ctx_retain(ctx);
+    if (a->calls > a->run_out) return 0;
+    ctx_clock_advance(a->timeout);
+    EXPECT_EQ(ctx_err(ctx), CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(ctx_err(a->ctx), 0);
+    return ctx_err(ctx);
+}
+
+TEST(each_attempt_has_a_child_with_its_own_timeout) {
+    const int seven = 7;
+    attempts_t a;
+    memset(&a, 0, sizeof a);
+    ctx_clock_fake(CTX_S(1000));
+    a.ctx = ctx_with_value(ctx_background(), &number_key, &seven);
+    a.timeout = CTX_MS(30);
+    a.run_out = 2;
+    ctx_retry_desc_t desc = describe(5, 0);
+    desc.attempt_timeout = a.timeout;
+    desc.on_retry = no_wait;
+    EXPECT_EQ(ctx_retry(a.ctx, &desc, attempt_below, &a), 0);
+    EXPECT_EQ(a.calls, 3);
+    EXPECT(ctx_err(a.last) != 0); /* ended, though it had succeeded */
+    EXPECT_EQ(ctx_err(a.ctx), 0);
+    a.calls = 0;
+    a.run_out = 9;
+    EXPECT_EQ(ctx_retry(a.ctx, &desc, attempt_below, &a), CTX_DEADLINE_EXCEEDED); /* of the last attempt */
+    EXPECT_EQ(a.calls, 5);
+    ctx_release(a.last);
+    ctx_end(a.ctx);
+    ctx_clock_real();
+}
+
+static int gives_its_err(ctx_t *ctx, void *arg) {
+    add((int *)arg, 1);
+    return ctx_err(ctx);
+}
+
+TEST(a_negative_attempt_timeout_has_expired) {
+    int calls = 0;
+    ctx_retry_desc_t desc = describe(3, 1);
+    desc.attempt_timeout = -1;
+    EXPECT_EQ(ctx_retry(ctx_background(), &desc, gives_its_err, &calls), CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(calls, 3);
+}
+
+static int is_the_context(ctx_t *ctx, void *arg) { return ctx == (ctx_t *)arg ? 0 : -1; }
+
+TEST(without_an_attempt_timeout_no_context_is_made) {
+    ctx_t *ctx = ctx_with_cancel(ctx_background());
+    ctx_retry_desc_t desc = describe(1, 0);
+    EXPECT_EQ(ctx_retry(ctx, &desc, is_the_context, ctx), 0);
+    ctx_end(ctx);
+}
+
+/* -- on_retry --------------------------------------------------------------------------------------------------- */
+
+static int fails_by_number(ctx_t *ctx, void *arg) {
+    attempts_t *a = (attempts_t *)arg;
+    int call = add(&a->calls, 1);
+    EXPECT(ctx == a->ctx);
+    return call == a->succeeds_at ? 0 : -call;
+}
+
+static int decides(int attempt, int rc, ctx_dur_t *wait, void *arg) {
+    attempts_t *a = (attempts_t *)arg;
+    int i = load(&a->retries);
+    EXPECT_EQ(attempt, load(&a->calls));
+    a->seen[i] = *wait;
+    a->seen_rc[i] = rc;
+    if (a->waits[i] != -2) *wait = a->waits[i];
+    if (a->cancels) ctx_cancel(a->ctx);
+    store(&a->retries, i + 1);
+    return i + 1 == a->refuses_at ? 77 : 0;
+}
+
+static void *retries_and_is_asked(void *arg) {
+    attempts_t *a = (attempts_t *)arg;
+    ctx_retry_desc_t desc = describe(4, CTX_MS(10));
+    desc.cap = CTX_MS(100);
+    desc.on_retry = decides;
+    store(&a->tid, thread_id());
+    EXPECT_EQ(ctx_retry(a->ctx, &desc, fails_by_number, a), -4);
+    return NULL;
+}
+
+/* The second wait is changed, beyond the cap; the third is what it would have been. */
+TEST(on_retry_changes_the_wait_that_comes) {
+    attempts_t a;
+    memset(&a, 0, sizeof a);
+    ctx_clock_fake(CTX_S(1000));
+    a.ctx = ctx_background();
+    a.waits[0] = a.waits[2] = -2;
+    a.waits[1] = CTX_S(30);
+    pthread_t thread = thread_start(retries_and_is_asked, &a);
+    const ctx_dur_t waits[] = {CTX_MS(10), CTX_S(30), CTX_MS(40)};
+    for (int i = 0; i < 3; i++) {
+        UNTIL(load(&a.retries) == i + 1);
+        until_asleep(&a.tid);
+        ctx_clock_advance(waits[i] - 1);
+        until_asleep(&a.tid);
+        EXPECT_EQ(load(&a.calls), i + 1);
+        ctx_clock_advance(1);
+        UNTIL(load(&a.calls) == i + 2);
+    }
+    thread_join(thread);
+    EXPECT_EQ(a.retries, 3); /* none after the last attempt */
+    for (int i = 0; i < 3; i++) EXPECT_EQ(a.seen[i], CTX_MS(10) << i);
+    for (int i = 0; i < 3; i++) EXPECT_EQ(a.seen_rc[i], -1 - i);
+    ctx_clock_real();
+}
+
+/* ctx_retry() on the fake clock, which nobody moves: it must not wait. */
+static int retry_at_once(attempts_t *a, int attempts, bool (*retryable)(int rc, void *arg)) {
+    ctx_retry_desc_t desc = describe(attempts, CTX_S(3600));
+    desc.on_retry = decides;
+    desc.retryable = retryable;
+    a->calls = a->retries = 0;
+    return ctx_retry(a->ctx, &desc, fails_by_number, a);
+}
+
+TEST(a_negative_wait_is_none) {
+    attempts_t a;
+    memset(&a, 0, sizeof a);
+    ctx_clock_fake(CTX_S(1000));
+    a.ctx = ctx_background();
+    a.waits[0] = -1;
+    a.waits[1] = INT64_MIN;
+    a.succeeds_at = 4;
+    EXPECT_EQ(retry_at_once(&a, 5, NULL), 0);
+    EXPECT_EQ(a.calls, 4);
+    ctx_clock_real();
+}
+
+static bool never_again(int rc, void *arg) {
+    (void)rc;
+    (void)arg;
+    return false;
+}
+
+TEST(on_retry_may_refuse_and_the_result_is_that_of_the_attempt) {
+    attempts_t a;
+    memset(&a, 0, sizeof a);
+    ctx_clock_fake(CTX_S(1000));
+    a.ctx = ctx_background();
+    a.refuses_at = 3;
+    EXPECT_EQ(retry_at_once(&a, 9, NULL), -3);
+    EXPECT_EQ(a.calls, 3);
+    EXPECT_EQ(a.retries, 3);
+    EXPECT_EQ(retry_at_once(&a, 9, never_again), -1); /* nobody is asked about an error that is final */
+    EXPECT_EQ(a.retries, 0);
+    EXPECT_EQ(retry_at_once(&a, 1, NULL), -1); /* nor after the last attempt */
+    EXPECT_EQ(a.retries, 0);
+    ctx_clock_real();
+}
+
+TEST(a_wait_that_was_changed_obeys_the_deadline) {
+    attempts_t a;
+    memset(&a, 0, sizeof a);
+    ctx_clock_fake(CTX_S(1000));
+    a.ctx = ctx_with_timeout(ctx_background(), CTX_S(1));
+    a.waits[0] = CTX_S(1);
+    EXPECT_EQ(retry_at_once(&a, 9, NULL), -1);
+    EXPECT_EQ(a.calls, 1);
+    a.waits[0] = 0; /* shortened: an hour would not fit */
+    a.waits[1] = CTX_FOREVER;
+    EXPECT_EQ(retry_at_once(&a, 9, NULL), -2);
+    EXPECT_EQ(ctx_now(), CTX_S(1000));
+    ctx_end(a.ctx);
+    ctx_clock_real();
+}
+
+TEST(a_cancel_in_on_retry_ends_the_retry) {
+    attempts_t a;
+    memset(&a, 0, sizeof a);
+    ctx_clock_fake(CTX_S(1000));
+    a.ctx = ctx_with_cancel(ctx_background());
+    a.waits[0] = -2;
+    a.cancels = true;
+    EXPECT_EQ(retry_at_once(&a, 9, NULL), CTX_CANCELED);
+    EXPECT_EQ(a.calls, 1);
+    ctx_end(a.ctx);
+    ctx_clock_real();
+}
+
+static int cancels_and_fails(ctx_t *ctx, void *arg) {
+    ((attempts_t *)arg)->calls++;
+    ctx_cancel(ctx);
+    return -5;
+}
+
+TEST(on_retry_is_not_asked_once_the_context_is_done) {
+    attempts_t a;
+    memset(&a, 0, sizeof a);
+    a.ctx = ctx_with_cancel(ctx_background());
+    ctx_retry_desc_t desc = describe(9, CTX_S(3600));
+    desc.on_retry = decides;
+    EXPECT_EQ(ctx_retry(a.ctx, &desc, cancels_and_fails, &a), CTX_CANCELED);
+    EXPECT_EQ(a.calls, 1);
+    EXPECT_EQ(a.retries, 0);
+    ctx_end(a.ctx);
+}
+
 /* -- bad arguments ---------------------------------------------------------------------------------------------- */
 
 TEST(bad_arguments_are_invalid_and_nothing_is_called) {

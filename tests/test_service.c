@@ -1211,6 +1211,9 @@ TEST(what_a_drained_pool_drops_and_leaves_running_is_in_the_report) {
     EXPECT_EQ(report.dropped, 3);
     EXPECT_EQ(report.parts[0].dropped, 3);
     EXPECT_EQ(report.parts[0].stuck, 1);
+    EXPECT_EQ(report.stuck, 1);
+    EXPECT(!report.within_budget); /* though the service itself has stopped */
+    EXPECT_EQ(report.late, 0);
     gate_open(&cargo.gate);
     ctx_pool_free(cargo.pool);
     ctx_service_free(service);
@@ -1252,6 +1255,84 @@ TEST(what_a_closed_batcher_drops_is_in_the_report) {
     EXPECT_EQ(report.dropped, 5);
     EXPECT_EQ(report.parts[0].dropped, 5);
     ctx_service_free(service);
+    nothing_is_left();
+}
+
+static int flush_at_the_gate(ctx_t *ctx, const void *items, size_t n, void *user) {
+    (void)ctx;
+    (void)items;
+    (void)n;
+    gate_pass(&((cargo_t *)user)->gate);
+    return 0;
+}
+
+/* A second drain while the flush is still stuck tells nothing new. */
+static int drains_a_batcher(ctx_t *ctx, void *user) {
+    (void)ctx;
+    EXPECT_EQ(ctx_batch_drain(((cargo_t *)user)->batch, 0, NULL), CTX_DEADLINE_EXCEEDED);
+    ctx_batch_drain(((cargo_t *)user)->batch, 0, NULL);
+    return 0;
+}
+
+TEST(what_a_stuck_flush_has_is_in_the_report) {
+    cargo_t cargo;
+    memset(&cargo, 0, sizeof cargo);
+    gate_init(&cargo.gate);
+    ctx_batch_desc_t batch;
+    memset(&batch, 0, sizeof batch);
+    batch.item_size = sizeof(int);
+    batch.max_items = 4;
+    batch.flush = flush_at_the_gate;
+    batch.user = &cargo;
+    batch.grace = -1;
+    cargo.batch = ctx_batch_new(ctx_background(), &batch);
+    if (!cargo.batch) abort();
+    for (int i = 0; i < 4; i++) EXPECT_EQ(ctx_batch_add(cargo.batch, &i), 0);
+    gate_await(&cargo.gate, 1);
+    int last = 4;
+    EXPECT_EQ(ctx_batch_add(cargo.batch, &last), 0);
+    ctx_service_desc_t desc;
+    memset(&desc, 0, sizeof desc);
+    desc.drain = drains_a_batcher;
+    desc.user = &cargo;
+    ctx_service_t *service = started(ctx_background(), &desc);
+    ctx_shutdown_report_t report;
+    EXPECT_EQ(ctx_service_stop(service, LONG_WAIT, &report), 0);
+    EXPECT_EQ(report.stuck, 4);
+    EXPECT_EQ(report.parts[0].stuck, 4);
+    EXPECT_EQ(report.dropped, 1);
+    EXPECT(!report.within_budget);
+    gate_open(&cargo.gate);
+    ctx_batch_free(cargo.batch);
+    ctx_service_free(service);
+    gate_destroy(&cargo.gate);
+    nothing_is_left();
+}
+
+static int drains_the_pool_as_cleanup(ctx_t *ctx, void *arg) {
+    (void)ctx;
+    ctx_pool_drain(((cargo_t *)arg)->pool, 0, NULL);
+    return 0;
+}
+
+TEST(what_a_cleanup_leaves_running_is_in_the_report) {
+    cargo_t cargo;
+    memset(&cargo, 0, sizeof cargo);
+    gate_init(&cargo.gate);
+    cargo.pool = blocked_pool(&cargo.gate);
+    ctx_cleanup_t cleanup = {0};
+    ctx_cleanup_desc_t desc;
+    memset(&desc, 0, sizeof desc);
+    desc.fn = drains_the_pool_as_cleanup;
+    desc.arg = &cargo;
+    EXPECT_EQ(ctx_cleanup_add(&cleanup, &desc), 0);
+    ctx_shutdown_report_t report;
+    EXPECT_EQ(ctx_cleanup_run(&cleanup, LONG_WAIT, &report), 0);
+    EXPECT_EQ(report.stuck, 1);
+    EXPECT(!report.within_budget);
+    gate_open(&cargo.gate);
+    ctx_pool_free(cargo.pool);
+    gate_destroy(&cargo.gate);
     nothing_is_left();
 }
 

@@ -1,4 +1,5 @@
-/* Section 13: a context that the first of some signals cancels. */
+/* Section 13: a context that the first of some signals cancels, and functions that each of them calls. */
+#define FAULT_THREADS
 #include "fault.h"
 
 #define CTXCANCEL_IMPLEMENTATION
@@ -478,6 +479,404 @@ TEST(a_context_released_without_an_end_is_not_touched_by_a_later_signal) {
     signal(SIGUSR1, SIG_DFL);
 }
 
+/* -- signals that do not stop ----------------------------------------------------------------------------------- */
+
+typedef struct {
+    ctx_on_signals_t reg;
+    int usr1, usr2, hup, other; /* [atomic] calls */
+    int running;                /* [atomic] calls that have not returned */
+    int tid, entered;           /* [atomic] where and how often fn was called */
+    gate_t *gate;               /* fn stands here (may be NULL) */
+    ctx_t *cancels;             /* ... then cancels this (may be NULL) */
+    ctx_on_signals_t *stops;    /* ... and stops this (may be NULL) */
+    ctx_on_done_t *stops_reg;   /* ... and this (may be NULL) */
+} hears_t;
+
+static void hears(int sig, void *user) {
+    hears_t *h = (hears_t *)user;
+    add(&h->running, 1);
+    store(&h->tid, thread_id());
+    add(&h->entered, 1);
+    if (h->gate) gate_pass(h->gate);
+    if (h->cancels) ctx_cancel(h->cancels);
+    if (h->stops) ctx_on_signals_stop(h->stops);
+    if (h->stops_reg) ctx_on_done_stop(h->stops_reg);
+    add(sig == SIGUSR1 ? &h->usr1 : sig == SIGUSR2 ? &h->usr2 : sig == SIGHUP ? &h->hup : &h->other, 1);
+    add(&h->running, -1);
+}
+
+static int calls_of(hears_t *h) { return load(&h->usr1) + load(&h->usr2) + load(&h->hup) + load(&h->other); }
+
+/* A registration for one signal below the background. */
+static void hear(hears_t *h, int sig) {
+    memset(h, 0, sizeof *h);
+    EXPECT_EQ(ctx_on_signals(&h->reg, ctx_background(), &sig, 1, hears, h), 0);
+}
+
+/* A signal whose delivery is over when this returns: the signal thread has gone through all before it. `sig` must have
+   no other listener. */
+static void after_delivery_of(int last) {
+    hears_t probe;
+    hear(&probe, last);
+    send_self(last);
+    UNTIL(calls_of(&probe) == 1);
+    ctx_on_signals_stop(&probe.reg);
+}
+
+TEST(each_signal_is_told_and_none_ends_the_process) {
+    hears_t h;
+    hear(&h, SIGHUP);
+    EXPECT((action_of(SIGHUP).sa_flags & (int)SA_RESETHAND) == 0);
+    for (int i = 1; i <= 50; i++) {
+        send_self(SIGHUP);
+        UNTIL(load(&h.hup) == i);
+    }
+    ctx_on_signals_stop(&h.reg);
+    EXPECT(is_default(SIGHUP));
+    EXPECT_EQ(calls_of(&h), 50);
+    EXPECT(load(&h.tid) != thread_id());
+}
+
+TEST(signals_that_come_during_a_call_are_remembered_once_each) {
+    const int set[] = {SIGUSR1, SIGUSR2, SIGUSR1};
+    hears_t h;
+    gate_t gate;
+    gate_init(&gate);
+    memset(&h, 0, sizeof h);
+    h.gate = &gate;
+    EXPECT_EQ(ctx_on_signals(&h.reg, ctx_background(), set, 3, hears, &h), 0);
+    send_self(SIGUSR1);
+    gate_await(&gate, 1);
+    for (int i = 0; i < 5; i++) raise(SIGUSR1);
+    for (int i = 0; i < 5; i++) raise(SIGUSR2);
+    gate_open(&gate);
+    UNTIL(calls_of(&h) == 3);
+    after_delivery_of(SIGHUP);
+    EXPECT_EQ(load(&h.usr1), 2);
+    EXPECT_EQ(load(&h.usr2), 1);
+    ctx_on_signals_stop(&h.reg);
+    EXPECT(is_default(SIGUSR1) && is_default(SIGUSR2));
+    gate_destroy(&gate);
+}
+
+/* The context has had its signal; the registration keeps the process from dying of the next one. */
+TEST(contexts_and_registrations_are_told_of_the_same_signal) {
+    const int sig = SIGUSR1;
+    for (int first = 0; first < 2; first++) {
+        hears_t h;
+        ctx_t *ctx = first ? ctx_notify_signals(ctx_background(), &sig, 1) : NULL;
+        hear(&h, sig);
+        if (!first) ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+        send_self(sig);
+        EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
+        EXPECT_EQ(ctx_cause(ctx).code, sig);
+        EXPECT_EQ(load(&h.usr1), 1); /* registrations are told first */
+        send_self(sig);
+        UNTIL(load(&h.usr1) == 2);
+        ctx_on_signals_stop(&h.reg);
+        EXPECT(is_default(sig)); /* now the next one ends the process */
+        ctx_end(ctx);
+        EXPECT(is_default(sig));
+    }
+}
+
+TEST(a_registration_below_a_context_of_the_same_signal_is_told_too) {
+    const int sig = SIGUSR1;
+    hears_t h;
+    memset(&h, 0, sizeof h);
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+    EXPECT_EQ(ctx_on_signals(&h.reg, ctx, &sig, 1, hears, &h), 0);
+    send_self(sig);
+    EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
+    EXPECT_EQ(load(&h.usr1), 1);
+    ctx_on_signals_stop(&h.reg);
+    ctx_end(ctx);
+    EXPECT(is_default(sig));
+}
+
+TEST(a_context_waits_for_its_signal_as_before_when_a_registration_has_gone) {
+    const int sig = SIGUSR1;
+    hears_t h;
+    ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+    hear(&h, sig);
+    ctx_on_signals_stop(&h.reg);
+    EXPECT((action_of(sig).sa_flags & (int)SA_RESETHAND) != 0);
+    send_self(sig);
+    EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
+    EXPECT_EQ(calls_of(&h), 0);
+    ctx_end(ctx);
+    EXPECT(is_default(sig));
+}
+
+TEST(the_action_comes_back_with_the_last_registration) {
+    hears_t a, b;
+    set_action(SIGUSR1, own_handler, SA_NODEFER);
+    hear(&a, SIGUSR1);
+    hear(&b, SIGUSR1);
+    ctx_on_signals_stop(&a.reg);
+    send_self(SIGUSR1);
+    UNTIL(load(&b.usr1) == 1);
+    ctx_on_signals_stop(&b.reg);
+    EXPECT(action_of(SIGUSR1).sa_handler == own_handler);
+    EXPECT_EQ(calls_of(&a), 0);
+    signal(SIGUSR1, SIG_DFL);
+}
+
+TEST(nothing_is_told_once_the_context_is_done) {
+    const int sig = SIGUSR1;
+    hears_t h;
+    memset(&h, 0, sizeof h);
+    ctx_t *ctx = ctx_with_cancel(ctx_background());
+    EXPECT_EQ(ctx_on_signals(&h.reg, ctx, &sig, 1, hears, &h), 0);
+    ctx_end(ctx);             /* the registration holds its memory */
+    EXPECT(!is_default(sig)); /* and still keeps the process alive, ... */
+    send_self(sig);
+    after_delivery_of(SIGUSR2);
+    EXPECT_EQ(calls_of(&h), 0);
+    ctx_on_signals_stop(&h.reg);
+    EXPECT(is_default(sig));                                                    /* ... until it is stopped */
+    EXPECT_EQ(ctx_on_signals(&h.reg, ctx_background(), &sig, 1, hears, &h), 0); /* the storage is as new */
+    send_self(sig);
+    UNTIL(load(&h.usr1) == 1);
+    ctx_on_signals_stop(&h.reg);
+}
+
+TEST(a_call_may_cancel_its_own_context) {
+    const int sig = SIGUSR1;
+    hears_t h, later;
+    memset(&h, 0, sizeof h);
+    memset(&later, 0, sizeof later);
+    h.cancels = ctx_with_cancel(ctx_background());
+    EXPECT_EQ(ctx_on_signals(&h.reg, h.cancels, &sig, 1, hears, &h), 0);
+    EXPECT_EQ(ctx_on_signals(&later.reg, h.cancels, &sig, 1, hears, &later), 0);
+    send_self(sig);
+    UNTIL(load(&h.usr1) == 1);
+    send_self(sig);
+    after_delivery_of(SIGUSR2);
+    EXPECT_EQ(calls_of(&h), 1);
+    EXPECT_EQ(calls_of(&later), 0); /* its context was done when its turn came */
+    ctx_on_signals_stop(&h.reg);
+    ctx_on_signals_stop(&later.reg);
+    ctx_end(h.cancels);
+}
+
+/* -- stopping a registration -- */
+
+typedef struct {
+    ctx_on_signals_t *reg;
+    int tid, done; /* [atomic] */
+} stops_t;
+
+static void *stops_a_registration(void *arg) {
+    stops_t *s = (stops_t *)arg;
+    store(&s->tid, thread_id());
+    ctx_on_signals_stop(s->reg);
+    store(&s->done, 1);
+    return NULL;
+}
+
+TEST(a_stop_waits_for_the_call_that_runs) {
+    hears_t h;
+    gate_t gate;
+    stops_t s[2];
+    pthread_t threads[2];
+    gate_init(&gate);
+    hear(&h, SIGUSR1);
+    h.gate = &gate;
+    send_self(SIGUSR1);
+    gate_await(&gate, 1);
+    send_self(SIGUSR1); /* it is due, but will not be told */
+    memset(s, 0, sizeof s);
+    for (int i = 0; i < 2; i++) s[i].reg = &h.reg;
+    for (int i = 0; i < 2; i++) threads[i] = thread_start(stops_a_registration, &s[i]);
+    for (int i = 0; i < 2; i++) until_asleep(&s[i].tid);
+    EXPECT(load(&s[0].done) == 0 && load(&s[1].done) == 0);
+    EXPECT(is_default(SIGUSR1)); /* it hears no more */
+    gate_open(&gate);
+    for (int i = 0; i < 2; i++) thread_join(threads[i]);
+    EXPECT_EQ(load(&h.running), 0);
+    after_delivery_of(SIGUSR2);
+    EXPECT_EQ(calls_of(&h), 1);
+    gate_destroy(&gate);
+}
+
+static int freed; /* [atomic] */
+
+static void frees_itself(int sig, void *user) {
+    hears_t *h = (hears_t *)user;
+    EXPECT_EQ(sig, SIGUSR1);
+    ctx_on_signals_stop(&h->reg);
+    EXPECT(is_default(SIGUSR1));
+    free(h);
+    store(&freed, 1);
+}
+
+TEST(a_call_may_stop_and_free_its_own_registration) {
+    const int sig = SIGUSR1;
+    hears_t *h = (hears_t *)calloc(1, sizeof *h);
+    if (!h) abort();
+    EXPECT_EQ(ctx_on_signals(&h->reg, ctx_background(), &sig, 1, frees_itself, h), 0);
+    send_self(sig);
+    UNTIL(load(&freed));
+    after_delivery_of(SIGUSR2);
+}
+
+TEST(a_registration_that_another_call_stops_first_is_not_told) {
+    hears_t first, second;
+    hear(&first, SIGUSR1);
+    hear(&second, SIGUSR1);
+    first.stops = &second.reg;
+    send_self(SIGUSR1);
+    UNTIL(load(&first.usr1) == 1);
+    after_delivery_of(SIGUSR2);
+    EXPECT_EQ(calls_of(&second), 0);
+    ctx_on_signals_stop(&first.reg);
+}
+
+/* fn waits for a callback on another thread, and that stops the registration. */
+typedef struct {
+    hears_t h;
+    ctx_on_done_t reg;
+    gate_t gate;
+    ctx_t *ctx;
+    int stopped; /* [atomic] */
+} circle_t;
+
+static void stops_when_fn_waits(void *arg) {
+    circle_t *circle = (circle_t *)arg;
+    gate_pass(&circle->gate);
+    until_asleep(&circle->h.tid); /* in ctx_on_done_stop() */
+    ctx_on_signals_stop(&circle->h.reg);
+    store(&circle->stopped, 1);
+}
+
+static void *cancels_the_circle(void *arg) {
+    ctx_cancel(((circle_t *)arg)->ctx);
+    return NULL;
+}
+
+TEST(a_callback_that_the_call_waits_for_may_stop_it) {
+    circle_t circle;
+    memset(&circle, 0, sizeof circle);
+    gate_init(&circle.gate);
+    circle.ctx = ctx_with_cancel(ctx_background());
+    EXPECT(ctx_on_done(&circle.reg, circle.ctx, stops_when_fn_waits, &circle));
+    hear(&circle.h, SIGUSR1);
+    circle.h.stops_reg = &circle.reg;
+    pthread_t thread = thread_start(cancels_the_circle, &circle);
+    gate_await(&circle.gate, 1);
+    send_self(SIGUSR1);
+    UNTIL(load(&circle.h.entered) == 1);
+    gate_open(&circle.gate);
+    UNTIL(load(&circle.stopped));
+    thread_join(thread);
+    UNTIL(load(&circle.h.usr1) == 1);
+    after_delivery_of(SIGUSR2);
+    EXPECT_EQ(calls_of(&circle.h), 1);
+    ctx_end(circle.ctx);
+    gate_destroy(&circle.gate);
+}
+
+/* fn cancels a context, and a callback of that, on the same thread, stops the registration. */
+static void stops_by_callback(void *arg) { ctx_on_signals_stop((ctx_on_signals_t *)arg); }
+
+TEST(a_callback_that_the_call_runs_may_stop_it) {
+    hears_t h;
+    ctx_on_done_t reg;
+    ctx_t *ctx = ctx_with_cancel(ctx_background());
+    hear(&h, SIGUSR1);
+    h.cancels = ctx;
+    EXPECT(ctx_on_done(&reg, ctx, stops_by_callback, &h.reg));
+    send_self(SIGUSR1);
+    UNTIL(load(&h.usr1) == 1);
+    EXPECT(is_default(SIGUSR1));
+    EXPECT(!ctx_on_done_stop(&reg));
+    ctx_end(ctx);
+}
+
+TEST(stopping_what_is_not_registered_does_nothing) {
+    const int kill_sig = SIGKILL, sig = SIGUSR1;
+    hears_t h;
+    memset(&h, 0, sizeof h);
+    ctx_on_signals_stop(&h.reg);
+    memset(&h.reg, 0xa5, sizeof h.reg); /* storage need not be initialised */
+    EXPECT_EQ(ctx_on_signals(&h.reg, ctx_background(), &kill_sig, 1, hears, &h), CTX_INVALID);
+    ctx_on_signals_stop(&h.reg);
+    memset(&h.reg, 0xa5, sizeof h.reg);
+    EXPECT_EQ(ctx_on_signals(&h.reg, ctx_background(), &sig, 1, hears, &h), 0);
+    ctx_on_signals_stop(&h.reg);
+    ctx_on_signals_stop(&h.reg);
+    EXPECT(is_default(sig));
+}
+
+TEST(a_registration_that_cannot_be_made_says_why) {
+    const int bad[] = {SIGUSR1, SIGSTOP}, zero = 0, sig = SIGUSR1;
+    static int another_copy;
+    hears_t h;
+    memset(&h, 0, sizeof h);
+    ctx_t *done = ctx_with_cancel(ctx_background()), *late = ctx_with_timeout(ctx_background(), -1);
+    ctx_cancel(done);
+    EXPECT_EQ(ctx_on_signals(NULL, ctx_background(), &sig, 1, hears, &h), CTX_INVALID);
+    EXPECT_EQ(ctx_on_signals(&h.reg, NULL, &sig, 1, hears, &h), CTX_INVALID);
+    EXPECT_EQ(ctx_on_signals(&h.reg, ctx_background(), NULL, 1, hears, &h), CTX_INVALID);
+    EXPECT_EQ(ctx_on_signals(&h.reg, ctx_background(), &sig, 0, hears, &h), CTX_INVALID);
+    EXPECT_EQ(ctx_on_signals(&h.reg, ctx_background(), &zero, 1, hears, &h), CTX_INVALID);
+    EXPECT_EQ(ctx_on_signals(&h.reg, ctx_background(), &sig, 1, NULL, &h), CTX_INVALID);
+    EXPECT_EQ(ctx_on_signals(&h.reg, ctx_background(), bad, 2, hears, &h), CTX_INVALID);
+    EXPECT_EQ(ctx_on_signals(&h.reg, done, &sig, 1, hears, &h), CTX_CANCELED);
+    EXPECT_EQ(ctx_on_signals(&h.reg, late, &sig, 1, hears, &h), CTX_DEADLINE_EXCEEDED);
+    CTX__STORE(&ctx__signals_owner, (void *)&another_copy, RELAXED);
+    EXPECT_EQ(ctx_on_signals(&h.reg, ctx_background(), &sig, 1, hears, &h), CTX_ALREADY);
+    ctx_on_signals_stop(&h.reg);
+    CTX__STORE(&ctx__signals_owner, (void *)NULL, RELAXED);
+    EXPECT(is_default(SIGUSR1));
+    ctx_end(done);
+    ctx_end(late);
+}
+
+/* The copy that handles signals lets go of them with its last registration. */
+TEST(a_registration_holds_the_signals_for_its_copy) {
+    hears_t h;
+    hear(&h, SIGUSR1);
+    EXPECT(CTX__LOAD(&ctx__signals_owner, RELAXED) != NULL);
+    ctx_on_signals_stop(&h.reg);
+    EXPECT(CTX__LOAD(&ctx__signals_owner, RELAXED) == NULL);
+}
+
+TEST(registrations_need_no_memory_but_a_thread) {
+    const int sig = SIGUSR1;
+    hears_t h;
+    memset(&h, 0, sizeof h);
+    ctx_runtime_stop();
+    fault_threads_all_after(0);
+    EXPECT_EQ(ctx_on_signals(&h.reg, ctx_background(), &sig, 1, hears, &h), CTX_NO_MEMORY);
+    EXPECT(fault_threads_off());
+    EXPECT(is_default(sig));
+    ctx_on_signals_stop(&h.reg);
+    fault_all_after(0);
+    EXPECT_EQ(ctx_on_signals(&h.reg, ctx_background(), &sig, 1, hears, &h), 0);
+    EXPECT(!fault_off());
+    send_self(sig);
+    UNTIL(load(&h.usr1) == 1);
+    ctx_on_signals_stop(&h.reg);
+    EXPECT(is_default(sig));
+    ctx_runtime_stop();
+    EXPECT_EQ(fault_live(), 0);
+}
+
+TEST(a_registration_hears_signals_after_the_end_of_the_runtime) {
+    hears_t h;
+    hear(&h, SIGUSR1);
+    for (int i = 1; i <= 3; i++) {
+        ctx_runtime_stop();
+        send_self(SIGUSR1);
+        UNTIL(load(&h.usr1) == i);
+    }
+    ctx_on_signals_stop(&h.reg);
+    ctx_runtime_stop();
+    EXPECT_EQ(fault_live(), 0);
+}
+
 /* -- ending while signals come ---------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -509,6 +908,34 @@ TEST(contexts_may_be_made_and_ended_while_signals_rain) {
         if (i % 2) EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
         if (i % 2) EXPECT_EQ(ctx_cause(ctx).code, sig);
         ctx_end(ctx);
+    }
+    store(&storm.stop, 1);
+    thread_join(thread);
+    EXPECT(is_default(sig));
+}
+
+static void counts_storms(int sig, void *user) {
+    EXPECT_EQ(sig, storm_signal);
+    EXPECT_EQ(add((int *)user, 1) & 1, 1); /* one call at a time */
+    spin(50);
+    add((int *)user, 1);
+}
+
+TEST(registrations_may_come_and_go_while_signals_rain) {
+    const int sig = storm_signal;
+    storm_t storm;
+    storm.stop = 0;
+    storm.target = pthread_self();
+    pthread_t thread = thread_start(storms, &storm);
+    int rounds = test_scale(2000);
+    for (int i = 0; i < rounds; i++) {
+        ctx_on_signals_t reg;
+        int count = 0;
+        EXPECT_EQ(ctx_on_signals(&reg, ctx_background(), &sig, 1, counts_storms, &count), 0);
+        if (i % 2) UNTIL(load(&count) > 0);
+        ctx_on_signals_stop(&reg);
+        EXPECT_EQ(load(&count) & 1, 0); /* not inside a call */
+        memset(&reg, 0xa5, sizeof reg);
     }
     store(&storm.stop, 1);
     thread_join(thread);
@@ -565,6 +992,118 @@ TEST(a_forked_child_may_ask_for_signals_afresh) {
     send_self(sig);
     EXPECT_EQ(ctx_wait(ctx, LONG_WAIT), CTX_CANCELED);
     ctx_end(ctx);
+}
+
+static void *hears_usr2_apart(void *arg) {
+    hear((hears_t *)arg, SIGUSR2);
+    return NULL;
+}
+
+/* The registration of another thread may be on a stack that is gone. */
+TEST(a_forked_child_keeps_the_registrations_of_the_thread_that_forked) {
+    hears_t mine, others;
+    hear(&mine, SIGUSR1);
+    pthread_t thread = thread_start(hears_usr2_apart, &others);
+    thread_join(thread);
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        signal(SIGALRM, SIG_DFL);
+        alarm(100);
+        if (is_default(SIGUSR1)) _exit(1);
+        if (!is_default(SIGUSR2)) _exit(2);
+        ctx_on_signals_stop(&others.reg); /* does nothing */
+#ifndef TEST_THREAD_SANITIZER
+        if (!getenv("TEST_NO_CHILD_THREADS")) {
+            for (int i = 1; i <= 3; i++) {
+                send_self(SIGUSR1);
+                UNTIL(load(&mine.usr1) == i);
+            }
+            if (load(&mine.usr1) != 3) _exit(3);
+        }
+#endif
+        ctx_on_signals_stop(&mine.reg);
+        _exit(is_default(SIGUSR1) ? 0 : 4);
+    }
+    int status = -1;
+    EXPECT_EQ(waitpid(pid, &status, 0), pid);
+    EXPECT_EQ(end_of(status), 0);
+    EXPECT_EQ(calls_of(&mine), 0);
+    send_self(SIGUSR2);
+    UNTIL(load(&others.usr2) == 1);
+    ctx_on_signals_stop(&others.reg);
+    ctx_on_signals_stop(&mine.reg);
+    EXPECT(is_default(SIGUSR1) && is_default(SIGUSR2));
+}
+
+static int forked_status; /* [atomic] */
+
+static void forks(int sig, void *user) {
+    int *calls = (int *)user;
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        signal(SIGALRM, SIG_DFL);
+        alarm(100);
+        _exit(is_default(sig) ? 0 : 1); /* the registration is the main thread's */
+    }
+    int status = -1;
+    if (waitpid(pid, &status, 0) == pid) store(&forked_status, status);
+    add(calls, 1);
+}
+
+TEST(a_call_may_fork) {
+    const int sig = SIGUSR1;
+    ctx_on_signals_t reg;
+    int calls = 0;
+    store(&forked_status, -1);
+    EXPECT_EQ(ctx_on_signals(&reg, ctx_background(), &sig, 1, forks, &calls), 0);
+    send_self(sig);
+    UNTIL(load(&calls) == 1);
+    EXPECT_EQ(end_of(load(&forked_status)), 0);
+    ctx_on_signals_stop(&reg);
+}
+
+/* A registration of the signal thread's own lives in the child, whose own signal thread is another one. */
+static ctx_on_signals_t inner;
+static hears_t inner_hears;
+
+static void registers_and_forks(int sig, void *user) {
+    int *calls = (int *)user;
+    const int second = SIGUSR2;
+    (void)sig;
+    memset(&inner_hears, 0, sizeof inner_hears);
+    EXPECT_EQ(ctx_on_signals(&inner, ctx_background(), &second, 1, hears, &inner_hears), 0);
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        signal(SIGALRM, SIG_DFL);
+        alarm(100);
+        send_self(second);
+        UNTIL(load(&inner_hears.usr2) == 1);
+        ctx_on_signals_stop(&inner);
+        _exit(load(&inner_hears.usr2) == 1 && is_default(second) ? 0 : 1);
+    }
+    int status = -1;
+    if (waitpid(pid, &status, 0) == pid) store(&forked_status, status);
+    ctx_on_signals_stop(&inner);
+    add(calls, 1);
+}
+
+TEST(a_call_that_forks_hears_signals_in_the_child) {
+#ifdef TEST_THREAD_SANITIZER
+    SKIP("no new thread may start in a fork of a threaded process here");
+#endif
+    if (getenv("TEST_NO_CHILD_THREADS")) SKIP("no new thread may start in a fork here");
+    const int sig = SIGUSR1;
+    ctx_on_signals_t reg;
+    int calls = 0;
+    store(&forked_status, -1);
+    EXPECT_EQ(ctx_on_signals(&reg, ctx_background(), &sig, 1, registers_and_forks, &calls), 0);
+    send_self(sig);
+    UNTIL(load(&calls) == 1);
+    EXPECT_EQ(end_of(load(&forked_status)), 0);
+    ctx_on_signals_stop(&reg);
 }
 
 /* -- bad arguments and short supplies --------------------------------------------------------------------------- */

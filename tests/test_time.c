@@ -49,6 +49,13 @@ TEST(strerror_passes_the_systems_errors_through) {
     CHECK(strcmp(ctx_strerror(-ENOENT), strerror(ENOENT)) == 0);
 }
 
+/* A reader of an errno must not be misled by what the number means here. */
+TEST(strerror_of_shared_numbers_fits_the_systems_meaning_too) {
+    CHECK(strstr(ctx_strerror(-EPIPE), "closed") && strstr(ctx_strerror(-EPIPE), "broken pipe"));
+    CHECK(strstr(ctx_strerror(-ETIMEDOUT), "deadline exceeded") && strstr(ctx_strerror(-ETIMEDOUT), "timed out"));
+    CHECK(strstr(ctx_strerror(-EAGAIN), "not ready") && strstr(ctx_strerror(-EAGAIN), "temporarily unavailable"));
+}
+
 TEST(strerror_is_never_null) {
     for (int code = -300; code <= 300; code++) CHECK(ctx_strerror(code) != NULL);
     CHECK(ctx_strerror(INT_MIN) != NULL);

@@ -13,8 +13,7 @@ static int work(ctx_t *ctx) {
 
 int main(void) {
     ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_MS(100));
-    int rc = work(ctx);
-    printf("%s\n", ctx_strerror(rc)); /* deadline exceeded */
+    if (work(ctx) != 0) printf("%s\n", ctx_cause(ctx).what); /* deadline exceeded */
     ctx_end(ctx);
     return 0;
 }

@@ -289,6 +289,7 @@ static int app_run(ctx_t *ctx, void *user) {
 }
 static int app_drain(ctx_t *ctx, void *user) {
     (void)user;
+    SCHED_CHECK(ctx_err(ctx_app_ctx(app)) == CTX_CANCELED);
     SCHED_CHECK(count(&drained) == 0);
     if (!stuck_drain) return 0;
     pass(&let_go);
@@ -366,6 +367,7 @@ static int asks(ctx_t *ctx, void *user) {
     SCHED_CHECK(!ctx_app_ready(app));
     pass(&done);
     SCHED_CHECK(!ctx_app_ready(app));
+    SCHED_CHECK(ctx_err(ctx_app_ctx(app)) == CTX_CANCELED); /* the app may be freed by now */
     return 0;
 }
 static void setup_asks(void) {
