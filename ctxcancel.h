@@ -166,6 +166,11 @@ typedef int64_t ctx_dur_t;  /* a span: nanoseconds */
 #define CTX_S(n) ((ctx_dur_t)((n)*INT64_C(1000000000)))
 #define CTX_NO_DEADLINE INT64_MAX /* a ctx_time_t that never comes */
 #define CTX_FOREVER INT64_MAX     /* a ctx_dur_t that never ends */
+#define CTX_EXPIRED ((ctx_dur_t)-1) /* a timeout that has passed */
+
+/* Turn a computed span into a timeout. Returns CTX_EXPIRED if `dur` is 0 or negative, else `dur`. For `.timeout` of
+   ctx_desc_t, where a zero means none. */
+static inline ctx_dur_t ctx_budget(ctx_dur_t dur) { return dur > 0 ? dur : CTX_EXPIRED; }
 
 /* The time now: CLOCK_MONOTONIC, or the fake clock. About 20 ns. */
 CTXCANCEL_API ctx_time_t ctx_now(void);
@@ -209,8 +214,9 @@ typedef struct {
 typedef struct {
     const char *name;           /* shown in reports; static or outliving the context (default: the parent's name) */
     ctx_time_t deadline;        /* when to cancel (default: 0, none) */
-    ctx_dur_t timeout;          /* cancel this long from now; negative: already expired. A computed 0 means none here,
-                                   unlike in ctx_with_timeout() (default: 0, none) */
+    ctx_dur_t timeout;          /* cancel this long from now; negative: already expired. A zero means none here, unlike
+                                   in ctx_with_timeout(), so a computed rest that has come down to 0 would be no limit
+                                   at all: pass ctx_budget(rest) (default: 0, none) */
     const char *deadline_cause; /* what ctx_cause() says after the deadline; static (default: "deadline exceeded") */
     const ctx_key_t *key;       /* set this value, ... (default: none) */
     const void *value;          /* ... copied from here: key->size bytes */
@@ -294,6 +300,11 @@ CTXCANCEL_API ctx_time_t ctx_deadline(const ctx_t *ctx);
 /* What is left until ctx_deadline(): never negative, CTX_FOREVER without one. To split a budget, give a child a part:
    `ctx_with_timeout(ctx, ctx_remaining(ctx) / 3)`. */
 CTXCANCEL_API ctx_dur_t ctx_remaining(const ctx_t *ctx);
+
+/* The same in milliseconds, as poll() and epoll_wait() want it: rounded up, so that a call which waits this long does
+   not return before the deadline; at most INT_MAX; -1 without a deadline; 0 once it has passed. It does not tell
+   whether `ctx` was canceled. */
+CTXCANCEL_API int ctx_remaining_ms(const ctx_t *ctx);
 
 /* The name given in the description, else the parent's. Never NULL. */
 CTXCANCEL_API const char *ctx_name(const ctx_t *ctx);
@@ -454,6 +465,10 @@ CTXCANCEL_API int ctx_wait(ctx_t *ctx, ctx_dur_t max);
 
 /* Sleep for `dur`. 0, or the err of the context that cut it short. */
 CTXCANCEL_API int ctx_sleep(ctx_t *ctx, ctx_dur_t dur);
+
+/* Sleep until ctx_now() is `time`, which may be past. Returns 0, or the err of the context that cut it short. A loop
+   that adds its period to the last `time` does not drift. */
+CTXCANCEL_API int ctx_sleep_until(ctx_t *ctx, ctx_time_t time);
 
 /* A file descriptor that becomes readable when `ctx` is done, for poll, epoll and select: do not read it. Made by the
    first call, owned by the context and closed with it; it is inherited by no exec. Contexts that are already done when
@@ -3108,6 +3123,12 @@ CTXCANCEL_API ctx_dur_t ctx_remaining(const ctx_t *ctx) {
     return deadline <= now ? 0 : now < 0 && deadline > INT64_MAX + now ? INT64_MAX : deadline - now;
 }
 
+CTXCANCEL_API int ctx_remaining_ms(const ctx_t *ctx) {
+    ctx_dur_t left = ctx_remaining(ctx), ms = left / 1000000 + (left % 1000000 != 0);
+    if (ctx_deadline(ctx) == CTX_NO_DEADLINE) return -1;
+    return ms < INT32_MAX ? (int)ms : INT32_MAX;
+}
+
 CTXCANCEL_API const char *ctx_name(const ctx_t *ctx) {
     CTXCANCEL_ASSERT(ctx != NULL);
     return ctx->name;
@@ -4094,6 +4115,11 @@ CTXCANCEL_API int ctx_wait(ctx_t *ctx, ctx_dur_t max) {
 CTXCANCEL_API int ctx_sleep(ctx_t *ctx, ctx_dur_t dur) {
     int err = ctx_err(ctx);
     return err || dur <= 0 ? err : ctx__sleep_until(ctx, ctx__from_now(dur));
+}
+
+CTXCANCEL_API int ctx_sleep_until(ctx_t *ctx, ctx_time_t time) {
+    int err = ctx_err(ctx);
+    return err || time <= ctx_now() ? err : ctx__sleep_until(ctx, time);
 }
 
 static ctx__event_t ctx__event_done = { -1, -1 }; /* [ctx__runtime.mu] for contexts that are done when first asked */
