@@ -762,12 +762,15 @@ TEST(a_budget_of_zero_or_less_has_expired_and_not_vanished) {
     static const ctx_dur_t used_up[] = {0, -1, -CTX_S(5), INT64_MIN, CTX_EXPIRED};
     for (size_t i = 0; i < sizeof used_up / sizeof used_up[0]; i++) {
         EXPECT_EQ(ctx_budget(used_up[i]), CTX_EXPIRED);
-        ctx_desc_t desc = {.name = "step", .timeout = ctx_budget(used_up[i])};
+        ctx_desc_t desc;
+        memset(&desc, 0, sizeof desc);
+        desc.timeout = ctx_budget(used_up[i]);
         ctx_t *ctx = ctx_derive(ctx_background(), &desc);
         EXPECT_EQ(ctx_err(ctx), CTX_DEADLINE_EXCEEDED);
         ctx_end(ctx);
     }
-    ctx_desc_t none = {.name = "step", .timeout = 0}; /* what it is for */
+    ctx_desc_t none; /* what it is for */
+    memset(&none, 0, sizeof none);
     ctx_t *ctx = ctx_derive(ctx_background(), &none);
     EXPECT_EQ(ctx_err(ctx), 0);
     EXPECT_EQ(ctx_deadline(ctx), CTX_NO_DEADLINE);

@@ -286,6 +286,14 @@ typedef struct {
     int tid, rc, done; /* [atomic] */
 } late_sleeper_t;
 
+static late_sleeper_t late_sleeper(ctx_t *ctx, ctx_time_t until) {
+    late_sleeper_t p;
+    memset(&p, 0, sizeof p);
+    p.ctx = ctx;
+    p.until = until;
+    return p;
+}
+
 static void *sleeps_until(void *arg) {
     late_sleeper_t *p = (late_sleeper_t *)arg;
     store(&p->tid, thread_id());
@@ -297,7 +305,7 @@ static void *sleeps_until(void *arg) {
 
 TEST(sleep_until_ends_at_that_time_of_the_clock) {
     ctx_clock_fake(CTX_S(1000));
-    late_sleeper_t p = {.ctx = ctx_background(), .until = CTX_S(4600)};
+    late_sleeper_t p = late_sleeper(ctx_background(), CTX_S(4600));
     pthread_t thread = thread_start(sleeps_until, &p);
     until_asleep(&p.tid);
     ctx_clock_advance(CTX_S(3600) - 1);
@@ -320,7 +328,7 @@ TEST(sleep_until_is_cut_short_by_its_context) {
     ctx_clock_fake(CTX_S(1000));
     ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_S(60));
     for (int canceled = 0; canceled < 2; canceled++) {
-        late_sleeper_t p = {.ctx = canceled ? ctx_with_cancel(ctx_background()) : ctx, .until = CTX_NO_DEADLINE};
+        late_sleeper_t p = late_sleeper(canceled ? ctx_with_cancel(ctx_background()) : ctx, CTX_NO_DEADLINE);
         pthread_t thread = thread_start(sleeps_until, &p);
         until_asleep(&p.tid);
         if (canceled)
