@@ -6225,14 +6225,15 @@ CTXCANCEL_API int ctx_run_either(ctx_t *a, ctx_t *b, ctx_task_fn fn, void *arg) 
 
    The ring is that of section 9, with a lock at each end. A send or receive that need not wait takes one of the two,
    and does not meet the other end. Everything else takes both, `in` first; several channels in the order of their
-   addresses. The queues of waiters may be read under either lock and are changed under both. So a sender, under `in`,
-   sees a receiver that waits, and no wake-up is lost.
+   addresses. The queues of waiters are read and changed under both. A thread that lets go of both says in `both`
+   whether a send or receive that takes one lock would miss something: a waiter, the close or a descriptor. So a sender,
+   under `in`, sees that a receiver waits, and no wake-up is lost.
 
      waiting --claimed, under both locks--> claimed --item moved, unparked--> done
              \--the waiter gives up--> claimed, by itself
 
    The descriptor of a channel is readable exactly if a receive would not wait: whenever a thread lets go of both locks.
-   Once there is one, no send or receive takes the short way, so all that changes what it shows happens under both.
+   Once there is one, every send and receive takes both, so all that changes what it shows happens under both.
 
    A thread waits for one of the cases of a select; a single send or receive is a select of one. It queues one op for
    each case while it holds the locks of all, and after it has found that none can be done. The thread that claims it
@@ -6251,11 +6252,12 @@ enum { CTX__CHAN_WAITING, CTX__CHAN_CLAIMED, CTX__CHAN_DONE };
 struct ctx_chan {
     void *raw;               /* [const] what to free */
     unsigned forks;          /* [const] as for pools */
-    bool closed;             /* [in; changed under both] */
-    bool has_fd;             /* [atomic; in or out; set once, under both] */
+    bool both[2];            /* [in or out; set under both] by CTX_RECV and CTX_SEND: such a call takes both locks */
+    bool closed;             /* [in and out] */
+    bool has_fd;             /* [atomic; set once under both] */
     bool shown;              /* [in and out] the descriptor is readable */
     int gather[2];           /* [atomic] how much waiting for more than one has paid lately, by CTX_RECV and CTX_SEND */
-    ctx__queue_t queue[2];   /* [in or out; changed under both] ops that wait */
+    ctx__queue_t queue[2];   /* [in and out] ops that wait */
     ctx__event_t event;      /* [in and out; set once] the descriptor of ctx_chan_fd(), if has_fd */
     ctx__ring_t ring;
 };
@@ -6290,7 +6292,10 @@ static CTX__COLD void ctx__chan_show(ctx_chan_t *chan) {
     else ctx__event_clear(&chan->event);
 }
 
+/* What the calls that take one lock, and the descriptor, are to know of a change is said here, by whoever made it. */
 static void ctx__chan_unlock(ctx_chan_t *chan) {
+    chan->both[CTX_RECV] = chan->has_fd || chan->queue[CTX_SEND].first;
+    chan->both[CTX_SEND] = chan->has_fd || chan->closed || chan->queue[CTX_RECV].first;
     if (CTX__UNLIKELY(chan->has_fd)) ctx__chan_show(chan);
     ctx__unlock(&chan->ring.out);
     ctx__unlock(&chan->ring.in);
@@ -6383,12 +6388,11 @@ static int ctx__chan_do_locked(const ctx_case_t *c, const ctx_t *ctx, uint32_t *
 
 static bool ctx__chan_blocked(int rc) { return rc == CTX_QUEUE_FULL || rc == CTX_NOT_READY; }
 
-/* The usual send: one lock, no waiter, no descriptor. False: it takes more than this. */
+/* The usual send: one lock. False: it takes more than this. */
 static inline bool ctx__chan_send_fast(ctx_chan_t *chan, const ctx_t *ctx, const void *item) {
     void *cell = NULL;
     ctx__lock(&chan->ring.in);
-    if (!chan->closed && !chan->has_fd && !chan->queue[CTX_RECV].first && (!ctx || !ctx_err(ctx)))
-        cell = ctx__ring_room(&chan->ring);
+    if (!chan->both[CTX_SEND] && (!ctx || !ctx_err(ctx))) cell = ctx__ring_room(&chan->ring);
     if (cell) {
         ctx__chan_copy(chan, cell, item);
         ctx__ring_put(&chan->ring);
@@ -6400,7 +6404,7 @@ static inline bool ctx__chan_send_fast(ctx_chan_t *chan, const ctx_t *ctx, const
 static inline bool ctx__chan_recv_fast(ctx_chan_t *chan, void *item) {
     const void *first = NULL;
     ctx__lock(&chan->ring.out);
-    if (!chan->queue[CTX_SEND].first && !chan->has_fd) first = ctx__ring_first(&chan->ring);
+    if (!chan->both[CTX_RECV]) first = ctx__ring_first(&chan->ring);
     if (first) {
         ctx__chan_copy(chan, item, first);
         ctx__ring_take(&chan->ring);
