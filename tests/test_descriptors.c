@@ -310,6 +310,25 @@ TEST(poll_fd_waits_by_the_fake_clock) {
     ctx_clock_real();
 }
 
+TEST(poll_fd_goes_on_for_the_grace_period) {
+    pipe_t ends = silent_pipe();
+    ctx_t *parent = ctx_with_cancel(ctx_background());
+    ctx_desc_t desc;
+    memset(&desc, 0, sizeof desc);
+    desc.grace = CTX_MS(20);
+    ctx_t *ctx = ctx_derive(parent, &desc);
+    poller_t p;
+    pthread_t thread = start_polling(&p, ctx, ends.in);
+    ctx_time_t from = ctx_now();
+    ctx_cancel(parent);
+    thread_join(thread);
+    EXPECT(ctx_now() - from >= CTX_MS(20));
+    EXPECT_EQ(p.rc, CTX_CANCELED);
+    ctx_end(ctx);
+    ctx_end(parent);
+    close_pipe(ends);
+}
+
 TEST(a_thread_that_polls_with_many_contexts_makes_one_descriptor) {
     pipe_t ends = silent_pipe();
     ctx_runtime_stop();
