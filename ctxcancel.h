@@ -170,6 +170,11 @@ typedef int64_t ctx_dur_t;  /* a span: nanoseconds */
 #define CTX_S(n) ((ctx_dur_t)((n)*INT64_C(1000000000)))
 #define CTX_NO_DEADLINE INT64_MAX /* a ctx_time_t that never comes */
 #define CTX_FOREVER INT64_MAX     /* a ctx_dur_t that never ends */
+#define CTX_EXPIRED ((ctx_dur_t)-1) /* a timeout that has passed */
+
+/* Turn a computed span into a timeout. Returns CTX_EXPIRED if `dur` is 0 or negative, else `dur`. For `.timeout` of
+   ctx_desc_t, where a zero means none. */
+static inline ctx_dur_t ctx_budget(ctx_dur_t dur) { return dur > 0 ? dur : CTX_EXPIRED; }
 
 /* The time now: CLOCK_MONOTONIC, or the fake clock. About 20 ns. */
 CTXCANCEL_API ctx_time_t ctx_now(void);
@@ -196,7 +201,7 @@ CTXCANCEL_API void ctx_clock_advance(ctx_dur_t dur);
    milliseconds, and the times in it are the same in every run. (Go's testing/synctest.)
    These threads take part: the calling one; the library's threads that run tasks and callbacks of services, from before
    they begin; and each thread between ctx_clock_join() and ctx_clock_leave(). These waits count: all of this library in
-   which a thread sleeps, but ctx_cond_wait(). A thread that takes part and sleeps in any other way, such as on a mutex,
+   which a thread sleeps, but ctx_cond_wait() and ctx_poll_fd(). A thread that takes part and sleeps in any other way, such as on a mutex,
    in pthread_join() or in a call of the system, counts as running, and the clock stands still: let it leave before. A
    callback that the runtime thread runs counts as running too, so it must not wait.
    If all threads are parked and no deadline is left, nobody could ever run again: this prints the waits to stderr and
@@ -235,8 +240,9 @@ typedef struct {
 typedef struct {
     const char *name;           /* shown in reports; static or outliving the context (default: the parent's name) */
     ctx_time_t deadline;        /* when to cancel (default: 0, none) */
-    ctx_dur_t timeout;          /* cancel this long from now; negative: already expired. A computed 0 means none here,
-                                   unlike in ctx_with_timeout() (default: 0, none) */
+    ctx_dur_t timeout;          /* cancel this long from now; negative: already expired. A zero means none here, unlike
+                                   in ctx_with_timeout(), so a computed rest that has come down to 0 would be no limit
+                                   at all: pass ctx_budget(rest) (default: 0, none) */
     const char *deadline_cause; /* what ctx_cause() says after the deadline; static (default: "deadline exceeded") */
     const ctx_key_t *key;       /* set this value, ... (default: none) */
     const void *value;          /* ... copied from here: key->size bytes */
@@ -332,6 +338,11 @@ CTXCANCEL_API ctx_time_t ctx_deadline(const ctx_t *ctx);
 /* What is left until ctx_deadline(): never negative, CTX_FOREVER without one. To split a budget, give a child a part:
    `ctx_with_timeout(ctx, ctx_remaining(ctx) / 3)`. */
 CTXCANCEL_API ctx_dur_t ctx_remaining(const ctx_t *ctx);
+
+/* The same in milliseconds, as poll() and epoll_wait() want it: rounded up, so that a call which waits this long does
+   not return before the deadline; at most INT_MAX; -1 without a deadline; 0 once it has passed. It does not tell
+   whether `ctx` was canceled. */
+CTXCANCEL_API int ctx_remaining_ms(const ctx_t *ctx);
 
 /* The name given in the description, else the parent's. Never NULL. */
 CTXCANCEL_API const char *ctx_name(const ctx_t *ctx);
@@ -493,11 +504,20 @@ CTXCANCEL_API int ctx_wait(ctx_t *ctx, ctx_dur_t max);
 /* Sleep for `dur`. 0, or the err of the context that cut it short. */
 CTXCANCEL_API int ctx_sleep(ctx_t *ctx, ctx_dur_t dur);
 
+/* Sleep until ctx_now() is `time`, which may be past. Returns 0, or the err of the context that cut it short. A loop
+   that adds its period to the last `time` does not drift. */
+CTXCANCEL_API int ctx_sleep_until(ctx_t *ctx, ctx_time_t time);
+
 /* A file descriptor that becomes readable when `ctx` is done, for poll, epoll and select: do not read it. Made by the
    first call, owned by the context and closed with it; it is inherited by no exec. Contexts that are already done when
-   first asked share one. Once the descriptor is readable, ctx_err() is set. ctx_err() is set first: the descriptor is
-   readable when the call that canceled `ctx` itself returns, and when a later call of ctx_done_fd() returns it.
-   Returns a negative error of the system, or CTX_NO_MEMORY, if there is none to be had. */
+   first asked share one.
+   The order: once the descriptor is readable, ctx_err() is set. ctx_err() is set first, and the descriptor is readable
+   when the call that canceled `ctx` itself returns; once ctx_err() is set, what a later call of ctx_done_fd() returns
+   is readable.
+   Ending a context that nobody canceled, by its only reference, closes the descriptor and does not make it readable
+   before. So a thread that polls it holds a reference.
+   Returns a negative error of the system, or CTX_NO_MEMORY, if there is none to be had. To wait for one descriptor of
+   your own, ctx_poll_fd() needs no descriptor of the context's. */
 CTXCANCEL_API int ctx_done_fd(ctx_t *ctx);
 
 /* Like pthread_cond_wait(), but a canceled `ctx` also ends the wait. The caller must hold `mutex`, and holds it on
@@ -711,6 +731,18 @@ CTXCANCEL_API int ctx_chan_close(ctx_chan_t *chan);
 
 /* How many items are in the channel; those of senders that wait do not count. */
 CTXCANCEL_API size_t ctx_chan_len(const ctx_chan_t *chan);
+
+/* A file descriptor that is readable while a receive would not wait: there is an item, a thread waits to send (with
+   capacity 0), or the channel is closed. For poll, epoll, select and event loops: when it is readable, call
+   ctx_chan_try_recv(), and do not read the descriptor itself. It is level-triggered: with EPOLLET receive until
+   CTX_NOT_READY. Other receivers may be faster, so the receive may find nothing all the same.
+   When no call is under way it is readable exactly if a receive would not wait.
+   Made by the first call, owned by the channel and closed by ctx_chan_free(), and inherited by no exec. In the child of
+   a fork it is the parent's, as the channel is. From then on the channel costs a system call each time it becomes
+   empty or stops being empty; channels without a descriptor cost what they did.
+   Returns CTX_INVALID if `chan` is NULL, or a negative error of the system, CTX_NO_MEMORY included, if there is none to
+   be had. */
+CTXCANCEL_API int ctx_chan_fd(ctx_chan_t *chan);
 
 /* Free a channel; items in it are discarded. No other thread may use it any more. But calls whose effect the caller has
    seen need not have returned: the send whose item it received, the receive that took its item in a channel of capacity
@@ -942,6 +974,15 @@ CTXCANCEL_API int ctx_on_signals(ctx_on_signals_t *reg, ctx_t *ctx, const int *s
    stopped before, or could not be registered. Do not hold a lock across this call that `fn` takes: then each waits for
    the other. */
 CTXCANCEL_API void ctx_on_signals_stop(ctx_on_signals_t *reg);
+
+/* Wait until `fd` is ready for one of `events` (POLLIN, POLLOUT and so on, as for poll()) or `ctx` is done. Returns the
+   events that are ready, more than 0: POLLERR, POLLHUP and POLLNVAL may be among them, asked for or not. Otherwise
+   returns the error of `ctx`, which is checked first; -EBADF if `fd` is negative; or a negative error of poll(). Never
+   -EINTR.
+   A descriptor that is ready costs one system call. No context gets a descriptor for this, unlike with ctx_done_fd():
+   each thread that waits has one, made at its first wait and closed when the thread ends or calls ctx_runtime_stop().
+   If none is to be had the wait looks at `ctx` every millisecond. */
+CTXCANCEL_API int ctx_poll_fd(ctx_t *ctx, int fd, short events);
 
 /* == 14. service ================================================== */
 
@@ -1726,7 +1767,7 @@ static unsigned ctx__cpu_count(void) {
     return n < 1 ? 1 : n > 1024 ? 1024 : (unsigned)n;
 }
 
-/* A descriptor that can be made readable once and for all: on Linux an eventfd, elsewhere the reading end of a pipe. */
+/* A descriptor that can be made readable: on Linux an eventfd, elsewhere the reading end of a pipe. */
 typedef struct {
     int fd, writer;
 } ctx__event_t;
@@ -1750,11 +1791,21 @@ static int ctx__event_open(ctx__event_t *event) {
 #endif
 }
 
-/* Setting it again changes nothing. */
+/* Setting it again changes nothing, unless it is to be cleared. */
 static void ctx__event_set(const ctx__event_t *event) {
     int saved = errno, before = ctx__cancel_defer();
     uint64_t one = 1;
     ssize_t n = write(event->writer >= 0 ? event->writer : event->fd, &one, sizeof one);
+    (void)n;
+    ctx__cancel_restore(before);
+    errno = saved;
+}
+
+/* Make it unreadable again, after it was set once. */
+static void ctx__event_clear(const ctx__event_t *event) {
+    int saved = errno, before = ctx__cancel_defer();
+    uint64_t count;
+    ssize_t n = read(event->fd, &count, sizeof count);
     (void)n;
     ctx__cancel_restore(before);
     errno = saved;
@@ -1783,6 +1834,16 @@ static void ctx__event_unshare(ctx__event_t *event) {
     fcntl(fd, F_SETFD, FD_CLOEXEC);
     close(event->fd);
     event->fd = fd;
+}
+
+/* poll(), but returns the negative error, and 0 for EINTR too. In the explorer other threads run meanwhile. */
+static int ctx__poll(struct pollfd *fds, nfds_t n, int timeout) {
+    int saved = errno, before = ctx__cancel_defer(), rc;
+    while ((rc = poll(fds, n, CTX__SCHED ? 0 : timeout)) == 0 && CTX__SCHED && timeout < 0) ctx__sched_relax();
+    if (rc < 0) rc = errno == EINTR ? 0 : -errno;
+    ctx__cancel_restore(before);
+    errno = saved;
+    return rc;
 }
 
 /* The one intrusive list. A link knows what points to it, so it can leave by itself; its `pprev` is NULL while it is in
@@ -1919,6 +1980,7 @@ typedef struct ctx__thread {
     bool runtime;      /* it is the runtime thread: section 5 */
     uint64_t random;   /* the state of ctx__random() */
     void *runner;      /* the ctx__runner_t that this thread is: section 10 */
+    struct ctx__poller *poller;          /* what wakes it out of poll(); NULL before its first wait of that kind */
     const struct ctx__thread *waits_for; /* [ctx__stops] whose callback it waits for: section 3 */
     bool library;        /* [atomic] one of the library's that runs tasks: it takes part in every ctx_clock_auto() */
     bool rests;          /* [atomic, set by its thread] it is parked, and may be counted */
@@ -2021,11 +2083,13 @@ static void ctx__cache_flush(ctx__thread_t *me) {
     }
 }
 
-/* The destructor of the thread's key. Another destructor may still call the library, which then enters anew. */
+static void ctx__poller_close(ctx__thread_t *me);
 static void ctx__clock_quit(ctx__thread_t *me); /* section 2 */
 
+/* The destructor of the thread's key. Another destructor may still call the library, which then enters anew. */
 static void ctx__thread_leave(void *thread) {
     ctx__thread_t *me = (ctx__thread_t *)thread;
+    ctx__poller_close(me);
     if (me->linked) ctx__thread_unlink(me);
     ctx__clock_quit(me); /* now ctx_clock_auto() does not find it */
     ctx__cache_flush(me);
@@ -2109,6 +2173,60 @@ static inline bool ctx__enter(uint32_t *mu) {
 static inline void ctx__leave(uint32_t *mu) {
     ctx__unlock(mu);
     ctx__outside(&ctx__self);
+}
+
+/* What wakes a thread out of poll(): one for each thread, whatever number of contexts it waits for. It is set at most
+   once in a wait, and clear between waits. Not in the thread's record, so that the child of a fork can close those of
+   the threads that it has not. */
+typedef struct ctx__poller {
+    ctx__link_t link;    /* [ctx__pollers.mu] */
+    ctx__event_t event;  /* [const] */
+} ctx__poller_t;
+
+static struct {
+    uint32_t mu;
+    ctx__link_t *first; /* [mu] */
+} ctx__pollers;
+
+/* The poller of the calling thread, or NULL if memory or a descriptor is unavailable. */
+static ctx__poller_t *ctx__poller_get(void) {
+    ctx__thread_t *me = ctx__me();
+    ctx__poller_t *poller = me->poller;
+    int rc;
+    if (poller) return poller;
+    poller = (ctx__poller_t *)CTXCANCEL_MALLOC(sizeof *poller);
+    if (!poller) return NULL;
+    ctx__enter(&ctx__pollers.mu);
+    rc = ctx__event_open(&poller->event); /* inside, so that the child of a fork finds it in the list */
+    if (!rc) ctx__link_in(&ctx__pollers.first, &poller->link);
+    ctx__leave(&ctx__pollers.mu);
+    if (rc) CTXCANCEL_FREE(poller);
+    else me->poller = poller;
+    return me->poller;
+}
+
+static void ctx__poller_close(ctx__thread_t *me) {
+    ctx__poller_t *poller = me->poller;
+    if (!poller) return;
+    me->poller = NULL;
+    ctx__enter(&ctx__pollers.mu);
+    ctx__link_out(&poller->link);
+    ctx__event_close(&poller->event);
+    ctx__leave(&ctx__pollers.mu);
+    CTXCANCEL_FREE(poller);
+}
+
+/* In the child of a fork, which shares them with its parent. This thread makes itself a new one. */
+static void ctx__pollers_forget(void) {
+    ctx__link_t *link, *next;
+    for (link = ctx__pollers.first; link; link = next) {
+        ctx__poller_t *poller = CTX__CONTAINER(link, ctx__poller_t, link);
+        next = link->next;
+        ctx__event_close(&poller->event);
+        CTXCANCEL_FREE(poller);
+    }
+    ctx__pollers.first = NULL;
+    ctx__self.poller = NULL;
 }
 
 /* What the child of a fork has to go through: the nodes with callbacks or a descriptor, in lists by address. */
@@ -3466,10 +3584,27 @@ static inline bool ctx__end_alone(ctx_t *node) {
     return true;
 }
 
+/* A descriptor that goes with the only reference is closed without being made readable: nobody can wait for it any
+   more. A walk reads `event` under the lock, after it has marked the node. So while the node is not marked no walk has
+   the descriptor in hand; once it is, the descriptor goes with the node. */
+static CTX__COLD void ctx__end_event(ctx_t *node) {
+    ctx__event_t *event = NULL;
+    ctx__enter(&node->list.mu);
+    if (!ctx__why(node)) {
+        event = node->event;
+        node->event = NULL;
+    }
+    ctx__leave(&node->list.mu);
+    if (!event) return;
+    ctx__event_close(event);
+    CTXCANCEL_FREE(event);
+}
+
 CTXCANCEL_API void ctx_end_at(ctx_t *ctx, const char *site) {
     if (!ctx || (ctx->flags & CTX__F_STATIC)) return;
     CTXCANCEL_ASSERT(CTX__LOAD(&ctx->refs, RELAXED) != 0); /* ended before */
     if (ctx__end_alone(ctx)) return;
+    if (ctx->event && CTX__LOAD(&ctx->refs, ACQUIRE) == 1) ctx__end_event(ctx);
     if (ctx->flags & CTX__F_NOTIFY) ctx__notify_ended(ctx);
     ctx_cancel_at(ctx, site);
     if (CTX__LOAD(&ctx->timer.armed, ACQUIRE)) ctx__timer_remove(&ctx->timer);
@@ -3513,6 +3648,12 @@ CTXCANCEL_API ctx_dur_t ctx_remaining(const ctx_t *ctx) {
     if (deadline == CTX_NO_DEADLINE) return CTX_FOREVER;
     now = ctx_now();
     return deadline <= now ? 0 : now < 0 && deadline > INT64_MAX + now ? INT64_MAX : deadline - now;
+}
+
+CTXCANCEL_API int ctx_remaining_ms(const ctx_t *ctx) {
+    ctx_dur_t left = ctx_remaining(ctx), ms = left / 1000000 + (left % 1000000 != 0);
+    if (ctx_deadline(ctx) == CTX_NO_DEADLINE) return -1;
+    return ms < INT32_MAX ? (int)ms : INT32_MAX;
 }
 
 CTXCANCEL_API const char *ctx_name(const ctx_t *ctx) {
@@ -4484,17 +4625,21 @@ static bool ctx__watch(ctx__watch_t *watch, ctx_t *ctx, ctx__parker_t *parker) {
     return ctx__reg_add(&watch->reg, ctx, ctx__watch_fire, parker, CTX__REG_WAKER);
 }
 
-static void ctx__unwatch(ctx__watch_t *watch) {
-    int state = CTX__REG_LINKED;
+/* Take a waker out. Returns false if it has run instead, to its last store. */
+static bool ctx__waker_stop(ctx_on_done_t *reg) {
+    int state;
     unsigned turn = 0;
-    ((ctx__parker_t *)watch->reg.arg)->expires = NULL;
-    if (CTX__LOAD(&watch->reg.state, ACQUIRE) == CTX__REG_LINKED) {
-        if (ctx_on_done_stop(&watch->reg)) return;
-    }
+    if (CTX__LOAD(&reg->state, ACQUIRE) == CTX__REG_LINKED && ctx_on_done_stop(reg)) return true;
     do {
-        state = CTX__LOAD(&watch->reg.state, ACQUIRE);
+        state = CTX__LOAD(&reg->state, ACQUIRE);
         if (state == CTX__REG_FIRED) ctx__relax(&turn);
     } while (state == CTX__REG_FIRED);
+    return false;
+}
+
+static void ctx__unwatch(ctx__watch_t *watch) {
+    ((ctx__parker_t *)watch->reg.arg)->expires = NULL;
+    ctx__waker_stop(&watch->reg);
 }
 
 static bool ctx__parker_is_set(const void *parker) {
@@ -4612,6 +4757,11 @@ CTXCANCEL_API int ctx_sleep(ctx_t *ctx, ctx_dur_t dur) {
     return err || dur <= 0 ? err : ctx__sleep_until(ctx, ctx__from_now(dur));
 }
 
+CTXCANCEL_API int ctx_sleep_until(ctx_t *ctx, ctx_time_t time) {
+    int err = ctx_err(ctx);
+    return err || time <= ctx_now() ? err : ctx__sleep_until(ctx, time);
+}
+
 static ctx__event_t ctx__event_done = { -1, -1 }; /* [ctx__runtime.mu] for contexts that are done when first asked */
 
 static int ctx__done_fd_shared(void) {
@@ -4668,6 +4818,42 @@ CTXCANCEL_API int ctx_done_fd(ctx_t *ctx) {
     CTXCANCEL_FREE(event);
     if (rc) return rc;
     return fd >= 0 ? fd : ctx__done_fd_shared(); /* it has got another one meanwhile, or is done */
+}
+
+static void ctx__poller_fire(void *poller) { ctx__event_set(&((ctx__poller_t *)poller)->event); }
+
+/* How long to poll at most. A thread that nothing wakes looks at its context every millisecond. With the fake clock a
+   deadline cancels the context in ctx_clock_advance(). */
+static int ctx__wait_fd_timeout(const ctx_t *ctx, bool woken) {
+    if (!woken) return 1;
+    return ctx__clock_is_fake() ? -1 : ctx_remaining_ms(ctx);
+}
+
+/* The deadline of a context whose runtime thread is busy. */
+static void ctx__wait_fd_expire(ctx_t *ctx) {
+    if (!ctx__clock_is_fake() && ctx__deadline(ctx) <= ctx_now()) ctx__expire(ctx);
+}
+
+/* Wait until fds[0] is ready or `ctx` is done; fds[1] is for the wake-up. Returns what is ready, the err of `ctx` or a
+   negative error of the system. Without a poller it works all the same, but looks often. */
+static int ctx__wait_fd(ctx_t *ctx, struct pollfd fds[2]) {
+    ctx__poller_t *poller = ctx == &ctx__root ? NULL : ctx__poller_get();
+    bool live = true;
+    ctx_on_done_t reg;
+    int rc = 0;
+    if (poller) {
+        fds[1].fd = poller->event.fd, fds[1].events = POLLIN, fds[1].revents = 0;
+        reg.state = CTX__REG_IDLE;
+        ctx__timer_revive(ctx);
+        live = ctx__reg_add(&reg, ctx, ctx__poller_fire, poller, CTX__REG_WAKER);
+    }
+    while (live && rc >= 0 && !fds[0].revents && !ctx_err(ctx)) {
+        rc = ctx__poll(fds, poller ? 2 : 1, ctx__wait_fd_timeout(ctx, poller || ctx == &ctx__root));
+        if (rc == 0) ctx__wait_fd_expire(ctx);
+    }
+    if (poller && live && !ctx__waker_stop(&reg)) ctx__event_clear(&poller->event);
+    if (poller && !ctx__self.linked) ctx__poller_close(&ctx__self); /* nobody would be told of the end of this thread */
+    return rc < 0 ? rc : fds[0].revents ? fds[0].revents : ctx_err(ctx);
 }
 
 /* A waiter on a condition variable cannot be woken reliably without its mutex, which the thread that cancels may hold
@@ -6554,11 +6740,15 @@ CTXCANCEL_API int ctx_run_either(ctx_t *a, ctx_t *b, ctx_task_fn fn, void *arg) 
 
    The ring is that of section 9, with a lock at each end. A send or receive that need not wait takes one of the two,
    and does not meet the other end. Everything else takes both, `in` first; several channels in the order of their
-   addresses. The queues of waiters may be read under either lock and are changed under both. So a sender, under `in`,
-   sees a receiver that waits, and no wake-up is lost.
+   addresses. The queues of waiters are read and changed under both. A thread that lets go of both says in `both`
+   whether a send or receive that takes one lock would miss something: a waiter, the close or a descriptor. So a sender,
+   under `in`, sees that a receiver waits, and no wake-up is lost.
 
      waiting --claimed, under both locks--> claimed --item moved, unparked--> done
              \--the waiter gives up--> claimed, by itself
+
+   The descriptor of a channel is readable exactly if a receive would not wait: whenever a thread lets go of both locks.
+   Once there is one, every send and receive takes both, so all that changes what it shows happens under both.
 
    A thread waits for one of the cases of a select; a single send or receive is a select of one. It queues one op for
    each case while it holds the locks of all, and after it has found that none can be done. The thread that claims it
@@ -6577,9 +6767,13 @@ enum { CTX__CHAN_WAITING, CTX__CHAN_CLAIMED, CTX__CHAN_DONE };
 struct ctx_chan {
     void *raw;               /* [const] what to free */
     unsigned forks;          /* [const] as for pools */
-    bool closed;             /* [in; changed under both] */
+    bool both[2];            /* [in or out; set under both] by CTX_RECV and CTX_SEND: such a call takes both locks */
+    bool closed;             /* [in and out] */
+    bool has_fd;             /* [atomic; set once under both] */
+    bool shown;              /* [in and out] the descriptor is readable */
     int gather[2];           /* [atomic] how much waiting for more than one has paid lately, by CTX_RECV and CTX_SEND */
-    ctx__queue_t queue[2];   /* [in or out; changed under both] ops that wait */
+    ctx__queue_t queue[2];   /* [in and out] ops that wait */
+    ctx__event_t event;      /* [in and out; set once] the descriptor of ctx_chan_fd(), if has_fd */
     ctx__ring_t ring;
 };
 
@@ -6604,7 +6798,20 @@ static void ctx__chan_lock(ctx_chan_t *chan) {
     ctx__lock(&chan->ring.out);
 }
 
+/* [in and out] Make the descriptor show what there is now. */
+static CTX__COLD void ctx__chan_show(ctx_chan_t *chan) {
+    bool ready = chan->closed || ctx__ring_count(&chan->ring) || chan->queue[CTX_SEND].first;
+    if (ready == chan->shown) return;
+    chan->shown = ready;
+    if (ready) ctx__event_set(&chan->event);
+    else ctx__event_clear(&chan->event);
+}
+
+/* What the calls that take one lock, and the descriptor, are to know of a change is said here, by whoever made it. */
 static void ctx__chan_unlock(ctx_chan_t *chan) {
+    chan->both[CTX_RECV] = chan->has_fd || chan->queue[CTX_SEND].first;
+    chan->both[CTX_SEND] = chan->has_fd || chan->closed || chan->queue[CTX_RECV].first;
+    if (CTX__UNLIKELY(chan->has_fd)) ctx__chan_show(chan);
     ctx__unlock(&chan->ring.out);
     ctx__unlock(&chan->ring.in);
 }
@@ -6696,11 +6903,11 @@ static int ctx__chan_do_locked(const ctx_case_t *c, const ctx_t *ctx, uint32_t *
 
 static bool ctx__chan_blocked(int rc) { return rc == CTX_QUEUE_FULL || rc == CTX_NOT_READY; }
 
-/* The usual send: one lock, no waiter. False: it takes more than this. */
+/* The usual send: one lock. False: it takes more than this. */
 static inline bool ctx__chan_send_fast(ctx_chan_t *chan, const ctx_t *ctx, const void *item) {
     void *cell = NULL;
     ctx__lock(&chan->ring.in);
-    if (!chan->closed && !chan->queue[CTX_RECV].first && (!ctx || !ctx_err(ctx))) cell = ctx__ring_room(&chan->ring);
+    if (!chan->both[CTX_SEND] && (!ctx || !ctx_err(ctx))) cell = ctx__ring_room(&chan->ring);
     if (cell) {
         ctx__chan_copy(chan, cell, item);
         ctx__ring_put(&chan->ring);
@@ -6712,7 +6919,7 @@ static inline bool ctx__chan_send_fast(ctx_chan_t *chan, const ctx_t *ctx, const
 static inline bool ctx__chan_recv_fast(ctx_chan_t *chan, void *item) {
     const void *first = NULL;
     ctx__lock(&chan->ring.out);
-    if (!chan->queue[CTX_SEND].first) first = ctx__ring_first(&chan->ring);
+    if (!chan->both[CTX_RECV]) first = ctx__ring_first(&chan->ring);
     if (first) {
         ctx__chan_copy(chan, item, first);
         ctx__ring_take(&chan->ring);
@@ -6912,7 +7119,10 @@ static CTX__COLD int ctx__chan_slow(ctx_chan_t *chan, int op, ctx_t *ctx, void *
     ctx_case_t c;
     int index;
     c.chan = chan, c.op = op, c.item = item, c.rc = 0;
-    if (!ctx) return ctx__chan_try_locked(&c, NULL);
+    if (!ctx || CTX__LOAD(&chan->has_fd, RELAXED)) {
+        int rc = ctx__chan_try_locked(&c, ctx);
+        if (!ctx || !ctx__chan_blocked(rc)) return rc;
+    }
     if (ctx__chan_look(&c, ctx__deadline(ctx)) && ctx__chan_do_fast(chan, op, ctx, item)) return 0;
     ctx__select_init(&select, ctx, &c, 1, &self);
     index = ctx__select_block(&select);
@@ -6979,6 +7189,29 @@ CTXCANCEL_API size_t ctx_chan_len(const ctx_chan_t *chan) {
     return n < chan->ring.capacity ? (size_t)n : chan->ring.capacity;
 }
 
+/* Sets `has_fd` under both locks: so a send or receive that came before is over, and what it left is shown. */
+CTXCANCEL_API int ctx_chan_fd(ctx_chan_t *chan) {
+    ctx__event_t event;
+    int rc, fd = -1;
+    if (!chan) return CTX_INVALID;
+    ctx__chan_lock(chan);
+    if (chan->has_fd) fd = chan->event.fd;
+    ctx__chan_unlock(chan);
+    if (fd >= 0) return fd;
+    rc = ctx__event_open(&event);
+    if (rc) return rc;
+    ctx__chan_lock(chan);
+    if (!chan->has_fd) {
+        chan->event = event;
+        CTX__STORE(&chan->has_fd, true, RELAXED);
+        event.fd = event.writer = -1;
+    }
+    fd = chan->event.fd;
+    ctx__chan_unlock(chan);
+    ctx__event_close(&event); /* another thread was first */
+    return fd;
+}
+
 /* What is in the channel or waits to get in. `*over`: that is nothing, and it is closed. */
 static uint64_t ctx__chan_pending(ctx_chan_t *chan, bool *over) {
     const ctx__link_t *link;
@@ -6998,6 +7231,7 @@ CTXCANCEL_API void ctx_chan_free(ctx_chan_t *chan) {
         CTXCANCEL_ASSERT(!chan->queue[CTX_RECV].first && !chan->queue[CTX_SEND].first);
         ctx__chan_unlock(chan);
     }
+    if (chan->has_fd) ctx__event_close(&chan->event);
     CTXCANCEL_FREE(chan->raw);
 }
 
@@ -8238,6 +8472,17 @@ CTXCANCEL_API void ctx_on_signals_stop(ctx_on_signals_t *reg) {
     } while (again);
 }
 
+CTXCANCEL_API int ctx_poll_fd(ctx_t *ctx, int fd, short events) {
+    struct pollfd fds[2];
+    int rc = ctx_err(ctx);
+    if (rc) return rc;
+    if (fd < 0) return -EBADF;
+    fds[0].fd = fd, fds[0].events = events, fds[0].revents = 0;
+    rc = ctx__poll(fds, 1, 0);
+    if (rc < 0 || fds[0].revents) return rc < 0 ? rc : fds[0].revents;
+    return ctx__wait_fd(ctx, fds);
+}
+
 /* -- fork --
 
    No thread is inside the library while the process forks: the gate of section 1 sees to it. So in the child no lock
@@ -8382,6 +8627,7 @@ static void ctx__fork_child(void) {
     for (i = 0; i < CTX__WHEELS; i++) ctx__wheels[i].started = 0;
     memset(&ctx__wheels[CTX__WHEELS], 0, sizeof *ctx__wheels);
     ctx__wheels[CTX__WHEELS].tick = ctx__tick_of(ctx_now());
+    ctx__pollers_forget();
     ctx__fork_frames();
     ctx__fork_nodes();
     ctx__lookers = 0;
@@ -8460,6 +8706,7 @@ CTXCANCEL_API void ctx_runtime_stop(void) {
         ctx__wheels[i].started = 0;
         ctx__leave(&ctx__wheels[i].mu);
     }
+    ctx__poller_close(&ctx__self);
     ctx__cache_flush(&ctx__self);
 }
 

@@ -17,6 +17,13 @@ base_missing() {
     has_header sqlite3.h || echo libsqlite3-dev
 }
 
+# For the examples of event loops, which are left out without these.
+loops_missing() {
+    has pkg-config || echo pkg-config
+    pkg-config --exists libuv 2>/dev/null || echo libuv1-dev
+    pkg-config --exists glib-2.0 2>/dev/null || echo libglib2.0-dev
+}
+
 # gcc-12-multilib and not gcc-multilib: that one would remove the cross compilers.
 # The last three are the bench's peers.
 dev_packages="g++ clang libclang-rt-14-dev lld clang-tidy clang-format cppcheck valgrind musl-tools gcc-12-multilib
@@ -59,7 +66,7 @@ manual() {
 apt() { as_root env DEBIAN_FRONTEND=noninteractive apt-get -y -q -o DPkg::Lock::Timeout=120 "$@" >"$log" 2>&1 </dev/null; }
 
 install() {
-    [ -z "$1" ] && return 0
+    [ -z "$(echo $1)" ] && return 0
     has apt-get || manual "$1" "There is no apt-get here"
     [ "$(id -u)" = 0 ] || has sudo || manual "$1" "This is not root and there is no sudo"
     echo "installing: $(echo $1)"
@@ -79,11 +86,15 @@ install_singly() {
 
 mode=base
 case ${1:-base} in
-    base) install "$(base_missing)" ;;
+    base)
+        install "$(base_missing)"
+        mode=loops
+        install "$(loops_missing)"
+        ;;
     dev)
         install "$(base_missing)"
         mode=dev
-        install "$(dev_missing)"
+        install "$(loops_missing) $(dev_missing)"
         ;;
     *) echo "usage: deps.sh base|dev" >&2; exit 2 ;;
 esac

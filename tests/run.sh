@@ -2,13 +2,14 @@
 # Run test programs and add up: run.sh [TEST | NAME=VALUE]... [-e EXAMPLE...]
 # NAME=VALUE goes into the environment of the programs after it. A test ends with a line `N passed, N failed`; an
 # example passes by ending with status 0. Each program's report appears when the program has ended.
+# SKIPPED=NAMES: what is left out, for the last lines.
 # JOBS: how many run at the same time (default 1).  RUN_LIMIT: seconds a program may take (default 600).
 # RUN_WRAP: a command to run it under (valgrind, qemu).
 set -u
 jobs=${JOBS:-1}
 limit=${RUN_LIMIT:-600}
 wrap=${RUN_WRAP:-}
-passed=0 failed=0
+passed=0 failed=0 skipped=
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 
@@ -82,6 +83,7 @@ start() { # HOW_MANY_BESIDE KIND PROGRAM [NAME=VALUE]...
 for argument; do
     case $argument in
         -e) kind=example ;;
+        SKIPPED=*) skipped=${argument#SKIPPED=} ;;
         *=*) variables+=("$argument") ;;
         *)
             if ((jobs > 1)) && [[ $argument =~ $alone ]]; then later+=("$kind $argument ${variables[*]}"); continue; fi
@@ -92,5 +94,6 @@ done
 for words in "${later[@]}"; do start 0 $words; done
 until_running 0
 
+[ -z "$skipped" ] || echo "$(wc -w <<<"$skipped") skipped: $skipped"
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

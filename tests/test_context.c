@@ -754,6 +754,69 @@ TEST(a_timeout_of_zero_or_less_has_expired) {
     }
 }
 
+TEST(a_budget_of_zero_or_less_has_expired_and_not_vanished) {
+    EXPECT(CTX_EXPIRED < 0);
+    EXPECT_EQ(ctx_budget(CTX_MS(3)), CTX_MS(3));
+    EXPECT_EQ(ctx_budget(1), 1);
+    EXPECT_EQ(ctx_budget(CTX_FOREVER), CTX_FOREVER);
+    static const ctx_dur_t used_up[] = {0, -1, -CTX_S(5), INT64_MIN, CTX_EXPIRED};
+    for (size_t i = 0; i < sizeof used_up / sizeof used_up[0]; i++) {
+        EXPECT_EQ(ctx_budget(used_up[i]), CTX_EXPIRED);
+        ctx_desc_t desc;
+        memset(&desc, 0, sizeof desc);
+        desc.timeout = ctx_budget(used_up[i]);
+        ctx_t *ctx = ctx_derive(ctx_background(), &desc);
+        EXPECT_EQ(ctx_err(ctx), CTX_DEADLINE_EXCEEDED);
+        ctx_end(ctx);
+    }
+    ctx_desc_t none; /* what it is for */
+    memset(&none, 0, sizeof none);
+    ctx_t *ctx = ctx_derive(ctx_background(), &none);
+    EXPECT_EQ(ctx_err(ctx), 0);
+    EXPECT_EQ(ctx_deadline(ctx), CTX_NO_DEADLINE);
+    ctx_end(ctx);
+}
+
+TEST(the_remaining_milliseconds_are_what_poll_wants) {
+    static const struct {
+        ctx_dur_t timeout;
+        int ms;
+    } cases[] = {
+        {1, 1},
+        {CTX_US(999), 1},
+        {CTX_MS(1) - 1, 1},
+        {CTX_MS(1), 1},
+        {CTX_MS(1) + 1, 2}, /* one less would return before the deadline */
+        {CTX_MS(1500), 1500},
+        {CTX_MS(INT32_MAX) - 1, INT32_MAX},
+        {CTX_MS(INT32_MAX), INT32_MAX},
+        {CTX_MS(INT32_MAX) + 1, INT32_MAX},
+        {CTX_FOREVER - CTX_S(200), INT32_MAX},
+        {CTX_FOREVER, -1},
+        {0, 0},
+        {-CTX_S(1), 0},
+        {INT64_MIN, 0},
+    };
+    EXPECT_EQ(ctx_remaining_ms(ctx_background()), -1);
+    ctx_clock_fake(CTX_S(100));
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        ctx_t *ctx = ctx_with_timeout(ctx_background(), cases[i].timeout);
+        EXPECT_EQ(ctx_remaining_ms(ctx), cases[i].ms);
+        ctx_end(ctx);
+    }
+    ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_MS(3));
+    ctx_t *below = ctx_with_cancel(ctx);
+    ctx_clock_advance(CTX_US(2500));
+    EXPECT_EQ(ctx_remaining_ms(below), 1);
+    ctx_clock_advance(CTX_US(500));
+    EXPECT_EQ(ctx_remaining_ms(below), 0);
+    ctx_clock_advance(CTX_S(5));
+    EXPECT_EQ(ctx_remaining_ms(below), 0);
+    ctx_end(below);
+    ctx_end(ctx);
+    ctx_clock_real();
+}
+
 TEST(a_deadline_in_the_past_has_expired) {
     const ctx_time_t deadlines[] = {ctx_now(), ctx_now() - 1, 0, 1, -1, INT64_MIN};
     for (size_t i = 0; i < sizeof deadlines / sizeof deadlines[0]; i++) {

@@ -280,6 +280,71 @@ TEST(hours_of_sleep_pass_in_no_time_under_the_fake_clock) {
     EXPECT(test_now_ns() - from < CTX_S(60));
 }
 
+typedef struct {
+    ctx_t *ctx;
+    ctx_time_t until, woke;
+    int tid, rc, done; /* [atomic] */
+} late_sleeper_t;
+
+static late_sleeper_t late_sleeper(ctx_t *ctx, ctx_time_t until) {
+    late_sleeper_t p;
+    memset(&p, 0, sizeof p);
+    p.ctx = ctx;
+    p.until = until;
+    return p;
+}
+
+static void *sleeps_until(void *arg) {
+    late_sleeper_t *p = (late_sleeper_t *)arg;
+    store(&p->tid, thread_id());
+    p->rc = ctx_sleep_until(p->ctx, p->until);
+    p->woke = ctx_now();
+    store(&p->done, 1);
+    return NULL;
+}
+
+TEST(sleep_until_ends_at_that_time_of_the_clock) {
+    ctx_clock_fake(CTX_S(1000));
+    late_sleeper_t p = late_sleeper(ctx_background(), CTX_S(4600));
+    pthread_t thread = thread_start(sleeps_until, &p);
+    until_asleep(&p.tid);
+    ctx_clock_advance(CTX_S(3600) - 1);
+    until_asleep(&p.tid);
+    EXPECT_EQ(load(&p.done), 0);
+    while (!load(&p.done)) { /* more than once only if it had not parked at first */
+        ctx_clock_advance(1);
+        sched_yield();
+    }
+    thread_join(thread);
+    EXPECT_EQ(p.rc, 0);
+    EXPECT(p.woke >= CTX_S(4600));
+    EXPECT_EQ(ctx_sleep_until(ctx_background(), ctx_now()), 0); /* nobody moves the clock: these would hang */
+    EXPECT_EQ(ctx_sleep_until(ctx_background(), 0), 0);
+    EXPECT_EQ(ctx_sleep_until(ctx_background(), INT64_MIN), 0);
+    ctx_clock_real();
+}
+
+TEST(sleep_until_is_cut_short_by_its_context) {
+    ctx_clock_fake(CTX_S(1000));
+    ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_S(60));
+    for (int canceled = 0; canceled < 2; canceled++) {
+        late_sleeper_t p = late_sleeper(canceled ? ctx_with_cancel(ctx_background()) : ctx, CTX_NO_DEADLINE);
+        pthread_t thread = thread_start(sleeps_until, &p);
+        until_asleep(&p.tid);
+        if (canceled)
+            ctx_cancel(p.ctx);
+        else
+            ctx_clock_advance(CTX_S(60));
+        thread_join(thread);
+        EXPECT_EQ(p.rc, canceled ? CTX_CANCELED : CTX_DEADLINE_EXCEEDED);
+        EXPECT_EQ(ctx_sleep_until(p.ctx, 0), p.rc); /* a done context is told of even if the time has passed */
+        EXPECT_EQ(ctx_sleep_until(p.ctx, CTX_NO_DEADLINE), p.rc);
+        if (canceled) ctx_end(p.ctx);
+    }
+    ctx_end(ctx);
+    ctx_clock_real();
+}
+
 TEST(the_fake_clock_ends_waits_at_their_max_and_at_deadlines) {
     ctx_clock_fake(0);
     ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_S(7200));

@@ -27,7 +27,7 @@ static int call(ctx_t *ctx, ctx_dur_t cost) {
 
 /* A third of what is left for the cache; what then remains is for the database. */
 static int handle(ctx_t *ctx) {
-    ctx_t *cache = ctx_derive(ctx, &(ctx_desc_t){.name = "cache", .timeout = ctx_remaining(ctx) / 3});
+    ctx_t *cache = ctx_derive(ctx, &(ctx_desc_t){.name = "cache", .timeout = ctx_budget(ctx_remaining(ctx) / 3)});
     int rc = call(cache, CTX_S(10)); /* it hangs */
     ctx_end(cache);
     if (rc == 0) return 0;

@@ -190,15 +190,10 @@ static bool may_pass(int rc, void *arg) { return (void)arg, rc == CTX_NOT_READY 
 /* Waiting for the output comes before the commit, so that nothing waits between that and its acknowledgement. An output
    that nobody reads, or can read any more, is met here, with nothing stored. */
 static int wait_for_room(ingest_t *in, ctx_t *ctx) {
-    struct pollfd fds[] = {{.fd = STDOUT_FILENO, .events = POLLOUT}, {.fd = ctx_done_fd(ctx), .events = POLLIN}};
-    if (fds[1].fd < 0) return fds[1].fd;
-    while (ctx_err(ctx) == 0) {
-        if (poll(fds, 2, -1) <= 0 || fds[0].revents == 0) continue;
-        if (!(fds[0].revents & (POLLERR | POLLHUP | POLLNVAL))) return 0;
-        snprintf(in->why, sizeof in->why, "nobody reads the standard output any more");
-        return CTX_CLOSED;
-    }
-    return ctx_err(ctx);
+    int ready = ctx_poll_fd(ctx, STDOUT_FILENO, POLLOUT); /* which makes no descriptor for this short context */
+    if (ready < 0 || !(ready & (POLLERR | POLLHUP | POLLNVAL))) return ready < 0 ? ready : 0;
+    snprintf(in->why, sizeof in->why, "nobody reads the standard output any more");
+    return CTX_CLOSED;
 }
 
 static int acknowledge(const job_t *job) {

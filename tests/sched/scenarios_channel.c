@@ -224,6 +224,91 @@ static void check_freed(void) {
     check();
 }
 
+/* -- the descriptor -- */
+
+static int fd_before, kept_fd[SCHED_THREADS];
+
+static bool readable(int fd) {
+    struct pollfd p = { fd, POLLIN, 0 };
+    return poll(&p, 1, 0) == 1 && p.revents == POLLIN;
+}
+static void note_free_fd(void) {
+    fd_before = dup(0);
+    close(fd_before);
+}
+static void setup_0_late_fd(void) {
+    setup_0();
+    note_free_fd();
+}
+static void setup_1_late_fd(void) {
+    setup_1();
+    note_free_fd();
+}
+static void make_fd(void) {
+    int fd = ctx_chan_fd(a);
+    SCHED_CHECK(fd >= 0);
+    kept_fd[sched_thread()] = fd;
+}
+static void setup_0_fd(void) {
+    setup_0_late_fd();
+    make_fd();
+}
+static void setup_1_fd(void) {
+    setup_1_late_fd();
+    make_fd();
+}
+static void setup_1_full_fd(void) {
+    setup_1_full();
+    note_free_fd();
+    make_fd();
+}
+
+/* Nobody is at work: it is readable exactly if a receive would not wait. All threads got the same, which goes with the
+   channel. */
+static void check_no_fd_left(void) {
+    int was = fd_before;
+    note_free_fd();
+    SCHED_CHECK(fd_before == was);
+}
+static void check_fd(void) {
+    int fd = 0, rc, item, i;
+    for (i = 0; i < SCHED_THREADS; i++) {
+        if (!kept_fd[i]) continue;
+        SCHED_CHECK(!fd || fd == kept_fd[i]);
+        fd = kept_fd[i]; /* as it was left: each call of the library would put it right */
+    }
+    do {
+        bool shown = readable(fd);
+        rc = ctx_chan_try_recv(a, &item);
+        if (rc == 0) note_taken(item);
+        SCHED_CHECK(shown == (rc != CTX_NOT_READY));
+    } while (rc == 0);
+    SCHED_CHECK(readable(fd) == (rc == CTX_CLOSED));
+    SCHED_CHECK(ctx_chan_fd(a) == fd);
+    check();
+    check_no_fd_left();
+}
+static void check_fd_freed(void) {
+    check_freed();
+    check_no_fd_left();
+}
+
+/* An event loop: it sleeps until the descriptor is readable. Returns CTX_CLOSED, or 0 when it has taken `n` items. */
+static int loop_recv(int n) {
+    int fd, item, rc = 0;
+    make_fd();
+    fd = kept_fd[sched_thread()];
+    while (n > 0 && rc != CTX_CLOSED) {
+        while (!readable(fd)) ctx__sched_relax();
+        rc = ctx_chan_try_recv(a, &item);
+        if (rc == 0) note_taken(item), n--;
+    }
+    return rc;
+}
+static void loop_once(void) { SCHED_CHECK(loop_recv(1) == 0); }
+static void loop_twice(void) { SCHED_CHECK(loop_recv(2) == 0); }
+static void loop_until_closed(void) { SCHED_CHECK(loop_recv(100) == CTX_CLOSED); }
+
 static const sched_scenario_t scenarios[] = {
     { "channel: send / recv, capacity 0", setup_0, { T(send_1), T(recv) }, check, false },
     { "channel: send / recv, capacity 1", setup_1, { T(send_twice), T(recv_in_order) }, check, false },
@@ -272,5 +357,31 @@ static const sched_scenario_t scenarios[] = {
     { "channel: select, receive and free", setup_0, { T(send_1), T(select_recv_free) }, check_freed, false },
     { "channel: select sends twice, receive and free", setup_0,
       { T(select_send_twice), T(recv_free) }, check_freed, false },
+    { "channel: descriptor / send", setup_1_late_fd, { T(make_fd), T(send_1) }, check_fd, false },
+    { "channel: descriptor / send / receive", setup_1_late_fd, { T(make_fd), T(send_1), T(recv) }, check_fd, false },
+    { "channel: descriptor / descriptor / send", setup_1_late_fd,
+      { T(make_fd), T(make_fd), T(send_1) }, check_fd, false },
+    { "channel: descriptor / close", setup_1_late_fd, { T(make_fd), T(close_a) }, check_fd, false },
+    { "channel: descriptor / close / send", setup_1_full_fd, { T(send_or_closed), T(close_a) }, check_fd, false },
+    { "channel: descriptor, loop / send", setup_1_late_fd, { T(loop_twice), T(send_twice) }, check_fd, false },
+    { "channel: descriptor, loop / send, capacity 0", setup_0_late_fd, { T(loop_once), T(send_1) }, check_fd, false },
+    { "channel: descriptor, loop / close", setup_1_late_fd,
+      { T(loop_until_closed), T(send_twice_close) }, check_fd, false },
+    { "channel: descriptor, loop / close, capacity 0", setup_0_late_fd,
+      { T(loop_until_closed), T(send_twice_close) }, check_fd, false },
+    { "channel: descriptor, two loops / send, close", setup_1_late_fd,
+      { T(loop_until_closed), T(loop_until_closed), T(send_twice_close) }, check_fd, false },
+    { "channel: descriptor, two senders, one receiver", setup_1_fd,
+      { T(send_1), T(send_2), T(recv_twice) }, check_fd, false },
+    { "channel: descriptor, two senders, one receiver, capacity 0", setup_0_fd,
+      { T(send_1), T(send_2), T(recv_twice) }, check_fd, false },
+    { "channel: descriptor, send gives up, capacity 0", setup_0_fd, { T(send_canceled), T(cancel) }, check_fd, false },
+    { "channel: descriptor, hand-over against cancel", setup_0_fd,
+      { T(recv_canceled), T(send_canceled), T(cancel) }, check_fd, false },
+    { "channel: descriptor, select / select, capacity 0", setup_0_fd,
+      { T(select_send_a_recv_b_canceled), T(select_send_b_recv_a_canceled), T(cancel) }, check_fd, false },
+    { "channel: descriptor, receive and free", setup_1_fd, { T(send_1), T(recv_free) }, check_fd_freed, false },
+    { "channel: descriptor, receive and free, capacity 0", setup_0_fd,
+      { T(send_1), T(recv_free) }, check_fd_freed, false },
 };
 SCHED_MAIN(scenarios)

@@ -1,5 +1,18 @@
-/* ctx_wait(), ctx_sleep(), ctx_done_fd(), ctx_cond_wait() against what ends them. */
+/* ctx_wait(), ctx_sleep(), ctx_done_fd(), ctx_poll_fd(), ctx_cond_wait() against what ends them. */
+#define _GNU_SOURCE
+#include <unistd.h>
+
+/* The library writes to descriptors that are open, and only to those. */
+static ssize_t checked_write(int fd, const void *data, size_t size);
+#define write(fd, data, size) checked_write((fd), (data), (size))
 #include "sched.h"
+#undef write
+
+static ssize_t checked_write(int fd, const void *data, size_t size) {
+    ssize_t n = write(fd, data, size);
+    SCHED_CHECK(n == (ssize_t)size);
+    return n;
+}
 
 static ctx_t *ctx, *kid;
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -75,7 +88,7 @@ static void derive_read(void) {
 
 static bool readable(int fd) {
     struct pollfd p = { fd, POLLIN, 0 };
-    return poll(&p, 1, 0) == 1;
+    return poll(&p, 1, 0) == 1 && p.revents == POLLIN; /* not POLLNVAL: it is open */
 }
 static void setup_fd(void) {
     setup();
@@ -135,6 +148,70 @@ static void setup_fd_refs(void) {
     close(fd_before);
 }
 
+/* The only owner ends a context whose descriptor a walk may be about to set. */
+static void setup_fd_kid(void) {
+    setup_fd();
+    kept_fd = ctx_done_fd(kid);
+}
+static void end_kid(void) { ctx_end(kid); }
+static void check_fd_kid_ended(void) {
+    ctx_end(ctx);
+    check_fd_ended();
+}
+
+/* One of two owners does: the other sees it. */
+static void setup_fd_kept(void) {
+    setup_fd_refs();
+    kept_fd = ctx_done_fd(ctx);
+}
+static void check_fd_owner_left(void) {
+    SCHED_CHECK(readable(kept_fd));
+    ctx_release(ctx);
+    check_fd_ended();
+}
+
+/* -- a wait for a descriptor of the program's -- */
+
+static int silent[2];
+static void setup_poll(void) {
+    setup_fd();
+    SCHED_CHECK(pipe(silent) == 0);
+}
+static void setup_poll_refs(void) {
+    setup_fd_refs();
+    SCHED_CHECK(pipe(silent) == 0);
+}
+static void check_poll_ended(void) {
+    close(silent[0]);
+    close(silent[1]);
+    check_fd_ended();
+}
+static void check_poll(void) {
+    check();
+    check_poll_ended();
+}
+
+/* Between waits a thread's own descriptor is not readable: else it would end no wait, but make all of them spin. */
+static int poll_fd(ctx_t *with) {
+    int rc = ctx_poll_fd(with, silent[0], POLLIN);
+    SCHED_CHECK(rc == POLLIN || rc == CTX_CANCELED);
+    SCHED_CHECK(!ctx__self.poller || !readable(ctx__self.poller->event.fd));
+    return rc;
+}
+static void poll_silent(void) { SCHED_CHECK(poll_fd(kid) == CTX_CANCELED); }
+static void poll_both(void) {
+    SCHED_CHECK(poll_fd(kid) == CTX_CANCELED);
+    SCHED_CHECK(poll_fd(ctx) == CTX_CANCELED);
+}
+static void poll_any(void) {
+    if (poll_fd(kid) == POLLIN) SCHED_CHECK(readable(silent[0]));
+}
+static void poll_release(void) {
+    SCHED_CHECK(poll_fd(ctx) == CTX_CANCELED);
+    ctx_release(ctx);
+}
+static void write_byte(void) { SCHED_CHECK(write(silent[1], "x", 1) == 1); }
+
 /* -- condition variables -- */
 
 static void check_cond(void) {
@@ -183,6 +260,15 @@ static const sched_scenario_t scenarios[] = {
       { T(done_fd), T(err_then_fd), T(cancel_then_fd) }, check_fd, false },
     { "wait: done_fd twice / cancel", setup_fd, { T(done_fd), T(done_fd), T(cancel_then_fd) }, check_fd, false },
     { "wait: done_fd, end / done_fd, end", setup_fd_refs, { T(fd_end), T(fd_end) }, check_fd_ended, false },
+    { "wait: done_fd, end / cancel the parent", setup_fd_kid, { T(end_kid), T(cancel) }, check_fd_kid_ended, false },
+    { "wait: done_fd, end / owner left", setup_fd_kept, { T(end_own), T(nothing) }, check_fd_owner_left, false },
+    { "wait: poll_fd / cancel", setup_poll, { T(poll_silent), T(cancel) }, check_poll, false },
+    { "wait: poll_fd / write / cancel", setup_poll, { T(poll_any), T(write_byte), T(cancel) }, check_poll, false },
+    { "wait: poll_fd, two contexts / cancel / cancel kid", setup_poll,
+      { T(poll_both), T(cancel), T(cancel_kid) }, check_poll, false },
+    { "wait: poll_fd, twice / cancel", setup_poll, { T(poll_silent), T(poll_silent), T(cancel) }, check_poll, false },
+    { "wait: poll_fd, last reference / end", setup_poll_refs, { T(poll_release), T(end_own) }, check_poll_ended,
+      false },
     { "wait: cond / cancel", setup, { T(cond_wait), T(cancel) }, check_cond, false },
     { "wait: cond / cancel with the mutex", setup, { T(cond_wait), T(cancel_locked) }, check_cond, false },
     { "wait: cond / signal / cancel", setup, { T(cond_wait), T(cond_signal), T(cancel) }, check_cond, false },
