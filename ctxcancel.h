@@ -610,11 +610,20 @@ typedef struct {
                          stages: see ctx_stage_run() (default: they run on idle threads, created as needed) */
     int limit;        /* accepted tasks that have not returned, at most; a task that waits in ctx_group_go() is not
                          counted (default: none; on a pool the size of its queue) */
+    bool keep_going;  /* a failure cancels nobody; it is the result all the same (default: the first failure cancels) */
+    void (*on_error)(void *arg, int rc, void *user); /* hears of each task that failed, with its result, and of each
+                         that was refused, with the error: see ctx_group_go() (default: nothing is called) */
+    void *user;       /* for on_error */
 } ctx_group_desc_t;
 
 /* Make a group: tasks that are waited for together, and of which the first to fail cancels the others. They share one
    context, a child of `parent`, which is also canceled when the pool's tasks are. Returns NULL with errno set if memory
-   is unavailable or an argument is bad. `desc` may be NULL. Must be ended by ctx_group_wait(). */
+   is unavailable or an argument is bad. `desc` may be NULL. Must be ended by ctx_group_wait().
+
+   `on_error` runs on a thread that runs or adds a task, one call at a time, and has returned from all calls before
+   ctx_group_wait() returns. It may use the group, all but ctx_group_wait(). What fails during a call is told after
+   that call, even if the call itself caused it. So an on_error that adds a task again must stop once the context is
+   done. When memory is short, on_error does not hear of errors inside its own call. */
 CTXCANCEL_API ctx_group_t *ctx_group_new(ctx_t *parent, const ctx_group_desc_t *desc);
 
 /* Returns the context of the tasks, valid until ctx_group_wait() returns. Cancel it to stop them. */
@@ -628,16 +637,22 @@ CTXCANCEL_API ctx_t *ctx_group_ctx(ctx_group_t *group);
    a thread.
    Returns 0 if accepted, and `fn` runs exactly once. Otherwise it never runs: returns the error of the group's context
    once that is done, CTX_CLOSED if the pool drains, CTX_NO_MEMORY if memory or a thread is unavailable, or
-   CTX_INVALID. */
+   CTX_INVALID. ctx_group_wait() returns that error unless another came first, so the result here may be ignored.
+   CTX_NO_MEMORY cancels the others as a failure does; CTX_CLOSED and CTX_INVALID do not. */
 CTXCANCEL_API int ctx_group_go(ctx_group_t *group, ctx_task_fn fn, void *arg);
 
-/* The same, but returns CTX_QUEUE_FULL where ctx_group_go() waits. */
+/* The same, but returns CTX_QUEUE_FULL where ctx_group_go() waits. The caller then decides what becomes of the task:
+   ctx_group_wait() and `.on_error` do not hear of it. Each other error counts as that of ctx_group_go(). */
 CTXCANCEL_API int ctx_group_try_go(ctx_group_t *group, ctx_task_fn fn, void *arg);
 
-/* Wait until every task has returned, running those that no thread has begun, and free the group. Returns the result of
-   the first task that failed, which is also the code of the context's cause, or 0 if none did. A task that was refused
-   has not failed. CTXCANCEL_ASSERT if called from a task of the group. Other threads must have returned from
-   ctx_group_go() before. (Go's errgroup; unlike there, a task that is added after a failure does not run.) */
+/* Wait until every task has returned, running those that no thread has begun, and free the group. Returns 0 only if
+   each ctx_group_go() on the group was accepted and each task returned 0. Otherwise returns the first error: the result
+   of a task, or the error with which one was refused. If a task failed first, that is also the code of the context's
+   cause. CTXCANCEL_ASSERT if called from a task of the group or its `.on_error`. Other threads must have returned from
+   ctx_group_go() before. (Go's errgroup; unlike there, a task that is added after a failure does not run.) So this is
+   right:
+       for (i = 0; i < n; i++) ctx_group_go(group, fetch, &urls[i]);
+       return ctx_group_wait(group); */
 CTXCANCEL_API int ctx_group_wait(ctx_group_t *group);
 
 /* Run `fn(ctx, arg)` here, with a context that is done as soon as `a` or `b` is and has the values of `a`. What it
@@ -5378,6 +5393,11 @@ CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_pe
    turn finds the queue empty, and stops being one, under the lock under which tasks are queued. A thread that waits,
    for room or for the end, takes tasks from that queue too: so groups of groups never lock up, however small the pool.
 
+   One thread at a time calls on_error: `telling` is that thread. What fails meanwhile is queued in `untold`, and the
+   thread that tells takes it out under `mu` before it stops. It is a thread that runs or adds a task, so all is told
+   before the last task has returned. No other thread waits for on_error, unless it has no memory for its place in that
+   queue; then its task does not count against the limit, as on_error may wait for room.
+
    A task that waits in ctx_group_go() does not count against the limit: while all tasks wait to add others, one of them
    can. The group lives until its owner has waited and its last turn has come back or was taken back. */
 
@@ -5713,11 +5733,15 @@ struct ctx_group {
     ctx_pool_t *pool;     /* [const] */
     size_t limit;         /* [const] */
     int most_turns;       /* [const] */
+    bool keep_going;      /* [const] */
+    void (*on_error)(void *arg, int rc, void *user); /* [const] */
+    void *user;           /* [const] */
     uint32_t refs;        /* [atomic] its owner, each turn that is wanted or at work */
     uint32_t mu;
-    int rc;               /* [mu] of the first task that failed */
+    int rc;               /* [mu] of the first task that failed or was refused */
+    bool failed;          /* [mu] a failure has canceled the others */
     size_t live;          /* [mu] tasks taken that have not returned, ... */
-    size_t adding;        /* [mu] ... and of these, in ctx_group_go() */
+    size_t adding;        /* [mu] ... and of these, in ctx_group_go() or waiting for on_error */
     bool awaited;         /* [mu] its owner waits, and runs what is queued */
     bool spread;          /* [mu] tasks wait for each other: each that is queued gets a thread */
     int active;           /* [mu] turns wanted or at work; less for a moment, never more */
@@ -5726,7 +5750,19 @@ struct ctx_group {
     ctx__queue_t queue;   /* [mu] tasks that no thread has begun */
     ctx__link_t *spare;   /* [mu] */
     ctx__queue_t at_limit, at_end; /* [mu] */
+    const void *telling;  /* [mu] the thread that calls on_error; NULL: none */
+    ctx__queue_t untold;  /* [mu] of ctx__error_t */
+    ctx__queue_t at_told; /* [mu] */
 };
+
+/* What on_error has not heard of. */
+typedef struct {
+    ctx__link_t link; /* [mu] */
+    void *arg;        /* [const] */
+    int rc;           /* [const] */
+    bool kept;        /* [const] it is a block of its own; else its thread waits until it is told */
+    bool told;        /* [mu] */
+} ctx__error_t;
 
 static void ctx__group_unref(ctx_group_t *group, int n) {
     ctx__link_t *link, *next;
@@ -5751,14 +5787,72 @@ static void ctx__group_left(ctx_group_t *group) {
     if (!group->live) ctx__wake_all(&group->at_end);
 }
 
-/* A task has failed: the first stops the others. */
-static CTX__COLD void ctx__group_failed(ctx_group_t *group, int rc) {
-    bool first;
+/* [mu], released meanwhile. Call on_error for `error`, and then for all that was queued by the time it returned. */
+static void ctx__group_tell_all(ctx_group_t *group, ctx__error_t *error) {
+    group->telling = &ctx__self;
+    for (;;) {
+        bool kept = error->kept;
+        ctx__unlock(&group->mu);
+        group->on_error(error->arg, error->rc, group->user);
+        if (kept) CTXCANCEL_FREE(error);
+        ctx__lock(&group->mu);
+        if (!kept) error->told = true;
+        ctx__wake_all(&group->at_told);
+        if (!group->untold.first) break;
+        error = CTX__CONTAINER(group->untold.first, ctx__error_t, link);
+        ctx__queue_out(&group->untold, &error->link);
+    }
+    group->telling = NULL;
+}
+
+static bool ctx__group_told(void *error) { return ((const ctx__error_t *)error)->told; }
+
+/* [mu], released meanwhile. Without memory: wait until the thread that calls on_error has told it. A call waits for
+   nothing that it causes itself. */
+static void ctx__group_tell_waiting(ctx_group_t *group, ctx__error_t *error) {
+    bool task = ctx__scope_of(CTX__IN_GROUP, group) != NULL;
+    if (group->telling == &ctx__self) return;
+    group->adding += task;
+    ctx__queue_add(&group->untold, &error->link);
+    ctx__wake_all(&group->at_limit);
+    ctx__await(&group->mu, &group->at_told, ctx__group_told, error, &ctx__root, CTX_NO_DEADLINE);
+    group->adding -= task;
+}
+
+/* [mu], released meanwhile. Have on_error hear of an error. */
+static void ctx__group_tell(ctx_group_t *group, void *arg, int rc) {
+    ctx__error_t here, *kept = NULL;
+    memset(&here, 0, sizeof here);
+    here.arg = arg;
+    here.rc = rc;
+    if (group->telling) {
+        ctx__unlock(&group->mu);
+        kept = (ctx__error_t *)CTXCANCEL_MALLOC(sizeof *kept);
+        if (kept) *kept = here;
+        if (kept) kept->kept = true;
+        ctx__lock(&group->mu);
+    }
+    if (!group->telling) ctx__group_tell_all(group, kept ? kept : &here);
+    else if (kept) ctx__queue_add(&group->untold, &kept->link);
+    else ctx__group_tell_waiting(group, &here);
+}
+
+/* A task has failed, or was refused: the first is the result. A failure stops the others, and so does a refusal for
+   want of memory. After other refusals those accepted go on: there is nothing to stop, or the pool's drain lets them
+   finish. */
+static CTX__COLD void ctx__group_failed(ctx_group_t *group, void *arg, int rc, bool refused) {
+    bool first, stop = !group->keep_going && (!refused || rc == CTX_NO_MEMORY);
     ctx__lock(&group->mu);
     first = group->rc == 0;
     if (first) group->rc = rc;
+    stop = stop && !group->failed;
+    if (stop) group->failed = true;
     ctx__unlock(&group->mu);
-    if (first) ctx_cancel_cause(group->ctx, rc, NULL);
+    if (stop) ctx_cancel_cause(group->ctx, rc, NULL);
+    if (!group->on_error) return;
+    ctx__lock(&group->mu);
+    ctx__group_tell(group, arg, rc);
+    ctx__unlock(&group->mu);
 }
 
 /* Run a task. [mu], released meanwhile. */
@@ -5768,8 +5862,8 @@ static void ctx__group_run(ctx_group_t *group, ctx_task_fn fn, void *arg) {
     ctx__unlock(&group->mu);
     ctx__scope_enter(&scope, CTX__IN_GROUP, group);
     rc = fn(group->ctx, arg);
+    if (CTX__UNLIKELY(rc)) ctx__group_failed(group, arg, rc, false);
     ctx__scope_leave(&scope);
-    if (CTX__UNLIKELY(rc)) ctx__group_failed(group, rc);
     ctx__lock(&group->mu);
     ctx__group_left(group);
 }
@@ -5855,7 +5949,7 @@ static void ctx__group_spread(void) {
 }
 
 CTXCANCEL_API ctx_group_t *ctx_group_new(ctx_t *parent, const ctx_group_desc_t *desc) {
-    static const ctx_group_desc_t plain = { NULL, NULL, 0 };
+    static const ctx_group_desc_t plain = { NULL, NULL, 0, false, NULL, NULL };
     ctx__make_t make = ctx__make_plain;
     ctx_group_t *group;
     if (!desc) desc = &plain;
@@ -5874,6 +5968,9 @@ CTXCANCEL_API ctx_group_t *ctx_group_new(ctx_t *parent, const ctx_group_desc_t *
     }
     if (desc->name) group->ctx->name = desc->name;
     group->pool = desc->pool;
+    group->keep_going = desc->keep_going;
+    group->on_error = desc->on_error;
+    group->user = desc->user;
     group->limit = desc->limit ? (size_t)desc->limit : desc->pool ? desc->pool->desc.queue : SIZE_MAX;
     if (group->pool) group->most_turns = group->pool->desc.workers;
     if ((size_t)group->most_turns > group->limit) group->most_turns = (int)group->limit;
@@ -5982,11 +6079,15 @@ static int ctx__group_add(ctx_group_t *group, ctx_task_fn fn, void *arg, bool wa
 }
 
 CTXCANCEL_API int ctx_group_go(ctx_group_t *group, ctx_task_fn fn, void *arg) {
-    return ctx__group_add(group, fn, arg, true);
+    int rc = ctx__group_add(group, fn, arg, true);
+    if (CTX__UNLIKELY(rc != 0) && group) ctx__group_failed(group, arg, rc, true);
+    return rc;
 }
 
 CTXCANCEL_API int ctx_group_try_go(ctx_group_t *group, ctx_task_fn fn, void *arg) {
-    return ctx__group_add(group, fn, arg, false);
+    int rc = ctx__group_add(group, fn, arg, false);
+    if (CTX__UNLIKELY(rc != 0) && rc != CTX_QUEUE_FULL && group) ctx__group_failed(group, arg, rc, true);
+    return rc;
 }
 
 static bool ctx__group_may_end(void *arg) {
@@ -6000,6 +6101,7 @@ CTXCANCEL_API int ctx_group_wait(ctx_group_t *group) {
     if (!group) return CTX_INVALID;
     CTXCANCEL_ASSERT(!ctx__scope_of(CTX__IN_GROUP, group)); /* a task that waits for itself */
     ctx__lock(&group->mu);
+    CTXCANCEL_ASSERT(group->telling != &ctx__self); /* on_error that waits for itself */
     group->awaited = true;
     while (group->live)
         if (!ctx__group_run_next(group))
