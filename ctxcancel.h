@@ -514,11 +514,15 @@ typedef enum {
     CTX_DROP_OLDEST  /* hand the oldest queued task to on_drop and take this one */
 } ctx_when_full_t;
 
+#define CTX_NO_QUEUE SIZE_MAX /* for `.queue`: no task may wait for a worker */
+
 typedef struct {
     const char *name;          /* for people; static (default: "pool") */
     int workers;               /* threads at most, started as work comes (default: one per core) */
-    size_t queue;              /* tasks that may wait, besides one for each worker that is free to take it
-                                  (default: 1024) */
+    size_t queue;              /* tasks that may wait, besides one for each worker that is free to take it: idle or
+                                  with no thread yet. With `.permits` such a worker has its task while it waits for a
+                                  permit. With CTX_NO_QUEUE a task is accepted only if a worker is free, and
+                                  CTX_DROP_OLDEST rejects (default: 1024) */
     ctx_sem_t *permits;        /* run only while holding one permit of this; may be shared between pools, and must
                                   outlive them (default: none, the workers are the limit) */
     ctx_dur_t task_timeout;    /* the deadline of each task, counted from its start; not negative (default: none) */
@@ -609,7 +613,7 @@ typedef struct {
                          reports do not count them. Tasks that wait for each other need a worker each, except for
                          stages: see ctx_stage_run() (default: they run on idle threads, created as needed) */
     int limit;        /* accepted tasks that have not returned, at most; a task that waits in ctx_group_go() is not
-                         counted (default: none; on a pool the size of its queue) */
+                         counted (default: none; on a pool the size of its queue, or with CTX_NO_QUEUE its workers) */
     bool keep_going;  /* a failure cancels nobody; it is the result all the same (default: the first failure cancels) */
     void (*on_error)(void *arg, int rc, void *user); /* hears of each task that failed, with its result, and of each
                          that was refused, with the error: see ctx_group_go() (default: nothing is called) */
@@ -4378,8 +4382,8 @@ CTXCANCEL_API void ctx_sem_destroy(ctx_sem_t *sem) {
    set or the pool's context is done; whoever takes it out under `out` runs it or gives it to on_drop. No foreign code
    runs under either lock.
 
-   Submitters that wait for room stand in a queue, and the worker that makes room puts their tasks into the ring for
-   them, in order; while one waits the ring counts as full for all others. A submitter that runs its task itself is a
+   Submitters that wait for room stand in a queue, and the worker that makes room, because it takes a task or is free
+   again, puts their tasks into the ring for them, in order; while one waits the ring counts as full for all others. A submitter that runs its task itself is a
    worker whose record is on its stack: it takes a permit, drains do not wait for it if it drains itself, and reports
    name it.
 
@@ -4595,8 +4599,8 @@ typedef struct {
 } ctx__submitter_t;
 
 /* [in] How many tasks the ring may hold: as many as may wait, and one for each worker that is free to take it: that
-   looks, is idle or has no thread yet. The ring has cells for all. A worker that has just taken a task still looks, so
-   there may be one task more than this for a moment. */
+   looks, is idle or has no thread yet. The ring has cells for all. A worker that looks takes a task under `in` and
+   looks no more, so no task is counted together with the worker that has taken it. */
 static inline uint64_t ctx__pool_most(const ctx_pool_t *pool) {
     return pool->desc.queue + (unsigned)pool->desc.workers - pool->workers + pool->idle_count + pool->looking;
 }
@@ -4650,10 +4654,9 @@ static CTX__COLD void ctx__pool_serve(ctx_pool_t *pool) {
     }
 }
 
-/* Take the oldest task, and note its name in `op`; with no `op`, to drop it. */
-static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const char **op) {
+/* Take the oldest task, and note its name in `op`; with no `op`, to drop it. `*serve`: submitters wait for the room. */
+static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const char **op, bool *serve) {
     const char *cell;
-    bool serve = false;
     ctx__lock(&pool->ring.out);
     cell = ctx__ring_first(&pool->ring);
     if (cell) {
@@ -4661,15 +4664,10 @@ static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const cha
         if (op) CTX__STORE(op, task->op, RELEASE); /* before the head moves: a drain sees no task nowhere */
         else CTX__ADD(&pool->dropping, 1u, RELAXED);
         ctx__ring_take(&pool->ring);
-        serve = pool->want_room;
+        *serve = pool->want_room;
         pool->want_room = false;
     }
     ctx__unlock(&pool->ring.out);
-    if (CTX__UNLIKELY(serve)) {
-        ctx__lock(&pool->ring.in);
-        ctx__pool_serve(pool);
-        ctx__pool_leave(pool);
-    }
     return cell != NULL;
 }
 
@@ -4707,6 +4705,7 @@ static ctx__turns_t *ctx__pool_take_turn(ctx_pool_t *pool) {
 static void ctx__pool_empty_out(ctx_pool_t *pool) {
     ctx__turns_t *turns;
     ctx__task_t task;
+    bool serve;
     do {
         ctx__lock(&pool->ring.in);
         turns = ctx__pool_take_turn(pool);
@@ -4714,7 +4713,7 @@ static void ctx__pool_empty_out(ctx_pool_t *pool) {
         ctx__unlock(&pool->ring.in);
         if (turns) turns->come(turns, true);
     } while (turns);
-    while (ctx__pool_take(pool, &task, NULL)) ctx__pool_drop(pool, &task, ctx__pool_drop_reason(pool));
+    while (ctx__pool_take(pool, &task, NULL, &serve)) ctx__pool_drop(pool, &task, ctx__pool_drop_reason(pool));
     ctx__lock(&pool->ring.in);
     ctx__wake_all(&pool->waiters);
     ctx__unlock(&pool->ring.in);
@@ -4831,19 +4830,20 @@ static void ctx__worker_permit(ctx__worker_t *worker) {
         CTX__STORE(&worker->permit, 1u, RELEASE);
 }
 
-/* It has taken something: no longer on the way. */
-static inline void ctx__worker_found(ctx__worker_t *worker) {
-    worker->ran = true;
-    if (!worker->looking) return;
-    ctx__lock(&worker->pool->ring.in);
-    ctx__worker_unlook(worker);
-    ctx__pool_leave(worker->pool);
-}
-
 static bool ctx__worker_do_task(ctx__worker_t *worker) {
+    ctx_pool_t *pool = worker->pool;
+    bool locked = worker->looking, serve = false, took;
     ctx__task_t task;
-    if (!ctx__pool_take(worker->pool, &task, &worker->op)) return false;
-    ctx__worker_found(worker);
+    if (locked) ctx__lock(&pool->ring.in);
+    took = ctx__pool_take(pool, &task, &worker->op, &serve);
+    if (CTX__UNLIKELY(serve && !locked)) ctx__lock(&pool->ring.in);
+    if (CTX__UNLIKELY(serve || locked)) {
+        if (took) ctx__worker_unlook(worker); /* no longer on the way, nor free for another */
+        if (serve) ctx__pool_serve(pool);
+        ctx__pool_leave(pool);
+    }
+    if (!took) return false;
+    worker->ran = true;
     ctx__worker_run(worker, &task);
     return true;
 }
@@ -4916,6 +4916,7 @@ static bool ctx__worker_rest(ctx__worker_t *worker) {
     bool on;
     ctx__lock(&pool->ring.in);
     ctx__worker_look(worker);
+    ctx__pool_serve(pool); /* with no queue this is when room comes */
     ctx__wake_all(&pool->waiters);
     ctx__unlock(&pool->ring.in);
     if (ctx__look_out(ctx__pool_has_work, pool, CTX_NO_DEADLINE)) return true;
@@ -5005,9 +5006,11 @@ static CTX__COLD int ctx__pool_wait_room(ctx_pool_t *pool, ctx_t *parent, ctx__t
     return rc ? rc : ctx__pool_refuses(pool);
 }
 
-/* [in] Put a task into a full ring, in the place of the oldest. False: there was room now. */
-static CTX__COLD bool ctx__pool_replace(ctx_pool_t *pool, ctx_t *parent, ctx__task_t *task, ctx__task_t *oldest) {
+/* [in] Put a task into a full ring, in the place of the oldest, which has a name then: not if there was room now.
+   CTX_QUEUE_FULL if there is no queue, and so none that is older. */
+static CTX__COLD int ctx__pool_replace(ctx_pool_t *pool, ctx_t *parent, ctx__task_t *task, ctx__task_t *oldest) {
     bool full;
+    if (!pool->desc.queue) return CTX_QUEUE_FULL;
     do {
         ctx__pool_serve(pool); /* room that has come is first for those who wait */
         ctx__lock(&pool->ring.out);
@@ -5020,7 +5023,7 @@ static CTX__COLD bool ctx__pool_replace(ctx_pool_t *pool, ctx_t *parent, ctx__ta
         ctx__unlock(&pool->ring.out);
     } while (!full && pool->blocked.first && !ctx__pool_refuses(pool));
     ctx__pool_put(pool, ctx__ring_room(&pool->ring), task, parent);
-    return full;
+    return 0;
 }
 
 /* Does a task that the calling thread is in hold a permit of `permits`? What it runs meanwhile is run under that. */
@@ -5094,7 +5097,9 @@ static inline int ctx__pool_add(ctx_pool_t *pool, ctx_t *parent, ctx__task_t *ta
     if (when_full == CTX_REJECT) return CTX_QUEUE_FULL;
     if (when_full == CTX_BLOCK) return ctx__pool_wait_room(pool, parent, task);
     if (when_full == CTX_CALLER_RUNS) return ctx__pool_caller_runs(pool, parent, task);
-    if (!ctx__pool_replace(pool, parent, task, &oldest)) return 0;
+    oldest.op = NULL;
+    rc = ctx__pool_replace(pool, parent, task, &oldest);
+    if (!oldest.op) return rc;
     ctx__pool_leave(pool);
     ctx__pool_drop(pool, &oldest, CTX_QUEUE_FULL);
     ctx__lock(&pool->ring.in);
@@ -5175,6 +5180,7 @@ static int ctx__pool_defaults(ctx_pool_desc_t *d) {
     if (!d->name) d->name = "pool";
     if (!d->workers) d->workers = (int)ctx__cpus;
     if (!d->queue) d->queue = 1024;
+    if (d->queue == CTX_NO_QUEUE) d->queue = 0;
     if (!d->grace) d->grace = CTX_MS(100);
     if (d->workers < 0 || d->coalesce < 0 || d->task_timeout < 0 || (int)d->when_full < 0 ||
         d->when_full > CTX_DROP_OLDEST)
@@ -5971,8 +5977,10 @@ CTXCANCEL_API ctx_group_t *ctx_group_new(ctx_t *parent, const ctx_group_desc_t *
     group->keep_going = desc->keep_going;
     group->on_error = desc->on_error;
     group->user = desc->user;
-    group->limit = desc->limit ? (size_t)desc->limit : desc->pool ? desc->pool->desc.queue : SIZE_MAX;
+    group->limit = desc->limit ? (size_t)desc->limit : SIZE_MAX;
     if (group->pool) group->most_turns = group->pool->desc.workers;
+    if (group->pool && !desc->limit) group->limit = group->pool->desc.queue;
+    if (!group->limit) group->limit = (size_t)group->most_turns; /* the pool has no queue */
     if ((size_t)group->most_turns > group->limit) group->most_turns = (int)group->limit;
     group->turns.come = ctx__group_come;
     group->turns.op = desc->name ? desc->name : "group";

@@ -1337,6 +1337,17 @@ TEST(the_limit_on_a_pool_is_its_queue_if_none_is_given) {
     EXPECT_EQ(tasks[8].ran, 0);
 }
 
+TEST(the_limit_on_a_pool_without_a_queue_is_its_workers) {
+    scene_t s;
+    task_t tasks[4];
+    ctx_pool_desc_t desc = describe(3, CTX_NO_QUEUE);
+    scene_on(&s, &desc, 0);
+    fill(&s, tasks, 3);
+    EXPECT_EQ(ctx_group_try_go(s.group, does_as_told, tasks_clear(&tasks[3], 1)), CTX_QUEUE_FULL);
+    EXPECT_EQ(scene_end(&s), 0);
+    EXPECT_EQ(tasks_ran(tasks, 4), 3);
+}
+
 TEST(go_waits_at_the_limit_until_a_task_has_returned) {
     for (int v = 0; v < VENUES; v++) {
         int limit = venues[v] ? venues[v] : 2;

@@ -108,6 +108,14 @@ static void occupy(ctx_pool_t *pool, gate_t *gate, int workers) {
     }
 }
 
+/* Workers that can take a task at once. */
+static int free_workers(ctx_pool_t *pool) {
+    ctx__lock(&pool->ring.in);
+    int n = pool->desc.workers - (int)pool->workers + (int)(pool->idle_count + pool->looking);
+    ctx__unlock(&pool->ring.in);
+    return n;
+}
+
 /* The threads there are with no pool at work. Those of stuck tasks end by themselves, after their pool is gone. */
 static int quiet_threads(void) {
     ctx_t *ctx = ctx_with_timeout(ctx_background(), 1); /* the timer thread stays once it has started */
@@ -853,6 +861,83 @@ TEST(a_task_that_a_free_worker_can_take_needs_no_room) {
         EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
         ctx_pool_free(pool);
         gate_destroy(&gate), gate_destroy(&before);
+    }
+}
+
+static const ctx_when_full_t when_full[] = {CTX_REJECT, CTX_BLOCK, CTX_CALLER_RUNS, CTX_DROP_OLDEST};
+
+/* A burst that idle workers, or some not made yet, can take needs no queue, whatever is done when that is full. */
+TEST(a_burst_for_free_workers_is_accepted_whatever_the_queue_is) {
+    enum { WORKERS = 256, BURST = 100 };
+    for (int w = 0; w < 4; w++) {
+        for (int round = 0; round < 4; round++) {
+            bool warm = round & 1;
+            gate_t gate, before;
+            drops_t drops;
+            gate_init(&gate), gate_init(&before);
+            drops_init(&drops);
+            ctx_pool_desc_t desc = describe(WORKERS, round & 2 ? CTX_NO_QUEUE : 64);
+            desc.when_full = when_full[w];
+            desc.on_drop = note_drop;
+            desc.user = &drops;
+            ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+            if (warm) occupy(pool, &before, BURST);
+            gate_open(&before);
+            UNTIL(!warm || free_workers(pool) == WORKERS);
+            for (int i = 0; i < BURST; i++)
+                EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "burst", passes_gate, &gate), 0);
+            gate_await(&gate, BURST); /* each has a worker */
+            gate_open(&gate);
+            EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+            EXPECT_EQ(drops_count(&drops), 0);
+            ctx_pool_free(pool);
+            gate_destroy(&gate), gate_destroy(&before);
+        }
+    }
+}
+
+TEST(without_a_queue_no_task_waits) {
+    for (int w = 0; w < 4; w++) {
+        for (int permits = 0; permits < 2; permits++) { /* a worker that waits for a permit has its task */
+            gate_t gate;
+            drops_t drops;
+            submitter_t s;
+            pthread_t thread;
+            ctx_sem_t sem;
+            int ran = 0;
+            gate_init(&gate);
+            drops_init(&drops);
+            ctx_sem_init(&sem, 1);
+            ctx_pool_desc_t desc = describe(2, CTX_NO_QUEUE);
+            desc.when_full = when_full[w];
+            desc.on_drop = note_drop;
+            desc.user = &drops;
+            if (permits) desc.permits = &sem;
+            ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+            for (int i = 0; i < 2; i++)
+                EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "holds", passes_gate, &gate), 0);
+            gate_await(&gate, permits ? 1 : 2);
+            if (w == 0 || w == 3) {
+                EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "late", counts, &ran), CTX_QUEUE_FULL);
+            } else if (w == 2 && !permits) {
+                EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "late", counts, &ran), 0);
+                EXPECT_EQ(ran, 1); /* here */
+            }
+            thread = submit_apart(&s, pool, ctx_background(), true, counts, &ran);
+            until_asleep(&s.tid);
+            EXPECT_EQ(load(&s.done), 0);
+            gate_open(&gate);
+            thread_join(thread);
+            EXPECT_EQ(s.rc, 0);
+            UNTIL(free_workers(pool) == 2);
+            EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "again", counts, &ran), 0);
+            EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+            EXPECT_EQ(ran, w == 2 && !permits ? 3 : 2);
+            EXPECT_EQ(drops_count(&drops), 0);
+            ctx_pool_free(pool);
+            gate_destroy(&gate);
+            ctx_sem_destroy(&sem);
+        }
     }
 }
 

@@ -743,6 +743,18 @@ static void wait_a(void) {
     sched_set(&tried);
     await(&a.over);
 }
+/* Room comes when the worker takes c, not when it is free again. */
+static void setup_room_then_held(void) {
+    ctx_pool_desc_t desc = describe(1, 1);
+    make(&desc);
+    have_busy(&d);
+    SCHED_CHECK(submit(&c, "queued", holds) == 0);
+}
+static void wait_a_release_c(void) {
+    SCHED_CHECK(submit_wait(&a, ctx_background(), runs) == 0);
+    sched_set(&c.go);
+    await(&a.over);
+}
 static void wait_a_below(void) {
     int rc = submit_wait(&a, parent, runs);
     SCHED_CHECK(rc == 0 || rc == CTX_CANCELED);
@@ -812,6 +824,30 @@ static void setup_room_idle(void) {
 static void setup_room_cold(void) {
     ctx_pool_desc_t desc = describe(2, 1);
     make(&desc);
+}
+/* With no queue one task at most is accepted while the only worker has one. */
+static void setup_no_queue(void) {
+    ctx_pool_desc_t desc = describe(1, CTX_NO_QUEUE);
+    make(&desc);
+    have_idle(1);
+}
+static void try_hold_a(void) {
+    int rc = submit(&a, "a", passes_gate);
+    SCHED_CHECK(rc == 0 || rc == CTX_QUEUE_FULL);
+}
+static void try_hold_b(void) {
+    int rc = submit(&b, "b", passes_gate);
+    SCHED_CHECK(rc == 0 || rc == CTX_QUEUE_FULL);
+}
+static void check_one_held(void) {
+    SCHED_CHECK((a.rc == 0) + (b.rc == 0) == 1);
+    sched_set(&gate);
+    check();
+}
+static void setup_no_queue_busy(void) {
+    ctx_pool_desc_t desc = describe(1, CTX_NO_QUEUE);
+    make(&desc);
+    have_busy(&d);
 }
 static void three_hold(void) {
     SCHED_CHECK(submit(&a, "a", passes_gate) == 0);
@@ -999,6 +1035,7 @@ static const sched_scenario_t scenarios[] = {
     { "pool: drop oldest / drain", setup_oldest, { T(late_a), T(late_b), T(drain), T(gate_set) }, check, false },
 
     { "pool: room / worker", setup_room, { T(wait_a), T(gate_set) }, check, false },
+    { "pool: room / worker that is held", setup_room_then_held, { T(wait_a_release_c), T(gate_set) }, check, false },
     { "pool: room, two in order", setup_room,
       { T(wait_a), T(wait_b_second), T(gate_set) }, check_no_overtaking, false },
     { "pool: room, one leaves", setup_room, { T(wait_a_below), T(wait_b), T(gate_set), T(end_parent) }, check, false },
@@ -1010,11 +1047,14 @@ static const sched_scenario_t scenarios[] = {
     { "pool: room / drop oldest / end", setup_room_oldest,
       { T(wait_a_or_closed), T(push_late), T(end_lifetime) }, check, false },
     { "pool: room for idle workers", setup_room_idle, { T(three_hold), T(watch) }, check, false },
+    { "pool: no queue, submit / submit", setup_no_queue, { T(try_hold_a), T(try_hold_b) }, check_one_held, false },
+    { "pool: no queue, room / worker", setup_no_queue_busy, { T(wait_a), T(gate_set) }, check, false },
     { "pool: room for workers without a thread", setup_room_cold, { T(three_hold), T(watch) }, check, false },
 
     { "pool: drain / submit", setup_1, { T(late_a), T(drain) }, check, false },
     { "pool: drain / first submit", setup_1_cold, { T(late_a), T(drain) }, check, false },
     { "pool: drain after submit", setup_1, { T(submit_a_drain), T(nothing) }, check, false },
+    { "pool: drain / queued", setup_room, { T(gate_set), T(drain) }, check, false },
     { "pool: two drains", setup_1, { T(late_a), T(drain_waits), T(drain_waits) }, check, false },
     { "pool: drain from a task", setup_drainer, { T(gate_await_drain), T(drain_waits) }, check, false },
     { "pool: drain that cuts", setup_cut, { T(drain_cut), T(drain_waits) }, check_cut, false },
