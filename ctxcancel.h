@@ -574,9 +574,16 @@ CTXCANCEL_API int ctx_pool_submit_wait(ctx_pool_t *pool, ctx_t *parent, const ch
 CTXCANCEL_API int ctx_pool_submit_batch(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn,
                                         void *const *args, size_t n, size_t *taken);
 
+/* Wait until nothing that the pool has accepted is left: each task has returned, or on_drop has. The pool stays open,
+   and a task that is accepted meanwhile is waited for too, so this may take as long as new tasks keep coming. A call
+   from a task of the pool, or from its on_drop, waits neither for that one nor for others that wait or drain here.
+   Returns 0, or ctx_err(ctx) if `ctx` is done first. */
+CTXCANCEL_API int ctx_pool_wait(ctx_pool_t *pool, ctx_t *ctx);
+
 /* Bring the pool to its end: refuse new work; let what was accepted finish for `budget`; then drop what is queued,
-   cancel what runs and give it the grace period; then report. 0 when no drain had to cut anything off, else
-   CTX_DEADLINE_EXCEEDED; what the end of the lifetime dropped or canceled before is in the report. Never blocks past
+   cancel what runs and give it the grace period; then report. Once the lifetime is done, the budget is over: a drain
+   then waits for the grace period at most. 0 when no drain had to cut anything off or left anything behind, else
+   CTX_DEADLINE_EXCEEDED; what the end of the lifetime dropped or canceled is in the report. Never blocks past
    budget and grace period. May be called again, from several threads, and from a task, which does not wait for itself.
    `report` may be NULL. */
 CTXCANCEL_API int ctx_pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_drain_report_t *report);
@@ -4383,9 +4390,9 @@ CTXCANCEL_API void ctx_sem_destroy(ctx_sem_t *sem) {
    runs under either lock.
 
    Submitters that wait for room stand in a queue, and the worker that makes room, because it takes a task or is free
-   again, puts their tasks into the ring for them, in order; while one waits the ring counts as full for all others. A submitter that runs its task itself is a
-   worker whose record is on its stack: it takes a permit, drains do not wait for it if it drains itself, and reports
-   name it.
+   again, puts their tasks into the ring for them, in order; while one waits the ring counts as full for all others. A
+   submitter that runs its task itself is a worker whose record is on its stack: it takes a permit, drains do not wait
+   for it if it drains itself, and reports name it.
 
    The agenda has the turns that groups and batchers want: a worker shall come and do what they have. A turn takes no
    place in the ring. It comes, or it is lost when the pool ends, or its owner takes it back. Workers take a task and a
@@ -4436,7 +4443,7 @@ typedef struct ctx__worker {
     uint32_t permit;               /* [atomic] holds a permit of desc.permits */
     ctx__link_t link;              /* [in] among the idle, or the callers */
     bool looking, idle, naps;      /* [in] */
-    unsigned drains;               /* [in] drains of this pool that its task is in */
+    unsigned calls[2];             /* [in] drains of this pool, and waits for it, that its task is in */
     uint8_t state;                 /* [in] CTX__WORKER_... */
     bool begun;                    /* [who reserved it, then const] its thread has been asked for */
     pthread_t thread;
@@ -4474,7 +4481,7 @@ struct ctx_pool {
     uint64_t done[3];     /* ... and what became of them */
     uint64_t dropped;     /* [atomic] */
     uint32_t dropping;    /* [atomic] tasks that are on their way to on_drop, or in it */
-    unsigned drop_drains; /* [in] drains of this pool that an on_drop of it is in */
+    unsigned drop_calls[2]; /* [in] drains of this pool, and waits for it, that an on_drop of it is in */
     uint64_t tallied;     /* [in] of dropped, what a component's report has */
 };
 
@@ -4654,7 +4661,7 @@ static CTX__COLD void ctx__pool_serve(ctx_pool_t *pool) {
     }
 }
 
-/* Take the oldest task, and note its name in `op`; with no `op`, to drop it. `*serve`: submitters wait for the room. */
+/* Take the oldest task, and note its name in `op`; with no `op`, to drop it. `*serve`: submitters wait for room. */
 static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const char **op, bool *serve) {
     const char *cell;
     ctx__lock(&pool->ring.out);
@@ -5233,32 +5240,68 @@ CTXCANCEL_API ctx_pool_t *ctx_pool_new(ctx_t *lifetime, const ctx_pool_desc_t *d
     return pool;
 }
 
-/* [in] Something runs, and is not in a drain of this pool itself. */
-static bool ctx__worker_busy(const ctx__worker_t *worker) {
-    return (CTX__LOAD(&worker->op, ACQUIRE) || CTX__LOAD(&worker->permit, ACQUIRE)) && !worker->drains;
+/* Calls that wait for the pool to settle, and the calls inside tasks that they do not wait for: a drain for no other
+   drain, a wait from inside for none of both. A drain waits for waits, which end by themselves; a wait from outside
+   waits for all. */
+enum { CTX__DRAINS, CTX__WAITS, CTX__CALLS };
+
+typedef struct {
+    ctx_pool_t *pool;
+    int but; /* calls that are not waited for: those below this number */
+} ctx__settle_t;
+
+/* [in] Something runs, and is not in one of those calls. */
+static bool ctx__worker_busy(const ctx__worker_t *worker, int but) {
+    int i;
+    for (i = 0; i < but; i++)
+        if (worker->calls[i]) return false;
+    return CTX__LOAD(&worker->op, ACQUIRE) || CTX__LOAD(&worker->permit, ACQUIRE);
 }
 
-/* [in] Nothing is queued, and nothing runs or is dropped but by calls that wait for just this themselves. */
+/* [in] Nothing is queued, and nothing runs or is dropped but by those calls. */
 static bool ctx__pool_settled(void *arg) {
-    const ctx_pool_t *pool = (const ctx_pool_t *)arg;
+    const ctx__settle_t *settle = (const ctx__settle_t *)arg;
+    const ctx_pool_t *pool = settle->pool;
     const ctx__link_t *link;
+    unsigned drops = 0;
     int i;
     if (ctx__pool_has_work(pool)) return false;
     for (i = 0; i < pool->desc.workers; i++)
-        if (ctx__worker_busy(&pool->all[i])) return false;
+        if (ctx__worker_busy(&pool->all[i], settle->but)) return false;
     for (link = pool->callers; link; link = link->next)
-        if (ctx__worker_busy(CTX__CONTAINER(link, const ctx__worker_t, link))) return false;
-    return CTX__LOAD(&pool->dropping, ACQUIRE) == pool->drop_drains;
+        if (ctx__worker_busy(CTX__CONTAINER(link, const ctx__worker_t, link), settle->but)) return false;
+    for (i = 0; i < settle->but; i++) drops += pool->drop_calls[i];
+    return CTX__LOAD(&pool->dropping, ACQUIRE) <= drops;
 }
 
-/* [in] The tasks and on_drops of this pool that the calling thread is in begin (1) or end (-1) a drain. */
-static void ctx__pool_note_drain(ctx_pool_t *pool, int change) {
+/* [in] The tasks and on_drops of this pool that the calling thread is in begin (1) or end (-1) such a call. Returns
+   whether there is one. */
+static bool ctx__pool_note_call(ctx_pool_t *pool, int call, int change) {
     ctx__scope_t *scope;
+    bool inside = false;
     for (scope = ctx__self.scope; scope; scope = scope->outer) {
-        if (scope->owner != pool) continue;
-        if (scope->kind == CTX__IN_TASK) CTX__CONTAINER(scope, ctx__worker_t, scope)->drains += (unsigned)change;
-        if (scope->kind == CTX__IN_DROP) pool->drop_drains += (unsigned)change;
+        if (scope->owner != pool || (scope->kind != CTX__IN_TASK && scope->kind != CTX__IN_DROP)) continue;
+        if (scope->kind == CTX__IN_DROP) pool->drop_calls[call] += (unsigned)change;
+        else CTX__CONTAINER(scope, ctx__worker_t, scope)->calls[call] += (unsigned)change;
+        inside = true;
     }
+    return inside;
+}
+
+CTXCANCEL_API int ctx_pool_wait(ctx_pool_t *pool, ctx_t *ctx) {
+    ctx__settle_t settle;
+    int rc;
+    if (!pool || !ctx) return CTX_INVALID;
+    if (ctx__pool_forked(pool)) return CTX_CLOSED;
+    rc = ctx_err(ctx);
+    if (rc) return rc;
+    settle.pool = pool;
+    ctx__lock(&pool->ring.in);
+    settle.but = ctx__pool_note_call(pool, CTX__WAITS, 1) ? CTX__CALLS : 0;
+    rc = ctx__await(&pool->ring.in, &pool->waiters, ctx__pool_settled, &settle, ctx, CTX_NO_DEADLINE);
+    ctx__pool_note_call(pool, CTX__WAITS, -1);
+    ctx__unlock(&pool->ring.in);
+    return rc;
 }
 
 /* [in] */
@@ -5288,39 +5331,46 @@ static void ctx__pool_report(ctx_pool_t *pool, ctx_drain_report_t *report) {
     while (names > report->stuck) report->running[--names] = NULL; /* ended between the two looks */
 }
 
-/* [in], released meanwhile. The budget has passed: cancel what is left, and give it the grace period. */
-static CTX__COLD void ctx__pool_cut(ctx_pool_t *pool, ctx_time_t cut_at, ctx_dur_t grace) {
-    pool->cut = true;
+/* [in], released meanwhile. The budget has passed, or the lifetime has ended: cancel what is left, and give it the
+   grace period. */
+static CTX__COLD void ctx__pool_cut(ctx__settle_t *settle, ctx_time_t cut_at, ctx_dur_t grace) {
+    ctx_pool_t *pool = settle->pool;
+    bool ended = ctx_err(pool->ctx->parent) != 0;
+    pool->cut = pool->cut || !ended;
     ctx__unlock(&pool->ring.in);
     ctx__cancel(pool->ctx, CTX_CANCELED, CTX_DEADLINE_EXCEEDED, "pool drained", false);
     ctx__pool_empty_out(pool);
     ctx__lock(&pool->ring.in);
-    ctx__await(&pool->ring.in, &pool->waiters, ctx__pool_settled, pool, &ctx__root,
-               ctx_time_add(cut_at, grace > 0 ? grace : 0));
+    if (ctx__await(&pool->ring.in, &pool->waiters, ctx__pool_settled, settle, &ctx__root,
+                   ctx_time_add(cut_at, grace > 0 ? grace : 0)))
+        pool->cut = true;
 }
 
 static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t grace, ctx_drain_report_t *report) {
     ctx_time_t start = ctx_now(), cut_at;
+    ctx__settle_t settle;
     ctx_drain_report_t r;
     int rc;
     memset(&r, 0, sizeof r);
+    settle.pool = pool;
+    settle.but = CTX__DRAINS + 1;
     ctx__lock(&pool->ring.in);
     CTX__STORE(&pool->closed, true, RELEASE);
-    ctx__pool_note_drain(pool, 1);
+    ctx__pool_note_call(pool, CTX__DRAINS, 1);
     ctx__wake_all(&pool->blocked);
     ctx__wake_all(&pool->waiters);
     ctx__pool_leave(pool); /* tasks gather no longer */
     ctx__lock(&pool->ring.in);
-    rc = ctx__await(&pool->ring.in, &pool->waiters, ctx__pool_settled, pool, &ctx__root,
+    rc = ctx__await(&pool->ring.in, &pool->waiters, ctx__pool_settled, &settle, pool->ctx->parent,
                     ctx_time_add(start, budget > 0 ? budget : 0));
     cut_at = ctx_now();
     r.wait_time = cut_at - start;
-    if (rc) ctx__pool_cut(pool, cut_at, grace);
+    if (rc) ctx__pool_cut(&settle, cut_at, grace);
     if (rc) r.grace_time = ctx_now() - cut_at;
     if (report || ctx__tally()) ctx__pool_report(pool, &r);
     ctx__tally_add(r.dropped - pool->tallied, r.stuck);
     if (ctx__tally()) pool->tallied = r.dropped;
-    ctx__pool_note_drain(pool, -1);
+    ctx__pool_note_call(pool, CTX__DRAINS, -1);
     rc = pool->cut ? CTX_DEADLINE_EXCEEDED : 0;
     ctx__pool_leave(pool);
     if (report) *report = r;

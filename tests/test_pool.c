@@ -1999,6 +1999,214 @@ TEST(a_task_may_drain_its_own_pool) {
     }
 }
 
+/* -- the end of the lifetime, and waits --------------------------------------------------------------------------- */
+
+/* The budget of a drain ends with the lifetime, whether that ends before the drain or during it. */
+TEST(once_the_lifetime_is_done_a_drain_waits_for_the_grace_period_only) {
+    for (int before = 0; before < 2; before++) {
+        ctx_clock_fake(CTX_S(1));
+        gate_t gate;
+        drainer_t d;
+        gate_init(&gate);
+        ctx_t *lifetime = ctx_with_cancel(ctx_background());
+        ctx_pool_desc_t desc = describe(1, 4);
+        desc.grace = CTX_S(60);
+        ctx_pool_t *pool = pool_below(lifetime, &desc);
+        occupy(pool, &gate, 1);
+        if (before) ctx_cancel(lifetime);
+        pthread_t thread = drain_apart(&d, pool, CTX_FOREVER);
+        until_asleep(&d.tid);
+        if (!before) {
+            ctx_clock_advance(CTX_S(3600));
+            EXPECT_EQ(load(&d.done), 0);
+            ctx_cancel(lifetime);
+            until_asleep(&d.tid);
+        }
+        EXPECT_EQ(load(&d.done), 0);
+        while (!load(&d.done)) {
+            ctx_clock_advance(CTX_S(1));
+            test_sleep_ms(1);
+        }
+        thread_join(thread);
+        EXPECT_EQ(d.rc, CTX_DEADLINE_EXCEEDED);
+        EXPECT_EQ(d.report.stuck, 1);
+        EXPECT(d.report.wait_time >= (before ? 0 : CTX_S(3600)));
+        EXPECT(d.report.grace_time >= CTX_S(60));
+        gate_open(&gate);
+        ctx_pool_free(pool);
+        ctx_end(lifetime);
+        gate_destroy(&gate);
+        ctx_clock_real();
+    }
+}
+
+TEST(tasks_that_heed_the_end_of_the_lifetime_end_the_drain_at_once) {
+    ctx_clock_fake(CTX_S(1));
+    drainer_t d;
+    int started = 0;
+    ctx_t *lifetime = ctx_with_cancel(ctx_background());
+    ctx_pool_desc_t desc = describe(2, 4);
+    desc.grace = CTX_S(60);
+    ctx_pool_t *pool = pool_below(lifetime, &desc);
+    for (int i = 0; i < 2; i++)
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "waits", waits_for_cancel, &started), 0);
+    UNTIL(load(&started) == 2);
+    pthread_t thread = drain_apart(&d, pool, CTX_FOREVER);
+    until_asleep(&d.tid);
+    ctx_cancel(lifetime);
+    thread_join(thread); /* the fake clock stands still */
+    EXPECT_EQ(d.rc, 0);
+    EXPECT_EQ(d.report.canceled, 2);
+    ctx_pool_free(pool);
+    ctx_end(lifetime);
+    ctx_clock_real();
+}
+
+/* A wait in a thread of its own. */
+typedef struct {
+    ctx_pool_t *pool;
+    ctx_t *ctx;
+    int tid, done, rc;
+} waiter_t;
+
+static void *waits(void *arg) {
+    waiter_t *w = (waiter_t *)arg;
+    store(&w->tid, thread_id());
+    w->rc = ctx_pool_wait(w->pool, w->ctx);
+    store(&w->done, 1);
+    return NULL;
+}
+
+static pthread_t wait_apart(waiter_t *w, ctx_pool_t *pool, ctx_t *ctx) {
+    memset(w, 0, sizeof *w);
+    w->pool = pool;
+    w->ctx = ctx;
+    return thread_start(waits, w);
+}
+
+TEST(a_wait_returns_when_nothing_accepted_is_left_and_the_pool_stays_open) {
+    for (int workers = 1; workers <= 3; workers++) {
+        gate_t gate;
+        waiter_t w;
+        int ran = 0;
+        gate_init(&gate);
+        ctx_pool_t *pool = pool_of(workers, 16);
+        EXPECT_EQ(ctx_pool_wait(pool, ctx_background()), 0); /* there is nothing */
+        occupy(pool, &gate, workers);
+        for (int i = 0; i < 8; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+        pthread_t thread = wait_apart(&w, pool, ctx_background());
+        until_asleep(&w.tid);
+        for (int i = 0; i < 8; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+        EXPECT_EQ(load(&w.done), 0);
+        gate_open(&gate);
+        thread_join(thread);
+        EXPECT_EQ(w.rc, 0);
+        EXPECT_EQ(load(&ran), 16);
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+        EXPECT_EQ(ctx_pool_wait(pool, ctx_background()), 0);
+        EXPECT_EQ(load(&ran), 17);
+        EXPECT_EQ(ctx_pool_drain(pool, 0, NULL), 0);
+        EXPECT_EQ(ctx_pool_wait(pool, ctx_background()), 0); /* a closed one has nothing left */
+        ctx_pool_free(pool);
+        gate_destroy(&gate);
+    }
+}
+
+TEST(a_wait_ends_with_its_context) {
+    gate_t gate;
+    waiter_t w;
+    gate_init(&gate);
+    ctx_pool_t *pool = pool_of(1, 4);
+    ctx_t *ctx = ctx_with_cancel(ctx_background());
+    occupy(pool, &gate, 1);
+    pthread_t thread = wait_apart(&w, pool, ctx);
+    until_asleep(&w.tid);
+    ctx_cancel(ctx);
+    thread_join(thread);
+    EXPECT_EQ(w.rc, CTX_CANCELED);
+    EXPECT_EQ(ctx_pool_wait(pool, ctx), CTX_CANCELED);
+    EXPECT_EQ(ctx_pool_wait(NULL, ctx_background()), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_wait(pool, NULL), CTX_INVALID);
+    ctx_end(ctx);
+    ctx = ctx_with_timeout(ctx_background(), CTX_MS(1));
+    EXPECT_EQ(ctx_pool_wait(pool, ctx), CTX_DEADLINE_EXCEEDED);
+    ctx_end(ctx);
+    gate_open(&gate);
+    EXPECT_EQ(ctx_pool_wait(pool, ctx_background()), 0);
+    ctx_pool_free(pool);
+    gate_destroy(&gate);
+}
+
+typedef struct {
+    ctx_pool_t *pool;
+    int waited; /* [atomic] waits that have returned 0 */
+    int ran;    /* [atomic] others */
+} among_t;
+
+static int waits_among_others(ctx_t *ctx, void *arg) {
+    among_t *among = (among_t *)arg;
+    if (ctx_pool_wait(among->pool, ctx) == 0 && load(&among->ran) == 4) add(&among->waited, 1);
+    return 0;
+}
+
+static int counts_slowly(ctx_t *ctx, void *arg) {
+    (void)ctx;
+    test_sleep_ms(1);
+    add(&((among_t *)arg)->ran, 1);
+    return 0;
+}
+
+static void waits_in_on_drop(const char *op, void *arg, int reason, void *user) {
+    among_t *among = (among_t *)user;
+    (void)op;
+    (void)arg;
+    (void)reason;
+    EXPECT_EQ(ctx_pool_wait(among->pool, ctx_background()), 0);
+    add(&among->waited, 1);
+}
+
+/* Tasks that wait do not wait for themselves or each other; who waits outside waits for them too. */
+TEST(tasks_may_wait_for_all_others) {
+    for (int waiters = 1; waiters <= 3; waiters++) {
+        among_t among;
+        memset(&among, 0, sizeof among);
+        ctx_pool_t *pool = among.pool = pool_of(4, 16);
+        for (int i = 0; i < 4; i++)
+            EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "slow", counts_slowly, &among), 0);
+        for (int i = 0; i < waiters; i++)
+            EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "waits", waits_among_others, &among), 0);
+        EXPECT_EQ(ctx_pool_wait(pool, ctx_background()), 0);
+        EXPECT_EQ(load(&among.waited), waiters);
+        EXPECT_EQ(ctx_pool_drain(pool, 0, NULL), 0);
+        ctx_pool_free(pool);
+    }
+}
+
+TEST(on_drop_may_wait_for_its_pool) {
+    gate_t gate;
+    among_t among;
+    gate_init(&gate);
+    memset(&among, 0, sizeof among);
+    ctx_pool_desc_t desc = describe(1, 1);
+    desc.when_full = CTX_DROP_OLDEST;
+    desc.on_drop = waits_in_on_drop;
+    desc.user = &among;
+    ctx_pool_t *pool = among.pool = pool_below(ctx_background(), &desc);
+    occupy(pool, &gate, 1);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "oldest", counts, &among.ran), 0);
+    submitter_t s;
+    pthread_t thread = submit_apart(&s, pool, ctx_background(), false, counts, &among.ran);
+    until_asleep(&s.tid);
+    EXPECT_EQ(load(&among.waited), 0);
+    gate_open(&gate);
+    thread_join(thread);
+    EXPECT_EQ(among.waited, 1);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(among.ran, 1);
+    ctx_pool_free(pool);
+    gate_destroy(&gate);
+}
+
 /* -- free ------------------------------------------------------------------------------------------------------- */
 
 TEST(freeing_an_undrained_pool_drops_its_queue_and_leaves_stuck_tasks_alone) {

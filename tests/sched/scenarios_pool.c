@@ -168,6 +168,7 @@ static ctx_pool_desc_t describe(int workers, size_t queue) {
     desc.queue = queue;
     desc.on_drop = on_drop;
     desc.user = &pool;
+    desc.grace = CTX_FOREVER; /* a wake-up that is lost shall show */
     a.meets = &b;
     b.meets = &a;
     return desc;
@@ -916,6 +917,96 @@ static void check_stuck(void) {
     check();
 }
 
+/* The pool's lifetime ends: a drain does not wait for its budget, but for the grace period, of which there is none. */
+static void setup_stuck_no_grace(void) {
+    ctx_pool_desc_t desc = describe(1, 4);
+    desc.grace = -1;
+    make(&desc);
+    have_busy(&c);
+    forever = 1;
+}
+static void check_ended(void) {
+    pool->desc.grace = CTX_FOREVER;
+    sched_set(&gate);
+    check();
+}
+static void drain_ends(void) { SCHED_CHECK(ctx_pool_drain(pool, CTX_FOREVER, NULL) == CTX_DEADLINE_EXCEEDED); }
+
+/* Waits, by threads and by tasks. */
+static void submit_a_wait(void) {
+    SCHED_CHECK(submit(&a, "a", runs) == 0);
+    SCHED_CHECK(ctx_pool_wait(pool, ctx_background()) == 0);
+    SCHED_CHECK(a.ran == 1 && sched_is_set(&a.over));
+    SCHED_CHECK(submit(&b, "b", runs) == 0); /* it is still open */
+}
+static int waits_for_pool(ctx_t *ctx, void *arg) {
+    piece_t *piece = (piece_t *)arg;
+    piece_begin(piece);
+    SCHED_CHECK(ctx_pool_wait(pool, ctx) == 0);
+    ctx__sched_relax();
+    return piece_end(piece, 0);
+}
+static void setup_waiter(void) {
+    setup_cold(2);
+    have_busy(&c);
+    SCHED_CHECK(submit(&a, "waits", waits_for_pool) == 0);
+}
+static void gate_await_a(void) {
+    sched_set(&gate);
+    await(&a.over);
+}
+static void wait_outside(void) {
+    SCHED_CHECK(ctx_pool_wait(pool, ctx_background()) == 0);
+    SCHED_CHECK(sched_is_set(&a.over));
+}
+/* A wait that is over does not excuse its task any more. */
+static int waits_then_goes_on(ctx_t *ctx, void *arg) {
+    piece_t *piece = (piece_t *)arg;
+    piece_begin(piece);
+    SCHED_CHECK(ctx_pool_wait(pool, ctx) == 0);
+    sched_set(&tried);
+    await(&b.began);
+    return piece_end(piece, 0);
+}
+static int waits_for_a(ctx_t *ctx, void *arg) {
+    piece_begin((piece_t *)arg);
+    SCHED_CHECK(ctx_pool_wait(pool, ctx) == 0);
+    SCHED_CHECK(sched_is_set(&a.over));
+    return piece_end((piece_t *)arg, 0);
+}
+static void wait_then_wait(void) {
+    SCHED_CHECK(submit(&a, "goes on", waits_then_goes_on) == 0);
+    await(&tried);
+    SCHED_CHECK(submit(&b, "waits", waits_for_a) == 0);
+    await(&b.over);
+}
+static void setup_two_waiters(void) {
+    setup_waiter();
+    SCHED_CHECK(submit(&b, "waits too", waits_for_pool) == 0);
+}
+static void wait_below(void) {
+    int rc = ctx_pool_wait(pool, parent);
+    SCHED_CHECK(rc == 0 || rc == CTX_CANCELED);
+}
+static int drains_with_a(ctx_t *ctx, void *arg) {
+    piece_t *piece = (piece_t *)arg;
+    SCHED_CHECK(ctx != NULL);
+    piece_begin(piece);
+    SCHED_CHECK(ctx_pool_drain(pool, CTX_FOREVER, NULL) == 0);
+    SCHED_CHECK(sched_is_set(&a.over)); /* a drain waits for waits */
+    return piece_end(piece, 0);
+}
+static void setup_waiter_and_drainer(void) {
+    setup_waiter();
+    SCHED_CHECK(submit(&b, "drains", drains_with_a) == 0);
+}
+static void gate_await_both(void) {
+    sched_set(&gate);
+    await(&a.over);
+    await(&b.over);
+    let_end();
+}
+
 static void setup_free_permit(void) {
     ctx_pool_desc_t desc = describe(2, 4);
     have_permits(1, 0);
@@ -1064,6 +1155,16 @@ static const sched_scenario_t scenarios[] = {
     { "pool: end / first submit", setup_1_cold, { T(late_a), T(end_lifetime) }, check, false },
     { "pool: end / drain / submit", setup_1, { T(late_a), T(end_lifetime), T(drain_waits) }, check, false },
     { "pool: end, on_drop drains", setup_cut, { T(end_drop_drains), T(drain_waits) }, check_cut, false },
+    { "pool: end / drain, stuck", setup_stuck_no_grace, { T(drain_ends), T(end_lifetime) }, check_ended, false },
+    { "pool: wait after submit", setup_1, { T(submit_a_wait), T(nothing) }, check, false },
+    { "pool: wait / submit", setup_1, { T(wait_below), T(submit_a) }, check, false },
+    { "pool: wait / end of its context", setup_stuck, { T(wait_below), T(end_parent), T(gate_set) }, check, false },
+    { "pool: wait from a task", setup_waiter, { T(gate_await_a) }, check, false },
+    { "pool: wait from a task / wait", setup_waiter, { T(gate_set), T(wait_outside) }, check, false },
+    { "pool: wait from a task / drain", setup_waiter, { T(gate_set), T(drain) }, check, false },
+    { "pool: wait from a task, and then from another", setup_2, { T(wait_then_wait) }, check, false },
+    { "pool: waits from two tasks", setup_two_waiters, { T(gate_set), T(wait_outside) }, check, false },
+    { "pool: wait from a task, drain from a task", setup_waiter_and_drainer, { T(gate_await_both) }, check, false },
     { "pool: free, stuck", setup_2_cold, { T(free_stuck), T(nothing) }, check_freed, false },
     { "pool: free, stuck with a permit", setup_free_permit, { T(free_stuck), T(nothing) }, check_freed, false },
     { "pool: free at once", setup_2_cold, { T(free_at_once), T(nothing) }, check_freed, false },
