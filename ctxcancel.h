@@ -535,6 +535,7 @@ typedef struct {
     ctx_dur_t coalesce;        /* a worker that has nothing more to do looks again after so long, and until then no
                                   other is woken, unless more than half of the queue is taken: so many small tasks cost
                                   few wake-ups (default: 0, off) */
+    size_t copy_max;           /* bytes that ctx_pool_submit_copy() takes at most (default: 64) */
 } ctx_pool_desc_t;
 
 #define CTX_DRAIN_OPS 16
@@ -568,6 +569,13 @@ CTXCANCEL_API int ctx_pool_submit(ctx_pool_t *pool, ctx_t *parent, const char *o
 /* The same, but waits for room until `parent` is done, then returns its err. Those who wait are served in order; while
    one waits the queue is full for all others. */
 CTXCANCEL_API int ctx_pool_submit_wait(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn, void *arg);
+
+/* The same as ctx_pool_submit(), but `arg` of the task is a copy of the `size` bytes at `data`, aligned for any type: its
+   own until `fn` or on_drop returns. So a small task needs no malloc: the pool keeps the memory of copies and uses it
+   again. Returns CTX_INVALID also if `size` is more than `.copy_max`, and CTX_NO_MEMORY also if there is no memory for
+   one more copy than ever before. A pool that is never asked for copies has none. */
+CTXCANCEL_API int ctx_pool_submit_copy(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn,
+                                       const void *data, size_t size);
 
 /* Submit `n` tasks of one operation, in order: `*taken` (may be NULL) says how many were accepted. 0 when all were,
    else the error of the first that was not. One wake-up for all, while there is room. `.when_full` holds for each. */
@@ -4401,6 +4409,10 @@ CTXCANCEL_API void ctx_sem_destroy(ctx_sem_t *sem) {
    A worker owns a node below the pool's context and uses it for task after task, as long as nobody kept or canceled
    it: only the values, name and deadline change. Its timer stays armed and is merely pushed later.
 
+   The bytes of a copied task are in a block of the pool's, which is the task's until it has run or is dropped; then it
+   goes onto `copies_back`, without a lock. A submit takes from `copies`, and fetches what has come back when that is
+   empty. Blocks are made in chunks, each as large as all before it together.
+
    The pool is counted: its owner, each thread and each submitter that runs a task hold it. So freeing need not wait for
    a stuck task. */
 
@@ -4408,15 +4420,25 @@ typedef struct {
     ctx_task_fn fn;
     void *arg;
     const char *op;
-    uintptr_t from;        /* what it has of its parent: a reference to the values, CTX__F_SAMPLING in the low bits */
+    uintptr_t from;        /* what it has of its parent: a reference to the values; in the low bits CTX__F_SAMPLING, and
+                              CTX__TASK_COPY if `arg` is a block of the pool's */
 } ctx__task_t;
+
+enum { CTX__TASK_COPY = 4, CTX__TASK_BITS = 7 };
+
+typedef union ctx__copy {
+    union ctx__copy *next; /* while no task has it: the rest of the list */
+    char bytes[16];        /* the first of copy_max, else */
+} ctx__copy_t;
 
 static uintptr_t ctx__task_from(const ctx_t *parent) {
     if (parent->values) ctx__record_retain(parent->values);
     return (uintptr_t)parent->values | (uintptr_t)(parent->flags / CTX__F_DECIDED);
 }
 
-static ctx__record_t *ctx__task_values(uintptr_t from) { return (ctx__record_t *)(from & ~(uintptr_t)3); }
+static ctx__record_t *ctx__task_values(uintptr_t from) {
+    return (ctx__record_t *)(from & ~(uintptr_t)CTX__TASK_BITS);
+}
 static uint8_t ctx__task_sampling(uintptr_t from) { return (uint8_t)((from & 3) * CTX__F_DECIDED); }
 
 /* What a group or a batcher has workers come for. */
@@ -4483,6 +4505,10 @@ struct ctx_pool {
     uint32_t dropping;    /* [atomic] tasks that are on their way to on_drop, or in it */
     unsigned drop_calls[2]; /* [in] drains of this pool, and waits for it, that an on_drop of it is in */
     uint64_t tallied;     /* [in] of dropped, what a component's report has */
+    ctx__copy_t *copies;  /* [in] blocks for copied tasks, ... */
+    void *chunks;         /* [in] ... and what they are parts of; each begins with the next one */
+    size_t copies_made;   /* [in] */
+    CTX__ALIGNED ctx__copy_t *copies_back; /* [atomic] blocks that tasks have given back */
 };
 
 static bool ctx__pool_forked(const ctx_pool_t *pool) { return pool->forks != ctx__forks; }
@@ -4491,10 +4517,19 @@ static bool ctx__pool_has_work(const void *pool) {
     return CTX__LOAD(&((const ctx_pool_t *)pool)->turns, RELAXED) || ctx__ring_count(&((const ctx_pool_t *)pool)->ring);
 }
 
+static void ctx__pool_free_memory(ctx_pool_t *pool) {
+    void *chunk, *next;
+    for (chunk = pool->chunks; chunk; chunk = next) {
+        memcpy(&next, chunk, sizeof next);
+        CTXCANCEL_FREE(chunk);
+    }
+    CTXCANCEL_FREE(pool->raw);
+}
+
 static void ctx__pool_unref(ctx_pool_t *pool) {
     if (CTX__SUB(&pool->refs, 1u, ACQ_REL) != 1) return;
     ctx_release(pool->ctx);
-    CTXCANCEL_FREE(pool->raw);
+    ctx__pool_free_memory(pool);
 }
 
 /* -- who looks -- */
@@ -4629,7 +4664,7 @@ static bool ctx__pool_full(const ctx_pool_t *pool) {
 
 /* [in] There is room. */
 static inline void ctx__pool_put(ctx_pool_t *pool, char *cell, ctx__task_t *task, const ctx_t *parent) {
-    task->from = ctx__task_from(parent);
+    task->from = ctx__task_from(parent) | (task->from & CTX__TASK_COPY);
     memcpy(cell, task, sizeof *task);
     ctx__ring_put(&pool->ring);
 }
@@ -4678,6 +4713,16 @@ static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const cha
     return cell != NULL;
 }
 
+/* The task is over: its copy, if it has one, is for another. */
+static inline void ctx__copy_back(ctx_pool_t *pool, const ctx__task_t *task) {
+    ctx__copy_t *copy = (ctx__copy_t *)task->arg, *seen;
+    if (!(task->from & CTX__TASK_COPY)) return;
+    seen = CTX__LOAD(&pool->copies_back, RELAXED);
+    do {
+        copy->next = seen;
+    } while (!CTX__CAS(&pool->copies_back, &seen, copy, RELEASE, RELAXED));
+}
+
 /* Hand a task to on_drop. It is counted in `dropping` by now: a drain waits until on_drop has returned. */
 static void ctx__pool_drop(ctx_pool_t *pool, const ctx__task_t *task, int reason) {
     ctx__scope_t scope;
@@ -4688,6 +4733,7 @@ static void ctx__pool_drop(ctx_pool_t *pool, const ctx__task_t *task, int reason
         pool->desc.on_drop(task->op, task->arg, reason, pool->desc.user);
         ctx__scope_leave(&scope);
     }
+    ctx__copy_back(pool, task);
     CTX__SUB(&pool->dropping, 1u, RELEASE);
 }
 
@@ -4820,6 +4866,7 @@ static void ctx__worker_run(ctx__worker_t *worker, const ctx__task_t *task) {
         uint64_t *done = &worker->done[rc == 0 ? 0 : ctx_err(node) ? 2 : 1];
         CTX__STORE(done, *done + 1, RELEASE);
         ctx__worker_node_done(worker);
+        ctx__copy_back(pool, task);
     }
 }
 
@@ -5072,7 +5119,7 @@ static CTX__COLD int ctx__pool_caller_runs(ctx_pool_t *pool, ctx_t *parent, ctx_
         self.op = task->op;
         ctx__link_in(&pool->callers, &self.link);
         ctx__unlock(&pool->ring.in);
-        task->from = ctx__task_from(parent);
+        task->from = ctx__task_from(parent) | (task->from & CTX__TASK_COPY);
         ctx__scope_enter(&self.scope, CTX__IN_TASK, pool);
         ctx__worker_run(&self, task);
         ctx__scope_leave(&self.scope);
@@ -5151,6 +5198,67 @@ CTXCANCEL_API int ctx_pool_submit_batch(ctx_pool_t *pool, ctx_t *parent, const c
     return ctx__pool_submit(pool, parent, &task, args, n, taken, pool ? pool->desc.when_full : CTX_REJECT);
 }
 
+/* Room for more copies: as much again as there is. [in], released meanwhile. */
+static CTX__COLD int ctx__copies_make(ctx_pool_t *pool) {
+    size_t size = ctx__round_up(pool->desc.copy_max, sizeof(ctx__copy_t)), i;
+    size_t n = pool->copies_made ? pool->copies_made : 1 + 2047 / size;
+    void *chunk = NULL;
+    char *blocks;
+    ctx__unlock(&pool->ring.in);
+    blocks = (char *)ctx__alloc_lines(CTX__LINE, n * size, &chunk);
+    ctx__lock(&pool->ring.in);
+    if (!chunk) return CTX_NO_MEMORY;
+    memcpy(chunk, &pool->chunks, sizeof pool->chunks);
+    pool->chunks = chunk;
+    pool->copies_made += n;
+    for (i = 0; i < n; i++) {
+        ctx__copy_t *copy = (ctx__copy_t *)(void *)(blocks + CTX__LINE + i * size);
+        copy->next = pool->copies;
+        pool->copies = copy;
+    }
+    return 0;
+}
+
+/* [in], released meanwhile. */
+static int ctx__copy_take(ctx_pool_t *pool, ctx__copy_t **copy) {
+    while (!pool->copies) {
+        int rc;
+        pool->copies = CTX__EXCHANGE(&pool->copies_back, (ctx__copy_t *)NULL, ACQUIRE);
+        if (pool->copies) break;
+        rc = ctx__copies_make(pool);
+        if (rc) return rc;
+    }
+    *copy = pool->copies;
+    pool->copies = (*copy)->next;
+    return 0;
+}
+
+CTXCANCEL_API int ctx_pool_submit_copy(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn,
+                                       const void *data, size_t size) {
+    ctx__task_t task = { fn, NULL, op ? op : "task", CTX__TASK_COPY };
+    ctx__copy_t *copy;
+    bool held;
+    int rc;
+    if (!pool || !parent || !fn || size > pool->desc.copy_max || (size && !data)) return CTX_INVALID;
+    if (ctx__pool_forked(pool)) return CTX_CLOSED;
+    held = pool->desc.when_full == CTX_CALLER_RUNS;
+    if (held) CTX__ADD(&pool->refs, 1u, RELAXED);
+    ctx__lock(&pool->ring.in);
+    rc = ctx__copy_take(pool, &copy);
+    if (!rc) {
+        task.arg = copy;
+        if (size) memcpy(copy, data, size);
+        rc = ctx__pool_add(pool, parent, &task, pool->desc.when_full);
+        if (rc) {
+            copy->next = pool->copies;
+            pool->copies = copy;
+        }
+    }
+    ctx__pool_leave(pool);
+    if (held) ctx__pool_unref(pool);
+    return rc;
+}
+
 /* One more worker shall come for what `turns` has. 0, or why none will. */
 static int ctx__pool_want(ctx_pool_t *pool, ctx__turns_t *turns) {
     int rc;
@@ -5189,9 +5297,11 @@ static int ctx__pool_defaults(ctx_pool_desc_t *d) {
     if (!d->queue) d->queue = 1024;
     if (d->queue == CTX_NO_QUEUE) d->queue = 0;
     if (!d->grace) d->grace = CTX_MS(100);
+    if (!d->copy_max) d->copy_max = 64;
     if (d->workers < 0 || d->coalesce < 0 || d->task_timeout < 0 || (int)d->when_full < 0 ||
         d->when_full > CTX_DROP_OLDEST)
         return EINVAL;
+    if (d->copy_max > SIZE_MAX / 4096) return ENOMEM;
     return d->workers > 1 << 20 || d->queue > SIZE_MAX / 4 / sizeof(ctx__task_t) ? ENOMEM : 0;
 }
 
@@ -5404,7 +5514,7 @@ CTXCANCEL_API void ctx_pool_free(ctx_pool_t *pool) {
     if (ctx__pool_forked(pool)) { /* its threads and its tasks are the parent process's */
         ctx_on_done_stop(&pool->on_end);
         ctx_end(pool->ctx);
-        CTXCANCEL_FREE(pool->raw);
+        ctx__pool_free_memory(pool);
         return;
     }
     ctx__pool_drain(pool, 0, 0, NULL);

@@ -1999,6 +1999,164 @@ TEST(a_task_may_drain_its_own_pool) {
     }
 }
 
+/* -- copies ----------------------------------------------------------------------------------------------------- */
+
+/* What a task gets by copy, and what became of it: each number is seen once. */
+enum { COPIES = 3000 };
+typedef struct {
+    int *seen; /* [atomic] by a task 1, by on_drop 1000 */
+    int number;
+    unsigned char fill[40];
+} copied_t;
+
+static void copied_make(copied_t *copied, int *seen, int number) {
+    copied->seen = seen;
+    copied->number = number;
+    memset(copied->fill, number & 255, sizeof copied->fill);
+}
+
+static void copied_check(const copied_t *copied, int what) {
+    int wrong = (uintptr_t)copied % 16 != 0;
+    for (size_t i = 0; i < sizeof copied->fill; i++) wrong += copied->fill[i] != (copied->number & 255);
+    EXPECT_EQ(wrong, 0);
+    add(&copied->seen[copied->number], what);
+}
+
+static int sees_copy(ctx_t *ctx, void *arg) {
+    copied_t *copied = (copied_t *)arg;
+    (void)ctx;
+    copied_check(copied, 1);
+    memset(copied->fill, 0xEE, sizeof copied->fill); /* it is the task's own */
+    return 0;
+}
+
+static void drops_copy(const char *op, void *arg, int reason, void *user) {
+    (void)op;
+    (void)user;
+    EXPECT(reason < 0);
+    copied_check((const copied_t *)arg, 1000);
+}
+
+typedef struct {
+    ctx_pool_t *pool;
+    int id; /* [atomic] the next submitter's */
+    int seen[COPIES];
+    int accepted[COPIES];
+} copies_t;
+
+static void *submits_copies(void *arg) {
+    copies_t *c = (copies_t *)arg;
+    for (int i = add(&c->id, 1) - 1; i < COPIES; i += 3) {
+        copied_t copied;
+        copied_make(&copied, c->seen, i);
+        int rc = ctx_pool_submit_copy(c->pool, ctx_background(), "copy", sees_copy, &copied, sizeof copied);
+        memset(&copied, 0, sizeof copied); /* it was the caller's again */
+        c->accepted[i] = rc == 0;
+        EXPECT(rc == 0 || rc == CTX_QUEUE_FULL);
+    }
+    return NULL;
+}
+
+TEST(each_copy_is_seen_by_its_task_or_its_on_drop_once) {
+    static copies_t c;
+    for (int w = 0; w < 4; w++) {
+        for (int workers = 1; workers <= 3; workers++) {
+            memset(&c, 0, sizeof c);
+            ctx_pool_desc_t desc = describe(workers, 4);
+            desc.when_full = when_full[w];
+            desc.on_drop = drops_copy;
+            c.pool = pool_below(ctx_background(), &desc);
+            pthread_t threads[3];
+            for (int i = 0; i < 3; i++) threads[i] = thread_start(submits_copies, &c);
+            for (int i = 0; i < 3; i++) thread_join(threads[i]);
+            ctx_pool_drain(c.pool, workers == 1 ? 0 : CTX_FOREVER, NULL);
+            ctx_pool_free(c.pool);
+            int wrong = 0;
+            for (int i = 0; i < COPIES; i++)
+                wrong += c.accepted[i] ? c.seen[i] != 1 && c.seen[i] != 1000 : c.seen[i] != 0;
+            EXPECT_EQ(wrong, 0);
+        }
+    }
+}
+
+TEST(copies_need_no_memory_of_their_own) {
+    ctx_pool_t *pool = pool_of(2, 16);
+    copied_t copied;
+    int seen = 0;
+    gate_t gate;
+    gate_init(&gate);
+    occupy(pool, &gate, 2); /* both workers have come up, and have a context */
+    gate_open(&gate);
+    copied_make(&copied, &seen, 0);
+    for (int i = 0; i < 2000; i++) {
+        if (i == 1000) fault_after(INT32_MAX);
+        EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "copy", sees_copy, &copied, sizeof copied), 0);
+        if (i % 10 == 9) EXPECT_EQ(ctx_pool_wait(pool, ctx_background()), 0);
+    }
+    EXPECT_EQ(fault_calls(), 0);
+    fault_off();
+    gate_destroy(&gate);
+    EXPECT_EQ(seen, 2000);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    ctx_pool_free(pool);
+}
+
+TEST(without_memory_for_a_copy_nothing_is_accepted) {
+    ctx_pool_t *pool = pool_of(1, 4);
+    copied_t copied;
+    int ran = 0, seen = 0;
+    copied_make(&copied, &seen, 0);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+    EXPECT_EQ(ctx_pool_wait(pool, ctx_background()), 0);
+    fault_all_after(0);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "copy", sees_copy, &copied, sizeof copied), CTX_NO_MEMORY);
+    fault_off();
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "copy", sees_copy, &copied, sizeof copied), 0);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(seen, 1);
+    ctx_pool_free(pool);
+}
+
+static int notes_size(ctx_t *ctx, void *arg) {
+    static unsigned char want[200];
+    (void)ctx;
+    memset(want, 7, sizeof want);
+    EXPECT(memcmp(arg, want, sizeof want) == 0);
+    return 0;
+}
+
+static int needs_an_address(ctx_t *ctx, void *arg) { return ctx_err(ctx) || !arg ? -1 : 0; }
+
+TEST(copies_are_as_large_as_the_description_says) {
+    unsigned char bytes[201];
+    ctx_drain_report_t report;
+    memset(bytes, 7, sizeof bytes);
+    ctx_pool_t *pool = pool_of(1, 4);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "large", notes_size, bytes, 65), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "fits", needs_an_address, bytes, 64), 0);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "none", needs_an_address, NULL, 0), 0);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "bad", needs_an_address, NULL, 1), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, NULL, "bad", needs_an_address, bytes, 1), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "bad", NULL, bytes, 1), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_submit_copy(NULL, ctx_background(), "bad", needs_an_address, bytes, 1), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
+    EXPECT_EQ(report.completed, 2);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "late", needs_an_address, bytes, 1), CTX_CLOSED);
+    ctx_pool_free(pool);
+    ctx_pool_desc_t desc = describe(1, 4);
+    desc.copy_max = 200;
+    pool = pool_below(ctx_background(), &desc);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "fits", notes_size, bytes, 200), 0);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "large", notes_size, bytes, 201), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
+    EXPECT_EQ(report.completed, 1);
+    ctx_pool_free(pool);
+    desc.copy_max = SIZE_MAX;
+    errno = 0;
+    EXPECT(ctx_pool_new(ctx_background(), &desc) == NULL);
+    EXPECT_EQ(errno, ENOMEM);
+}
+
 /* -- the end of the lifetime, and waits --------------------------------------------------------------------------- */
 
 /* The budget of a drain ends with the lifetime, whether that ends before the drain or during it. */

@@ -1007,6 +1007,40 @@ static void gate_await_both(void) {
     let_end();
 }
 
+/* Each copy is its task's own until that has returned, and then another's. */
+static int copies_seen;
+static int sees_copy(ctx_t *ctx, void *arg) {
+    int number = *(int *)arg;
+    SCHED_CHECK(ctx != NULL && (number == 1 || number == 2));
+    ctx__sched_relax();
+    SCHED_CHECK(*(int *)arg == number); /* nobody else has it */
+    *(int *)arg = 0;
+    __atomic_add_fetch(&copies_seen, number, __ATOMIC_RELAXED);
+    return 0;
+}
+static void submit_copy(int number) {
+    SCHED_CHECK(ctx_pool_submit_copy(pool, ctx_background(), "copy", sees_copy, &number, sizeof number) == 0);
+    number = 9;
+}
+static void setup_copies(void) { /* with one block, which has come back */
+    setup_2();
+    submit_copy(1);
+    SCHED_CHECK(ctx_pool_wait(pool, ctx_background()) == 0);
+    while (pool->copies) pool->copies = pool->copies->next;
+    warmed++;
+    copies_seen = 0;
+}
+static void copy_1(void) { submit_copy(1); }
+static void copy_2(void) {
+    submit_copy(2);
+    submit_copy(2);
+}
+static void check_copies(void) {
+    warmed += 3;
+    check();
+    SCHED_CHECK(copies_seen == 5);
+}
+
 static void setup_free_permit(void) {
     ctx_pool_desc_t desc = describe(2, 4);
     have_permits(1, 0);
@@ -1165,6 +1199,7 @@ static const sched_scenario_t scenarios[] = {
     { "pool: wait from a task, and then from another", setup_2, { T(wait_then_wait) }, check, false },
     { "pool: waits from two tasks", setup_two_waiters, { T(gate_set), T(wait_outside) }, check, false },
     { "pool: wait from a task, drain from a task", setup_waiter_and_drainer, { T(gate_await_both) }, check, false },
+    { "pool: copies", setup_copies, { T(copy_1), T(copy_2) }, check_copies, false },
     { "pool: free, stuck", setup_2_cold, { T(free_stuck), T(nothing) }, check_freed, false },
     { "pool: free, stuck with a permit", setup_free_permit, { T(free_stuck), T(nothing) }, check_freed, false },
     { "pool: free at once", setup_2_cold, { T(free_at_once), T(nothing) }, check_freed, false },
