@@ -57,7 +57,9 @@
      CTXCANCEL_MALLOC/REALLOC/FREE       all three or none (default: malloc, realloc, free)
      CTXCANCEL_ASSERT(x)                 (default: assert(x))
      CTXCANCEL_NO_FUTEX                  park on mutexes and condition variables, on Linux too
-     CTXCANCEL_NO_SITES                  do not keep the file:line that made each context
+     CTXCANCEL_STACK_SIZE                bytes for the stacks of the library's threads, but those of pools with a
+                                        `.stack_size` (default: 0, the system's)
+    CTXCANCEL_NO_SITES                  do not keep the file:line that made each context
      CTXCANCEL_NO_STB_DS_IMPLEMENTATION  the program instantiates stb_ds.h elsewhere
 
    Sections, each found twice under the same banner, declarations first
@@ -536,6 +538,8 @@ typedef struct {
                                   other is woken, unless more than half of the queue is taken: so many small tasks cost
                                   few wake-ups (default: 0, off) */
     size_t copy_max;           /* bytes that ctx_pool_submit_copy() takes at most (default: 64) */
+    size_t stack_size;         /* bytes of each worker's stack, raised to what the system needs and rounded up to whole
+                                  pages (default: CTXCANCEL_STACK_SIZE, or the system's) */
 } ctx_pool_desc_t;
 
 #define CTX_DRAIN_OPS 16
@@ -1557,12 +1561,41 @@ static void ctx__mutex_unlock(uint32_t *mutex) {
     if (CTX__EXCHANGE(mutex, 0u, RELEASE) == 2) ctx__futex_wake(mutex, 1);
 }
 
+#ifndef CTXCANCEL_STACK_SIZE
+#define CTXCANCEL_STACK_SIZE 0
+#endif
+
+/* pthread_create(), with a stack of at least `stack` bytes. How much the system needs at the least depends on the
+   program's thread-local data, so a stack that is too small for it is doubled. */
+static int ctx__thread_create(pthread_t *thread, void *(*fn)(void *), void *arg, size_t stack) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), bytes = stack;
+    pthread_attr_t attr;
+    int rc = pthread_attr_init(&attr);
+    if (rc) return rc;
+    do {
+        if (bytes > SIZE_MAX / 2 - page) bytes = SIZE_MAX / 2 - page;
+        bytes = (bytes + page - 1) / page * page;
+        rc = pthread_attr_setstacksize(&attr, bytes);
+        if (!rc) rc = pthread_create(thread, &attr, fn, arg);
+        bytes *= 2;
+    } while (rc == EINVAL && bytes <= ((size_t)64 << 20));
+    pthread_attr_destroy(&attr);
+    return rc;
+}
+
 /* One of the library's own threads. It has the signal mask of the calling thread, as every thread of a program has, so
-   that processes which its callbacks and tasks start have an ordinary one too. Returns 0, or CTX_NO_MEMORY if there is
-   no thread to be had, whatever the system calls it. */
-static int ctx__thread_start(pthread_t *thread, void *(*fn)(void *), void *arg) {
-    int rc = CTX__SCHED ? ctx__sched_start(thread, fn, arg) : pthread_create(thread, NULL, fn, arg);
+   that processes which its callbacks and tasks start have an ordinary one too. `stack` is 0 for the system's default.
+   Returns 0, or CTX_NO_MEMORY if there is no thread to be had, whatever the system calls it. */
+static int ctx__thread_start_sized(pthread_t *thread, void *(*fn)(void *), void *arg, size_t stack) {
+    int rc;
+    if (CTX__SCHED) rc = ctx__sched_start(thread, fn, arg);
+    else if (stack) rc = ctx__thread_create(thread, fn, arg, stack);
+    else rc = pthread_create(thread, NULL, fn, arg);
     return rc ? CTX_NO_MEMORY : 0;
+}
+
+static int ctx__thread_start(pthread_t *thread, void *(*fn)(void *), void *arg) {
+    return ctx__thread_start_sized(thread, fn, arg, CTXCANCEL_STACK_SIZE);
 }
 
 static void ctx__thread_join(pthread_t thread) {
@@ -4614,7 +4647,7 @@ static CTX__COLD int ctx__worker_start(ctx__worker_t *worker) {
     int rc;
     worker->begun = true;
     CTX__ADD(&pool->refs, 1u, RELAXED);
-    rc = ctx__thread_start(&worker->thread, ctx__worker_main, worker);
+    rc = ctx__thread_start_sized(&worker->thread, ctx__worker_main, worker, pool->desc.stack_size);
     ctx__lock(&pool->ring.in);
     pool->starting--;
     worker->state = rc ? CTX__WORKER_NONE : CTX__WORKER_STARTED;
@@ -5298,6 +5331,7 @@ static int ctx__pool_defaults(ctx_pool_desc_t *d) {
     if (d->queue == CTX_NO_QUEUE) d->queue = 0;
     if (!d->grace) d->grace = CTX_MS(100);
     if (!d->copy_max) d->copy_max = 64;
+    if (!d->stack_size) d->stack_size = CTXCANCEL_STACK_SIZE;
     if (d->workers < 0 || d->coalesce < 0 || d->task_timeout < 0 || (int)d->when_full < 0 ||
         d->when_full > CTX_DROP_OLDEST)
         return EINVAL;
@@ -5567,6 +5601,7 @@ CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_pe
    A task that waits in ctx_group_go() does not count against the limit: while all tasks wait to add others, one of them
    can. The group lives until its owner has waited and its last turn has come back or was taken back. */
 
+#define CTX__RUNNER_NAME "ctx-runner" /* of an idle one */
 #define CTX__RUNNER_IDLE CTX_S(10)    /* of real time */
 #define CTX__RUNNER_SETTLE CTX_MS(20) /* how long the end of the runtime waits for one to become idle */
 
@@ -5575,7 +5610,7 @@ enum { CTX__TURN_TASKS = 32 }; /* that a turn runs before it queues up again beh
 typedef struct ctx__job {
     void (*run)(const struct ctx__job *job);
     void *owner; /* for run; the rest likewise */
-    ctx_t *ctx;
+    ctx_t *ctx;  /* its name is the thread's meanwhile (NULL: none) */
     ctx_task_fn fn;
     void *arg;
 } ctx__job_t;
@@ -5587,6 +5622,7 @@ typedef struct ctx__runner {
     bool loaded;      /* [mu] has a job that nobody has begun */
     bool woken;       /* [mu] was woken and has not looked */
     bool ends;        /* [mu] has been told to end */
+    const char *name; /* [owner thread] the thread's */
     pthread_t thread; /* [const] before it is first idle */
     ctx__parker_t parker;
 } ctx__runner_t;
@@ -5683,9 +5719,17 @@ static bool ctx__runner_look(ctx__runner_t *runner) {
     return runner->ends || ctx__runner_take(runner);
 }
 
+/* A thread bears the name of its work, and a name of its own before it sleeps. Each change is a call of the system. */
+static void ctx__runner_named(ctx__runner_t *runner, const char *name) {
+    if (runner->name == name) return;
+    runner->name = name;
+    ctx__thread_name(name);
+}
+
 /* Idle: sleep until there is a job for this runner. False: it has been idle for long, and ends. */
 static bool ctx__runner_rest(ctx__runner_t *runner) {
     bool told = ctx__look_out(ctx__parker_is_set, &runner->parker, CTX_NO_DEADLINE), on, retire;
+    if (!told) ctx__runner_named(runner, CTX__RUNNER_NAME);
     do {
         ctx__runner_t *wake;
         told = told || ctx__park_real(&runner->parker, ctx__clock_read() + CTX__RUNNER_IDLE);
@@ -5726,9 +5770,10 @@ static bool ctx__runner_next(ctx__runner_t *runner) {
 static void *ctx__runner_main(void *arg) {
     ctx__runner_t *runner = (ctx__runner_t *)arg;
     ctx__me()->runner = runner;
-    ctx__thread_name("ctx-runner");
     runner->thread = pthread_self();
     do {
+        const ctx_t *ctx = runner->job.ctx;
+        ctx__runner_named(runner, ctx && ctx->name ? ctx->name : CTX__RUNNER_NAME);
         runner->job.run(&runner->job);
         if (!ctx__runner_next(runner)) {
             CTXCANCEL_FREE(runner);
@@ -6093,7 +6138,7 @@ static void ctx__group_spread_run(const ctx__job_t *job) {
 }
 
 static void ctx__group_spread_one(ctx_group_t *group) {
-    const ctx__job_t job = { ctx__group_spread_run, group, NULL, NULL, NULL };
+    const ctx__job_t job = { ctx__group_spread_run, group, group->ctx, NULL, NULL };
     CTX__ADD(&group->refs, 1u, RELAXED);
     if (ctx__run(&job)) CTX__SUB(&group->refs, 1u, RELAXED); /* no thread: a turn will come. The caller's is left */
 }
@@ -6183,7 +6228,7 @@ static int ctx__group_enter(ctx_group_t *group, bool wait) {
 }
 
 static int ctx__group_go_thread(ctx_group_t *group, ctx_task_fn fn, void *arg) {
-    const ctx__job_t job = { ctx__group_thread_run, group, NULL, fn, arg };
+    const ctx__job_t job = { ctx__group_thread_run, group, group->ctx, fn, arg };
     int rc = ctx__run(&job);
     if (!rc) return 0;
     ctx__lock(&group->mu);

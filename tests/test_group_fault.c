@@ -2,6 +2,7 @@
 #define FAULT_THREADS
 #include "fault.h"
 
+#define CTXCANCEL_STACK_SIZE ((1 << 20) + 1)
 #define CTXCANCEL_IMPLEMENTATION
 #include "ctxcancel.h"
 #include "test.h"
@@ -114,6 +115,35 @@ TEST(without_a_new_thread_work_runs_on_an_idle_one_or_not_at_all) {
     EXPECT_EQ(settled_blocks(), 0);
     gate_destroy(&gate);
 }
+
+#if defined(__linux__) && defined(__GLIBC__)
+#ifndef _GNU_SOURCE
+extern int pthread_getattr_np(pthread_t thread, pthread_attr_t *attr);
+#endif
+
+static int notes_stack(ctx_t *ctx, void *arg) {
+    pthread_attr_t attr;
+    void *low = NULL;
+    (void)ctx;
+    EXPECT_EQ(pthread_getattr_np(pthread_self(), &attr), 0);
+    EXPECT_EQ(pthread_attr_getstack(&attr, &low, (size_t *)arg), 0);
+    pthread_attr_destroy(&attr);
+    return 0;
+}
+
+TEST(threads_have_the_stack_that_is_configured) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), size = 0;
+    ctx_runtime_stop(); /* no idle thread */
+    EXPECT_EQ(ctx_go(ctx_background(), "notes", notes_stack, &size), 0);
+    EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
+    EXPECT_EQ(size, (1 << 20) + page);
+    ctx_pool_t *pool = pool_of(1, 4); /* says nothing of its own */
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "notes", notes_stack, &size), 0);
+    pool_end(pool);
+    EXPECT_EQ(size, (1 << 20) + page);
+    EXPECT_EQ(settled_blocks(), 0);
+}
+#endif
 
 /* -- groups ----------------------------------------------------------------------------------------------------- */
 

@@ -2157,6 +2157,152 @@ TEST(copies_are_as_large_as_the_description_says) {
     EXPECT_EQ(errno, ENOMEM);
 }
 
+/* -- threads ---------------------------------------------------------------------------------------------------- */
+
+#if defined(__linux__) && defined(__GLIBC__)
+#include <sys/prctl.h>
+#include <sys/wait.h>
+
+#ifndef _GNU_SOURCE
+extern int pthread_getattr_np(pthread_t thread, pthread_attr_t *attr);
+#endif
+
+static size_t stack_size_here(void) {
+    pthread_attr_t attr;
+    void *low = NULL;
+    size_t size = 0;
+    EXPECT_EQ(pthread_getattr_np(pthread_self(), &attr), 0);
+    EXPECT_EQ(pthread_attr_getstack(&attr, &low, &size), 0);
+    pthread_attr_destroy(&attr);
+    return size;
+}
+
+static int notes_stack(ctx_t *ctx, void *arg) {
+    (void)ctx;
+    *(size_t *)arg = stack_size_here();
+    return 0;
+}
+
+static size_t stack_of_worker(size_t stack_size) {
+    size_t size = 0;
+    ctx_pool_desc_t desc = describe(1, 4);
+    desc.stack_size = stack_size;
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "notes", notes_stack, &size), 0);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    ctx_pool_free(pool);
+    return size;
+}
+
+TEST(workers_have_the_stack_that_the_description_says) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), usual = stack_of_worker(0);
+    EXPECT_EQ(stack_of_worker(1 << 20), 1 << 20);
+    EXPECT_EQ(stack_of_worker((1 << 20) + 1), (1 << 20) + page);
+    EXPECT(stack_of_worker(1) >= page); /* what the system needs at the least */
+    EXPECT(stack_of_worker(1) <= usual);
+    EXPECT(stack_of_worker(4 * usual) > usual);
+}
+
+/* The lines of /proc/self/status that say how a program is to be signalled, as a child of this thread sees them. */
+typedef struct {
+    char child[512];
+    int rc; /* [atomic] 1 when it is there */
+} status_t;
+
+static int asks_child(ctx_t *ctx, void *arg) {
+    status_t *status = (status_t *)arg;
+    (void)ctx;
+    size_t n = 0;
+    FILE *child = popen("grep -E '^Sig(Blk|Ign)' /proc/self/status", "r");
+    EXPECT(child != NULL);
+    if (child) {
+        n = fread(status->child, 1, sizeof status->child - 1, child);
+        pclose(child);
+    }
+    EXPECT(n > 0);
+    store(&status->rc, 1);
+    return 0;
+}
+
+/* A child that a task starts has the mask that the thread had which called the library, and SIGPIPE as it was. */
+TEST(children_of_tasks_have_the_mask_of_the_caller) {
+    sigset_t set, before;
+    sigemptyset(&set);
+    sigaddset(&set, SIGUSR2);
+    for (int masked = 0; masked < 2; masked++) {
+        static status_t here, task, work;
+        memset(&here, 0, sizeof here), memset(&task, 0, sizeof task), memset(&work, 0, sizeof work);
+        if (masked) pthread_sigmask(SIG_BLOCK, &set, &before);
+        ctx_runtime_stop(); /* no idle thread is left */
+        asks_child(ctx_background(), &here);
+        ctx_pool_t *pool = pool_of(1, 4);
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "asks", asks_child, &task), 0);
+        EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+        ctx_pool_free(pool);
+        EXPECT_EQ(ctx_go(ctx_background(), "asks", asks_child, &work), 0);
+        EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
+        EXPECT_EQ(strcmp(here.child, task.child), 0);
+        EXPECT_EQ(strcmp(here.child, work.child), 0);
+        if (masked) pthread_sigmask(SIG_SETMASK, &before, NULL);
+    }
+    ctx_runtime_stop();
+}
+
+static int notes_name(ctx_t *ctx, void *arg) {
+    (void)ctx;
+    prctl(PR_GET_NAME, (unsigned long)(uintptr_t)arg, 0, 0, 0);
+    return 0;
+}
+
+static bool a_thread_is_called(const char *name) {
+    DIR *dir = opendir("/proc/self/task");
+    bool found = false;
+    for (struct dirent *entry; dir && (entry = readdir(dir)) != NULL;) {
+        char path[300], line[32] = "";
+        snprintf(path, sizeof path, "/proc/self/task/%s/comm", entry->d_name);
+        FILE *file = fopen(path, "r");
+        if (!file) continue;
+        if (fgets(line, (int)sizeof line, file)) line[strcspn(line, "\n")] = '\0';
+        fclose(file);
+        found = found || strcmp(line, name) == 0;
+    }
+    if (dir) closedir(dir);
+    return found;
+}
+
+TEST(threads_bear_the_name_of_their_work) {
+    char name[16] = "";
+    gate_t gate;
+    gate_init(&gate);
+    ctx_pool_desc_t desc = describe(1, 4);
+    desc.name = "resize-pool";
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "notes", notes_name, name), 0);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    ctx_pool_free(pool);
+    EXPECT_EQ(strcmp(name, "resize-pool"), 0);
+    EXPECT_EQ(ctx_go(ctx_background(), "refresh-of-all-caches", notes_name, name), 0);
+    EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
+    EXPECT_EQ(strcmp(name, "refresh-of-all-"), 0);
+    UNTIL(!a_thread_is_called("refresh-of-all-")); /* an idle one has a name of its own */
+    EXPECT(a_thread_is_called("ctx-runner"));
+    ctx_group_desc_t in;
+    memset(&in, 0, sizeof in);
+    in.name = "fetch-all";
+    ctx_group_t *group = ctx_group_new(ctx_background(), &in);
+    EXPECT_EQ(ctx_group_go(group, notes_name, name), 0);
+    EXPECT_EQ(ctx_group_wait(group), 0);
+    EXPECT_EQ(strcmp(name, "fetch-all"), 0);
+    EXPECT_EQ(ctx_go(ctx_background(), "holds", passes_gate, &gate), 0);
+    gate_await(&gate, 1);
+    EXPECT(a_thread_is_called("holds"));
+    gate_open(&gate);
+    EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
+    gate_destroy(&gate);
+    ctx_runtime_stop();
+}
+#endif
+
 /* -- the end of the lifetime, and waits --------------------------------------------------------------------------- */
 
 /* The budget of a drain ends with the lifetime, whether that ends before the drain or during it. */
