@@ -5601,9 +5601,10 @@ CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_pe
    A task that waits in ctx_group_go() does not count against the limit: while all tasks wait to add others, one of them
    can. The group lives until its owner has waited and its last turn has come back or was taken back. */
 
-#define CTX__RUNNER_NAME "ctx-runner" /* of an idle one */
 #define CTX__RUNNER_IDLE CTX_S(10)    /* of real time */
 #define CTX__RUNNER_SETTLE CTX_MS(20) /* how long the end of the runtime waits for one to become idle */
+
+static const char ctx__runner_name[] = "ctx-runner"; /* of one that is idle, or whose work has no name */
 
 enum { CTX__TURN_TASKS = 32 }; /* that a turn runs before it queues up again behind the pool's other work */
 
@@ -5719,20 +5720,29 @@ static bool ctx__runner_look(ctx__runner_t *runner) {
     return runner->ends || ctx__runner_take(runner);
 }
 
-/* A thread bears the name of its work, and a name of its own before it sleeps. Each change is a call of the system. */
+/* A thread bears the name of its work. Each change is a call of the system, so an idle one gets back its own name only
+   when it has slept for a moment: a stream of work of one name changes nothing. */
 static void ctx__runner_named(ctx__runner_t *runner, const char *name) {
     if (runner->name == name) return;
     runner->name = name;
     ctx__thread_name(name);
 }
 
+/* Sleep until it is unparked. False: it has been idle for long. */
+static bool ctx__runner_park(ctx__runner_t *runner) {
+    if (runner->name != ctx__runner_name) {
+        if (ctx__park_real(&runner->parker, ctx__clock_read() + CTX__RUNNER_SETTLE)) return true;
+        ctx__runner_named(runner, ctx__runner_name);
+    }
+    return ctx__park_real(&runner->parker, ctx__clock_read() + CTX__RUNNER_IDLE);
+}
+
 /* Idle: sleep until there is a job for this runner. False: it has been idle for long, and ends. */
 static bool ctx__runner_rest(ctx__runner_t *runner) {
     bool told = ctx__look_out(ctx__parker_is_set, &runner->parker, CTX_NO_DEADLINE), on, retire;
-    if (!told) ctx__runner_named(runner, CTX__RUNNER_NAME);
     do {
         ctx__runner_t *wake;
-        told = told || ctx__park_real(&runner->parker, ctx__clock_read() + CTX__RUNNER_IDLE);
+        told = told || ctx__runner_park(runner);
         ctx__enter(&ctx__runners.mu);
         if (!told && runner->woken) { /* just now */
             ctx__leave(&ctx__runners.mu);
@@ -5773,7 +5783,7 @@ static void *ctx__runner_main(void *arg) {
     runner->thread = pthread_self();
     do {
         const ctx_t *ctx = runner->job.ctx;
-        ctx__runner_named(runner, ctx && ctx->name ? ctx->name : CTX__RUNNER_NAME);
+        ctx__runner_named(runner, ctx && ctx->name ? ctx->name : ctx__runner_name);
         runner->job.run(&runner->job);
         if (!ctx__runner_next(runner)) {
             CTXCANCEL_FREE(runner);
