@@ -576,8 +576,8 @@ CTXCANCEL_API int ctx_pool_submit_wait(ctx_pool_t *pool, ctx_t *parent, const ch
 
 /* The same as ctx_pool_submit(), but `arg` of the task is a copy of the `size` bytes at `data`, aligned for any type.
    The copy is the task's own until `fn` or on_drop returns. The pool keeps the memory of copies and uses it again, so a
-   small task needs no malloc; a pool that is never asked for copies has none. Also returns CTX_INVALID if `size` is more
-   than `.copy_max`, and CTX_NO_MEMORY if memory for one more copy than ever before is unavailable. */
+   small task needs no malloc; a pool that is never asked for copies has none. Also returns CTX_INVALID if `size` is
+   more than `.copy_max`, and CTX_NO_MEMORY if memory for one more copy than ever before is unavailable. */
 CTXCANCEL_API int ctx_pool_submit_copy(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn,
                                        const void *data, size_t size);
 
