@@ -59,7 +59,9 @@
      CTXCANCEL_MALLOC/REALLOC/FREE       all three or none (default: malloc, realloc, free)
      CTXCANCEL_ASSERT(x)                 (default: assert(x))
      CTXCANCEL_NO_FUTEX                  park on mutexes and condition variables, on Linux too
-     CTXCANCEL_NO_SITES                  do not keep the file:line that made each context
+     CTXCANCEL_STACK_SIZE                bytes for the stacks of the library's threads, but those of pools with a
+                                        `.stack_size` (default: 0, the system's)
+    CTXCANCEL_NO_SITES                  do not keep the file:line that made each context
      CTXCANCEL_NO_STB_DS_IMPLEMENTATION  the program instantiates stb_ds.h elsewhere
 
    Sections, each found twice under the same banner, declarations first
@@ -572,11 +574,15 @@ typedef enum {
     CTX_DROP_OLDEST  /* hand the oldest queued task to on_drop and take this one */
 } ctx_when_full_t;
 
+#define CTX_NO_QUEUE SIZE_MAX /* for `.queue`: no task may wait for a worker */
+
 typedef struct {
     const char *name;          /* for people; static (default: "pool") */
     int workers;               /* threads at most, started as work comes (default: one per core) */
-    size_t queue;              /* tasks that may wait, besides one for each worker that is free to take it
-                                  (default: 1024) */
+    size_t queue;              /* tasks that may wait, besides one for each worker that is free to take it: idle or
+                                  with no thread yet. With `.permits` such a worker has its task while it waits for a
+                                  permit. With CTX_NO_QUEUE a task is accepted only if a worker is free, and
+                                  CTX_DROP_OLDEST rejects (default: 1024) */
     ctx_sem_t *permits;        /* run only while holding one permit of this; may be shared between pools, and must
                                   outlive them (default: none, the workers are the limit) */
     ctx_dur_t task_timeout;    /* the deadline of each task, counted from its start; not negative (default: none) */
@@ -589,6 +595,9 @@ typedef struct {
     ctx_dur_t coalesce;        /* a worker that has nothing more to do looks again after so long, and until then no
                                   other is woken, unless more than half of the queue is taken: so many small tasks cost
                                   few wake-ups (default: 0, off) */
+    size_t copy_max;           /* bytes that ctx_pool_submit_copy() takes at most (default: 64) */
+    size_t stack_size;         /* bytes of each worker's stack, raised to what the system needs and rounded up to whole
+                                  pages (default: CTXCANCEL_STACK_SIZE, or the system's) */
 } ctx_pool_desc_t;
 
 #define CTX_DRAIN_OPS 16
@@ -623,14 +632,28 @@ CTXCANCEL_API int ctx_pool_submit(ctx_pool_t *pool, ctx_t *parent, const char *o
    one waits the queue is full for all others. */
 CTXCANCEL_API int ctx_pool_submit_wait(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn, void *arg);
 
+/* The same as ctx_pool_submit(), but `arg` of the task is a copy of the `size` bytes at `data`, aligned for any type.
+   The copy is the task's own until `fn` or on_drop returns. The pool keeps the memory of copies and uses it again, so a
+   small task needs no malloc; a pool that is never asked for copies has none. Also returns CTX_INVALID if `size` is
+   more than `.copy_max`, and CTX_NO_MEMORY if memory for one more copy than ever before is unavailable. */
+CTXCANCEL_API int ctx_pool_submit_copy(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn,
+                                       const void *data, size_t size);
+
 /* Submit `n` tasks of one operation, in order: `*taken` (may be NULL) says how many were accepted. 0 when all were,
    else the error of the first that was not. One wake-up for all, while there is room. `.when_full` holds for each. */
 CTXCANCEL_API int ctx_pool_submit_batch(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn,
                                         void *const *args, size_t n, size_t *taken);
 
+/* Wait until nothing that the pool has accepted is left: each task has returned, or on_drop has. The pool stays open,
+   and a task that is accepted meanwhile is waited for too, so this may take as long as new tasks keep coming. A call
+   from a task of the pool, or from its on_drop, waits neither for that one nor for others that wait or drain here.
+   Returns 0, or ctx_err(ctx) if `ctx` is done first. */
+CTXCANCEL_API int ctx_pool_wait(ctx_pool_t *pool, ctx_t *ctx);
+
 /* Bring the pool to its end: refuse new work; let what was accepted finish for `budget`; then drop what is queued,
-   cancel what runs and give it the grace period; then report. 0 when no drain had to cut anything off, else
-   CTX_DEADLINE_EXCEEDED; what the end of the lifetime dropped or canceled before is in the report. Never blocks past
+   cancel what runs and give it the grace period; then report. Once the lifetime is done, the budget is over: a drain
+   then waits for the grace period at most. 0 when no drain had to cut anything off or left anything behind, else
+   CTX_DEADLINE_EXCEEDED; what the end of the lifetime dropped or canceled is in the report. Never blocks past
    budget and grace period. May be called again, from several threads, and from a task, which does not wait for itself.
    `report` may be NULL. */
 CTXCANCEL_API int ctx_pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_drain_report_t *report);
@@ -667,12 +690,21 @@ typedef struct {
                          reports do not count them. Tasks that wait for each other need a worker each, except for
                          stages: see ctx_stage_run() (default: they run on idle threads, created as needed) */
     int limit;        /* accepted tasks that have not returned, at most; a task that waits in ctx_group_go() is not
-                         counted (default: none; on a pool the size of its queue) */
+                         counted (default: none; on a pool the size of its queue, or with CTX_NO_QUEUE its workers) */
+    bool keep_going;  /* a failure cancels nobody; it is the result all the same (default: the first failure cancels) */
+    void (*on_error)(void *arg, int rc, void *user); /* hears of each task that failed, with its result, and of each
+                         that was refused, with the error: see ctx_group_go() (default: nothing is called) */
+    void *user;       /* for on_error */
 } ctx_group_desc_t;
 
 /* Make a group: tasks that are waited for together, and of which the first to fail cancels the others. They share one
    context, a child of `parent`, which is also canceled when the pool's tasks are. Returns NULL with errno set if memory
-   is unavailable or an argument is bad. `desc` may be NULL. Must be ended by ctx_group_wait(). */
+   is unavailable or an argument is bad. `desc` may be NULL. Must be ended by ctx_group_wait().
+
+   `on_error` runs on a thread that runs or adds a task, one call at a time, and has returned from all calls before
+   ctx_group_wait() returns. It may use the group, all but ctx_group_wait(). What fails during a call is told after
+   that call, even if the call itself caused it. So an on_error that adds a task again must stop once the context is
+   done. When memory is short, on_error does not hear of errors inside its own call. */
 CTXCANCEL_API ctx_group_t *ctx_group_new(ctx_t *parent, const ctx_group_desc_t *desc);
 
 /* Returns the context of the tasks, valid until ctx_group_wait() returns. Cancel it to stop them. */
@@ -686,16 +718,22 @@ CTXCANCEL_API ctx_t *ctx_group_ctx(ctx_group_t *group);
    a thread.
    Returns 0 if accepted, and `fn` runs exactly once. Otherwise it never runs: returns the error of the group's context
    once that is done, CTX_CLOSED if the pool drains, CTX_NO_MEMORY if memory or a thread is unavailable, or
-   CTX_INVALID. */
+   CTX_INVALID. ctx_group_wait() returns that error unless another came first, so the result here may be ignored. A
+   refusal cancels nobody. */
 CTXCANCEL_API int ctx_group_go(ctx_group_t *group, ctx_task_fn fn, void *arg);
 
-/* The same, but returns CTX_QUEUE_FULL where ctx_group_go() waits. */
+/* The same, but returns CTX_QUEUE_FULL where ctx_group_go() waits. The caller then decides what becomes of the task:
+   ctx_group_wait() and `.on_error` do not hear of it. Each other error counts as that of ctx_group_go(). */
 CTXCANCEL_API int ctx_group_try_go(ctx_group_t *group, ctx_task_fn fn, void *arg);
 
-/* Wait until every task has returned, running those that no thread has begun, and free the group. Returns the result of
-   the first task that failed, which is also the code of the context's cause, or 0 if none did. A task that was refused
-   has not failed. CTXCANCEL_ASSERT if called from a task of the group. Other threads must have returned from
-   ctx_group_go() before. (Go's errgroup; unlike there, a task that is added after a failure does not run.) */
+/* Wait until every task has returned, running those that no thread has begun, and free the group. Returns 0 only if
+   each ctx_group_go() on the group was accepted and each task returned 0. Otherwise returns the first error: the result
+   of a task, or the error with which one was refused. If a task failed first, that is also the code of the context's
+   cause. CTXCANCEL_ASSERT if called from a task of the group or its `.on_error`. Other threads must have returned from
+   ctx_group_go() before. (Go's errgroup; unlike there, a task that is added after a failure does not run.) So this is
+   right:
+       for (i = 0; i < n; i++) ctx_group_go(group, fetch, &urls[i]);
+       return ctx_group_wait(group); */
 CTXCANCEL_API int ctx_group_wait(ctx_group_t *group);
 
 /* Run `fn(ctx, arg)` here, with a context that is done as soon as `a` or `b` is and has the values of `a`. What it
@@ -1706,12 +1744,41 @@ static void ctx__mutex_unlock(uint32_t *mutex) {
     if (CTX__EXCHANGE(mutex, 0u, RELEASE) == 2) ctx__futex_wake(mutex, 1);
 }
 
+#ifndef CTXCANCEL_STACK_SIZE
+#define CTXCANCEL_STACK_SIZE 0
+#endif
+
+/* pthread_create(), with a stack of at least `stack` bytes. How much the system needs at the least depends on the
+   program's thread-local data, so a stack that is too small for it is doubled. */
+static int ctx__thread_create(pthread_t *thread, void *(*fn)(void *), void *arg, size_t stack) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), bytes = stack;
+    pthread_attr_t attr;
+    int rc = pthread_attr_init(&attr);
+    if (rc) return rc;
+    do {
+        if (bytes > SIZE_MAX / 2 - page) bytes = SIZE_MAX / 2 - page;
+        bytes = (bytes + page - 1) / page * page;
+        rc = pthread_attr_setstacksize(&attr, bytes);
+        if (!rc) rc = pthread_create(thread, &attr, fn, arg);
+        bytes *= 2;
+    } while (rc == EINVAL && bytes <= ((size_t)64 << 20));
+    pthread_attr_destroy(&attr);
+    return rc;
+}
+
 /* One of the library's own threads. It has the signal mask of the calling thread, as every thread of a program has, so
-   that processes which its callbacks and tasks start have an ordinary one too. Returns 0, or CTX_NO_MEMORY if there is
-   no thread to be had, whatever the system calls it. */
-static int ctx__thread_start(pthread_t *thread, void *(*fn)(void *), void *arg) {
-    int rc = CTX__SCHED ? ctx__sched_start(thread, fn, arg) : pthread_create(thread, NULL, fn, arg);
+   that processes which its callbacks and tasks start have an ordinary one too. `stack` is 0 for the system's default.
+   Returns 0, or CTX_NO_MEMORY if there is no thread to be had, whatever the system calls it. */
+static int ctx__thread_start_sized(pthread_t *thread, void *(*fn)(void *), void *arg, size_t stack) {
+    int rc;
+    if (CTX__SCHED) rc = ctx__sched_start(thread, fn, arg);
+    else if (stack) rc = ctx__thread_create(thread, fn, arg, stack);
+    else rc = pthread_create(thread, NULL, fn, arg);
     return rc ? CTX_NO_MEMORY : 0;
+}
+
+static int ctx__thread_start(pthread_t *thread, void *(*fn)(void *), void *arg) {
+    return ctx__thread_start_sized(thread, fn, arg, CTXCANCEL_STACK_SIZE);
 }
 
 static void ctx__thread_join(pthread_t thread) {
@@ -2509,11 +2576,11 @@ CTXCANCEL_API void ctx_clock_join(void) {
 CTXCANCEL_API void ctx_clock_leave(void) { ctx__clock_quit(ctx__me()); }
 
 /* Start a thread of the library that takes part. It begins by ctx__member_begin(). */
-static int ctx__member_start(pthread_t *thread, void *(*fn)(void *), void *arg) {
+static int ctx__member_start(pthread_t *thread, void *(*fn)(void *), void *arg, size_t stack) {
     uint32_t era = ctx__clock_era();
     int rc;
     if (era) ctx__count_in(era);
-    rc = ctx__thread_start(thread, fn, arg);
+    rc = ctx__thread_start_sized(thread, fn, arg, stack);
     if (rc && era) ctx__count_less(era);
     return rc;
 }
@@ -5065,10 +5132,10 @@ CTXCANCEL_API void ctx_sem_destroy(ctx_sem_t *sem) {
    set or the pool's context is done; whoever takes it out under `out` runs it or gives it to on_drop. No foreign code
    runs under either lock.
 
-   Submitters that wait for room stand in a queue, and the worker that makes room puts their tasks into the ring for
-   them, in order; while one waits the ring counts as full for all others. A submitter that runs its task itself is a
-   worker whose record is on its stack: it takes a permit, drains do not wait for it if it drains itself, and reports
-   name it.
+   Submitters that wait for room stand in a queue, and the worker that makes room, because it takes a task or is free
+   again, puts their tasks into the ring for them, in order; while one waits the ring counts as full for all others. A
+   submitter that runs its task itself is a worker whose record is on its stack: it takes a permit, drains do not wait
+   for it if it drains itself, and reports name it.
 
    The agenda has the turns that groups and batchers want: a worker shall come and do what they have. A turn takes no
    place in the ring. It comes, or it is lost when the pool ends, or its owner takes it back. Workers take a task and a
@@ -5077,6 +5144,10 @@ CTXCANCEL_API void ctx_sem_destroy(ctx_sem_t *sem) {
    A worker owns a node below the pool's context and uses it for task after task, as long as nobody kept or canceled
    it: only the values, name and deadline change. Its timer stays armed and is merely pushed later.
 
+   The bytes of a copied task are in a block of the pool's, which is the task's until it has run or is dropped; then it
+   goes onto `copies_back`, without a lock. A submit takes from `copies`, and fetches what has come back when that is
+   empty. Blocks are made in chunks, each as large as all before it together.
+
    The pool is counted: its owner, each thread and each submitter that runs a task hold it. So freeing need not wait for
    a stuck task. */
 
@@ -5084,15 +5155,25 @@ typedef struct {
     ctx_task_fn fn;
     void *arg;
     const char *op;
-    uintptr_t from;        /* what it has of its parent: a reference to the values, CTX__F_SAMPLING in the low bits */
+    uintptr_t from;        /* what it has of its parent: a reference to the values; in the low bits CTX__F_SAMPLING, and
+                              CTX__TASK_COPY if `arg` is a block of the pool's */
 } ctx__task_t;
+
+enum { CTX__TASK_COPY = 4, CTX__TASK_BITS = 7 };
+
+typedef union ctx__copy {
+    union ctx__copy *next; /* while no task has it: the rest of the list */
+    char bytes[16];        /* the first of copy_max, else */
+} ctx__copy_t;
 
 static uintptr_t ctx__task_from(const ctx_t *parent) {
     if (parent->values) ctx__record_retain(parent->values);
     return (uintptr_t)parent->values | (uintptr_t)(parent->flags / CTX__F_DECIDED);
 }
 
-static ctx__record_t *ctx__task_values(uintptr_t from) { return (ctx__record_t *)(from & ~(uintptr_t)3); }
+static ctx__record_t *ctx__task_values(uintptr_t from) {
+    return (ctx__record_t *)(from & ~(uintptr_t)CTX__TASK_BITS);
+}
 static uint8_t ctx__task_sampling(uintptr_t from) { return (uint8_t)((from & 3) * CTX__F_DECIDED); }
 
 /* What a group or a batcher has workers come for. */
@@ -5119,7 +5200,7 @@ typedef struct ctx__worker {
     uint32_t permit;               /* [atomic] holds a permit of desc.permits */
     ctx__link_t link;              /* [in] among the idle, or the callers */
     bool looking, idle, naps;      /* [in] */
-    unsigned drains;               /* [in] drains of this pool that its task is in */
+    unsigned calls[2];             /* [in] drains of this pool, and waits for it, that its task is in */
     uint8_t state;                 /* [in] CTX__WORKER_... */
     bool begun;                    /* [who reserved it, then const] its thread has been asked for */
     pthread_t thread;
@@ -5157,8 +5238,12 @@ struct ctx_pool {
     uint64_t done[3];     /* ... and what became of them */
     uint64_t dropped;     /* [atomic] */
     uint32_t dropping;    /* [atomic] tasks that are on their way to on_drop, or in it */
-    unsigned drop_drains; /* [in] drains of this pool that an on_drop of it is in */
+    unsigned drop_calls[2]; /* [in] drains of this pool, and waits for it, that an on_drop of it is in */
     uint64_t tallied;     /* [in] of dropped, what a component's report has */
+    ctx__copy_t *copies;  /* [in] blocks for copied tasks, ... */
+    void *chunks;         /* [in] ... and what they are parts of; each begins with the next one */
+    size_t copies_made;   /* [in] */
+    CTX__ALIGNED ctx__copy_t *copies_back; /* [atomic] blocks that tasks have given back */
 };
 
 static bool ctx__pool_forked(const ctx_pool_t *pool) { return pool->forks != ctx__forks; }
@@ -5167,10 +5252,19 @@ static bool ctx__pool_has_work(const void *pool) {
     return CTX__LOAD(&((const ctx_pool_t *)pool)->turns, RELAXED) || ctx__ring_count(&((const ctx_pool_t *)pool)->ring);
 }
 
+static void ctx__pool_free_memory(ctx_pool_t *pool) {
+    void *chunk, *next;
+    for (chunk = pool->chunks; chunk; chunk = next) {
+        memcpy(&next, chunk, sizeof next);
+        CTXCANCEL_FREE(chunk);
+    }
+    CTXCANCEL_FREE(pool->raw);
+}
+
 static void ctx__pool_unref(ctx_pool_t *pool) {
     if (CTX__SUB(&pool->refs, 1u, ACQ_REL) != 1) return;
     ctx_release(pool->ctx);
-    CTXCANCEL_FREE(pool->raw);
+    ctx__pool_free_memory(pool);
 }
 
 /* -- who looks -- */
@@ -5255,7 +5349,7 @@ static CTX__COLD int ctx__worker_start(ctx__worker_t *worker) {
     int rc;
     worker->begun = true;
     CTX__ADD(&pool->refs, 1u, RELAXED);
-    rc = ctx__member_start(&worker->thread, ctx__worker_main, worker);
+    rc = ctx__member_start(&worker->thread, ctx__worker_main, worker, pool->desc.stack_size);
     ctx__lock(&pool->ring.in);
     pool->starting--;
     worker->state = rc ? CTX__WORKER_NONE : CTX__WORKER_STARTED;
@@ -5282,8 +5376,8 @@ typedef struct {
 } ctx__submitter_t;
 
 /* [in] How many tasks the ring may hold: as many as may wait, and one for each worker that is free to take it: that
-   looks, is idle or has no thread yet. The ring has cells for all. A worker that has just taken a task still looks, so
-   there may be one task more than this for a moment. */
+   looks, is idle or has no thread yet. The ring has cells for all. A worker that looks takes a task under `in` and
+   looks no more, so no task is counted together with the worker that has taken it. */
 static inline uint64_t ctx__pool_most(const ctx_pool_t *pool) {
     return pool->desc.queue + (unsigned)pool->desc.workers - pool->workers + pool->idle_count + pool->looking;
 }
@@ -5305,7 +5399,7 @@ static bool ctx__pool_full(const ctx_pool_t *pool) {
 
 /* [in] There is room. */
 static inline void ctx__pool_put(ctx_pool_t *pool, char *cell, ctx__task_t *task, const ctx_t *parent) {
-    task->from = ctx__task_from(parent);
+    task->from = ctx__task_from(parent) | (task->from & CTX__TASK_COPY);
     memcpy(cell, task, sizeof *task);
     ctx__ring_put(&pool->ring);
 }
@@ -5337,10 +5431,9 @@ static CTX__COLD void ctx__pool_serve(ctx_pool_t *pool) {
     }
 }
 
-/* Take the oldest task, and note its name in `op`; with no `op`, to drop it. */
-static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const char **op) {
+/* Take the oldest task, and note its name in `op`; with no `op`, to drop it. `*serve`: submitters wait for room. */
+static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const char **op, bool *serve) {
     const char *cell;
-    bool serve = false;
     ctx__lock(&pool->ring.out);
     cell = ctx__ring_first(&pool->ring);
     if (cell) {
@@ -5348,16 +5441,21 @@ static inline bool ctx__pool_take(ctx_pool_t *pool, ctx__task_t *task, const cha
         if (op) CTX__STORE(op, task->op, RELEASE); /* before the head moves: a drain sees no task nowhere */
         else CTX__ADD(&pool->dropping, 1u, RELAXED);
         ctx__ring_take(&pool->ring);
-        serve = pool->want_room;
+        *serve = pool->want_room;
         pool->want_room = false;
     }
     ctx__unlock(&pool->ring.out);
-    if (CTX__UNLIKELY(serve)) {
-        ctx__lock(&pool->ring.in);
-        ctx__pool_serve(pool);
-        ctx__pool_leave(pool);
-    }
     return cell != NULL;
+}
+
+/* The task is over: its copy, if it has one, is for another. */
+static inline void ctx__copy_back(ctx_pool_t *pool, const ctx__task_t *task) {
+    ctx__copy_t *copy = (ctx__copy_t *)task->arg, *seen;
+    if (!(task->from & CTX__TASK_COPY)) return;
+    seen = CTX__LOAD(&pool->copies_back, RELAXED);
+    do {
+        copy->next = seen;
+    } while (!CTX__CAS(&pool->copies_back, &seen, copy, RELEASE, RELAXED));
 }
 
 /* Hand a task to on_drop. It is counted in `dropping` by now: a drain waits until on_drop has returned. */
@@ -5370,6 +5468,7 @@ static void ctx__pool_drop(ctx_pool_t *pool, const ctx__task_t *task, int reason
         pool->desc.on_drop(task->op, task->arg, reason, pool->desc.user);
         ctx__scope_leave(&scope);
     }
+    ctx__copy_back(pool, task);
     CTX__SUB(&pool->dropping, 1u, RELEASE);
 }
 
@@ -5394,6 +5493,7 @@ static ctx__turns_t *ctx__pool_take_turn(ctx_pool_t *pool) {
 static void ctx__pool_empty_out(ctx_pool_t *pool) {
     ctx__turns_t *turns;
     ctx__task_t task;
+    bool serve;
     do {
         ctx__lock(&pool->ring.in);
         turns = ctx__pool_take_turn(pool);
@@ -5401,7 +5501,7 @@ static void ctx__pool_empty_out(ctx_pool_t *pool) {
         ctx__unlock(&pool->ring.in);
         if (turns) turns->come(turns, true);
     } while (turns);
-    while (ctx__pool_take(pool, &task, NULL)) ctx__pool_drop(pool, &task, ctx__pool_drop_reason(pool));
+    while (ctx__pool_take(pool, &task, NULL, &serve)) ctx__pool_drop(pool, &task, ctx__pool_drop_reason(pool));
     ctx__lock(&pool->ring.in);
     ctx__wake_all(&pool->waiters);
     ctx__unlock(&pool->ring.in);
@@ -5501,6 +5601,7 @@ static void ctx__worker_run(ctx__worker_t *worker, const ctx__task_t *task) {
         uint64_t *done = &worker->done[rc == 0 ? 0 : ctx_err(node) ? 2 : 1];
         CTX__STORE(done, *done + 1, RELEASE);
         ctx__worker_node_done(worker);
+        ctx__copy_back(pool, task);
     }
 }
 
@@ -5518,19 +5619,20 @@ static void ctx__worker_permit(ctx__worker_t *worker) {
         CTX__STORE(&worker->permit, 1u, RELEASE);
 }
 
-/* It has taken something: no longer on the way. */
-static inline void ctx__worker_found(ctx__worker_t *worker) {
-    worker->ran = true;
-    if (!worker->looking) return;
-    ctx__lock(&worker->pool->ring.in);
-    ctx__worker_unlook(worker);
-    ctx__pool_leave(worker->pool);
-}
-
 static bool ctx__worker_do_task(ctx__worker_t *worker) {
+    ctx_pool_t *pool = worker->pool;
+    bool locked = worker->looking, serve = false, took;
     ctx__task_t task;
-    if (!ctx__pool_take(worker->pool, &task, &worker->op)) return false;
-    ctx__worker_found(worker);
+    if (locked) ctx__lock(&pool->ring.in);
+    took = ctx__pool_take(pool, &task, &worker->op, &serve);
+    if (CTX__UNLIKELY(serve && !locked)) ctx__lock(&pool->ring.in);
+    if (CTX__UNLIKELY(serve || locked)) {
+        if (took) ctx__worker_unlook(worker); /* no longer on the way, nor free for another */
+        if (serve) ctx__pool_serve(pool);
+        ctx__pool_leave(pool);
+    }
+    if (!took) return false;
+    worker->ran = true;
     ctx__worker_run(worker, &task);
     return true;
 }
@@ -5603,6 +5705,7 @@ static bool ctx__worker_rest(ctx__worker_t *worker) {
     bool on;
     ctx__lock(&pool->ring.in);
     ctx__worker_look(worker);
+    ctx__pool_serve(pool); /* with no queue this is when room comes */
     ctx__wake_all(&pool->waiters);
     ctx__unlock(&pool->ring.in);
     if (ctx__look_out(ctx__pool_has_work, pool, CTX_NO_DEADLINE)) return true;
@@ -5692,9 +5795,11 @@ static CTX__COLD int ctx__pool_wait_room(ctx_pool_t *pool, ctx_t *parent, ctx__t
     return rc ? rc : ctx__pool_refuses(pool);
 }
 
-/* [in] Put a task into a full ring, in the place of the oldest. False: there was room now. */
-static CTX__COLD bool ctx__pool_replace(ctx_pool_t *pool, ctx_t *parent, ctx__task_t *task, ctx__task_t *oldest) {
+/* [in] Put a task into a full ring, in the place of the oldest, which has a name then: not if there was room now.
+   CTX_QUEUE_FULL if there is no queue, and so none that is older. */
+static CTX__COLD int ctx__pool_replace(ctx_pool_t *pool, ctx_t *parent, ctx__task_t *task, ctx__task_t *oldest) {
     bool full;
+    if (!pool->desc.queue) return CTX_QUEUE_FULL;
     do {
         ctx__pool_serve(pool); /* room that has come is first for those who wait */
         ctx__lock(&pool->ring.out);
@@ -5707,7 +5812,7 @@ static CTX__COLD bool ctx__pool_replace(ctx_pool_t *pool, ctx_t *parent, ctx__ta
         ctx__unlock(&pool->ring.out);
     } while (!full && pool->blocked.first && !ctx__pool_refuses(pool));
     ctx__pool_put(pool, ctx__ring_room(&pool->ring), task, parent);
-    return full;
+    return 0;
 }
 
 /* Does a task that the calling thread is in hold a permit of `permits`? What it runs meanwhile is run under that. */
@@ -5749,7 +5854,7 @@ static CTX__COLD int ctx__pool_caller_runs(ctx_pool_t *pool, ctx_t *parent, ctx_
         self.op = task->op;
         ctx__link_in(&pool->callers, &self.link);
         ctx__unlock(&pool->ring.in);
-        task->from = ctx__task_from(parent);
+        task->from = ctx__task_from(parent) | (task->from & CTX__TASK_COPY);
         ctx__scope_enter(&self.scope, CTX__IN_TASK, pool);
         ctx__worker_run(&self, task);
         ctx__scope_leave(&self.scope);
@@ -5781,7 +5886,9 @@ static inline int ctx__pool_add(ctx_pool_t *pool, ctx_t *parent, ctx__task_t *ta
     if (when_full == CTX_REJECT) return CTX_QUEUE_FULL;
     if (when_full == CTX_BLOCK) return ctx__pool_wait_room(pool, parent, task);
     if (when_full == CTX_CALLER_RUNS) return ctx__pool_caller_runs(pool, parent, task);
-    if (!ctx__pool_replace(pool, parent, task, &oldest)) return 0;
+    oldest.op = NULL;
+    rc = ctx__pool_replace(pool, parent, task, &oldest);
+    if (!oldest.op) return rc;
     ctx__pool_leave(pool);
     ctx__pool_drop(pool, &oldest, CTX_QUEUE_FULL);
     ctx__lock(&pool->ring.in);
@@ -5826,6 +5933,67 @@ CTXCANCEL_API int ctx_pool_submit_batch(ctx_pool_t *pool, ctx_t *parent, const c
     return ctx__pool_submit(pool, parent, &task, args, n, taken, pool ? pool->desc.when_full : CTX_REJECT);
 }
 
+/* Room for more copies: as much again as there is. [in], released meanwhile. */
+static CTX__COLD int ctx__copies_make(ctx_pool_t *pool) {
+    size_t size = ctx__round_up(pool->desc.copy_max, sizeof(ctx__copy_t)), i;
+    size_t n = pool->copies_made ? pool->copies_made : 1 + 2047 / size;
+    void *chunk = NULL;
+    char *blocks;
+    ctx__unlock(&pool->ring.in);
+    blocks = (char *)ctx__alloc_lines(CTX__LINE, n * size, &chunk);
+    ctx__lock(&pool->ring.in);
+    if (!chunk) return CTX_NO_MEMORY;
+    memcpy(chunk, &pool->chunks, sizeof pool->chunks);
+    pool->chunks = chunk;
+    pool->copies_made += n;
+    for (i = 0; i < n; i++) {
+        ctx__copy_t *copy = (ctx__copy_t *)(void *)(blocks + CTX__LINE + i * size);
+        copy->next = pool->copies;
+        pool->copies = copy;
+    }
+    return 0;
+}
+
+/* [in], released meanwhile. */
+static int ctx__copy_take(ctx_pool_t *pool, ctx__copy_t **copy) {
+    while (!pool->copies) {
+        int rc;
+        pool->copies = CTX__EXCHANGE(&pool->copies_back, (ctx__copy_t *)NULL, ACQUIRE);
+        if (pool->copies) break;
+        rc = ctx__copies_make(pool);
+        if (rc) return rc;
+    }
+    *copy = pool->copies;
+    pool->copies = (*copy)->next;
+    return 0;
+}
+
+CTXCANCEL_API int ctx_pool_submit_copy(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn,
+                                       const void *data, size_t size) {
+    ctx__task_t task = { fn, NULL, op ? op : "task", CTX__TASK_COPY };
+    ctx__copy_t *copy;
+    bool held;
+    int rc;
+    if (!pool || !parent || !fn || size > pool->desc.copy_max || (size && !data)) return CTX_INVALID;
+    if (ctx__pool_forked(pool)) return CTX_CLOSED;
+    held = pool->desc.when_full == CTX_CALLER_RUNS;
+    if (held) CTX__ADD(&pool->refs, 1u, RELAXED);
+    ctx__lock(&pool->ring.in);
+    rc = ctx__copy_take(pool, &copy);
+    if (!rc) {
+        task.arg = copy;
+        if (size) memcpy(copy, data, size);
+        rc = ctx__pool_add(pool, parent, &task, pool->desc.when_full);
+        if (rc) {
+            copy->next = pool->copies;
+            pool->copies = copy;
+        }
+    }
+    ctx__pool_leave(pool);
+    if (held) ctx__pool_unref(pool);
+    return rc;
+}
+
 /* One more worker shall come for what `turns` has. 0, or why none will. */
 static int ctx__pool_want(ctx_pool_t *pool, ctx__turns_t *turns) {
     int rc;
@@ -5862,10 +6030,14 @@ static int ctx__pool_defaults(ctx_pool_desc_t *d) {
     if (!d->name) d->name = "pool";
     if (!d->workers) d->workers = (int)ctx__cpus;
     if (!d->queue) d->queue = 1024;
+    if (d->queue == CTX_NO_QUEUE) d->queue = 0;
     if (!d->grace) d->grace = CTX_MS(100);
+    if (!d->copy_max) d->copy_max = 64;
+    if (!d->stack_size) d->stack_size = CTXCANCEL_STACK_SIZE;
     if (d->workers < 0 || d->coalesce < 0 || d->task_timeout < 0 || (int)d->when_full < 0 ||
         d->when_full > CTX_DROP_OLDEST)
         return EINVAL;
+    if (d->copy_max > SIZE_MAX / 4096) return ENOMEM;
     return d->workers > 1 << 20 || d->queue > SIZE_MAX / 4 / sizeof(ctx__task_t) ? ENOMEM : 0;
 }
 
@@ -5914,32 +6086,68 @@ CTXCANCEL_API ctx_pool_t *ctx_pool_new(ctx_t *lifetime, const ctx_pool_desc_t *d
     return pool;
 }
 
-/* [in] Something runs, and is not in a drain of this pool itself. */
-static bool ctx__worker_busy(const ctx__worker_t *worker) {
-    return (CTX__LOAD(&worker->op, ACQUIRE) || CTX__LOAD(&worker->permit, ACQUIRE)) && !worker->drains;
+/* Calls that wait for the pool to settle, and the calls inside tasks that they do not wait for: a drain for no other
+   drain, a wait from inside for none of both. A drain waits for waits, which end by themselves; a wait from outside
+   waits for all. */
+enum { CTX__DRAINS, CTX__WAITS, CTX__CALLS };
+
+typedef struct {
+    ctx_pool_t *pool;
+    int but; /* calls that are not waited for: those below this number */
+} ctx__settle_t;
+
+/* [in] Something runs, and is not in one of those calls. */
+static bool ctx__worker_busy(const ctx__worker_t *worker, int but) {
+    int i;
+    for (i = 0; i < but; i++)
+        if (worker->calls[i]) return false;
+    return CTX__LOAD(&worker->op, ACQUIRE) || CTX__LOAD(&worker->permit, ACQUIRE);
 }
 
-/* [in] Nothing is queued, and nothing runs or is dropped but by calls that wait for just this themselves. */
+/* [in] Nothing is queued, and nothing runs or is dropped but by those calls. */
 static bool ctx__pool_settled(void *arg) {
-    const ctx_pool_t *pool = (const ctx_pool_t *)arg;
+    const ctx__settle_t *settle = (const ctx__settle_t *)arg;
+    const ctx_pool_t *pool = settle->pool;
     const ctx__link_t *link;
+    unsigned drops = 0;
     int i;
     if (ctx__pool_has_work(pool)) return false;
     for (i = 0; i < pool->desc.workers; i++)
-        if (ctx__worker_busy(&pool->all[i])) return false;
+        if (ctx__worker_busy(&pool->all[i], settle->but)) return false;
     for (link = pool->callers; link; link = link->next)
-        if (ctx__worker_busy(CTX__CONTAINER(link, const ctx__worker_t, link))) return false;
-    return CTX__LOAD(&pool->dropping, ACQUIRE) == pool->drop_drains;
+        if (ctx__worker_busy(CTX__CONTAINER(link, const ctx__worker_t, link), settle->but)) return false;
+    for (i = 0; i < settle->but; i++) drops += pool->drop_calls[i];
+    return CTX__LOAD(&pool->dropping, ACQUIRE) <= drops;
 }
 
-/* [in] The tasks and on_drops of this pool that the calling thread is in begin (1) or end (-1) a drain. */
-static void ctx__pool_note_drain(ctx_pool_t *pool, int change) {
+/* [in] The tasks and on_drops of this pool that the calling thread is in begin (1) or end (-1) such a call. Returns
+   whether there is one. */
+static bool ctx__pool_note_call(ctx_pool_t *pool, int call, int change) {
     ctx__scope_t *scope;
+    bool inside = false;
     for (scope = ctx__self.scope; scope; scope = scope->outer) {
-        if (scope->owner != pool) continue;
-        if (scope->kind == CTX__IN_TASK) CTX__CONTAINER(scope, ctx__worker_t, scope)->drains += (unsigned)change;
-        if (scope->kind == CTX__IN_DROP) pool->drop_drains += (unsigned)change;
+        if (scope->owner != pool || (scope->kind != CTX__IN_TASK && scope->kind != CTX__IN_DROP)) continue;
+        if (scope->kind == CTX__IN_DROP) pool->drop_calls[call] += (unsigned)change;
+        else CTX__CONTAINER(scope, ctx__worker_t, scope)->calls[call] += (unsigned)change;
+        inside = true;
     }
+    return inside;
+}
+
+CTXCANCEL_API int ctx_pool_wait(ctx_pool_t *pool, ctx_t *ctx) {
+    ctx__settle_t settle;
+    int rc;
+    if (!pool || !ctx) return CTX_INVALID;
+    if (ctx__pool_forked(pool)) return CTX_CLOSED;
+    rc = ctx_err(ctx);
+    if (rc) return rc;
+    settle.pool = pool;
+    ctx__lock(&pool->ring.in);
+    settle.but = ctx__pool_note_call(pool, CTX__WAITS, 1) ? CTX__CALLS : 0;
+    rc = ctx__await(&pool->ring.in, &pool->waiters, ctx__pool_settled, &settle, ctx, CTX_NO_DEADLINE);
+    ctx__pool_note_call(pool, CTX__WAITS, -1);
+    ctx__unlock(&pool->ring.in);
+    return rc;
 }
 
 /* [in] */
@@ -5969,39 +6177,46 @@ static void ctx__pool_report(ctx_pool_t *pool, ctx_drain_report_t *report) {
     while (names > report->stuck) report->running[--names] = NULL; /* ended between the two looks */
 }
 
-/* [in], released meanwhile. The budget has passed: cancel what is left, and give it the grace period. */
-static CTX__COLD void ctx__pool_cut(ctx_pool_t *pool, ctx_time_t cut_at, ctx_dur_t grace) {
-    pool->cut = true;
+/* [in], released meanwhile. The budget has passed, or the lifetime has ended: cancel what is left, and give it the
+   grace period. */
+static CTX__COLD void ctx__pool_cut(ctx__settle_t *settle, ctx_time_t cut_at, ctx_dur_t grace) {
+    ctx_pool_t *pool = settle->pool;
+    bool ended = ctx_err(pool->ctx->parent) != 0;
+    pool->cut = pool->cut || !ended;
     ctx__unlock(&pool->ring.in);
     ctx__cancel(pool->ctx, ctx__reason(CTX_DEADLINE_EXCEEDED, "pool drained", "ctx_pool_drain"), false);
     ctx__pool_empty_out(pool);
     ctx__lock(&pool->ring.in);
-    ctx__await(&pool->ring.in, &pool->waiters, ctx__pool_settled, pool, &ctx__root,
-               ctx_time_add(cut_at, grace > 0 ? grace : 0));
+    if (ctx__await(&pool->ring.in, &pool->waiters, ctx__pool_settled, settle, &ctx__root,
+                   ctx_time_add(cut_at, grace > 0 ? grace : 0)))
+        pool->cut = true;
 }
 
 static int ctx__pool_drain(ctx_pool_t *pool, ctx_dur_t budget, ctx_dur_t grace, ctx_drain_report_t *report) {
     ctx_time_t start = ctx_now(), cut_at;
+    ctx__settle_t settle;
     ctx_drain_report_t r;
     int rc;
     memset(&r, 0, sizeof r);
+    settle.pool = pool;
+    settle.but = CTX__DRAINS + 1;
     ctx__lock(&pool->ring.in);
     CTX__STORE(&pool->closed, true, RELEASE);
-    ctx__pool_note_drain(pool, 1);
+    ctx__pool_note_call(pool, CTX__DRAINS, 1);
     ctx__wake_all(&pool->blocked);
     ctx__wake_all(&pool->waiters);
     ctx__pool_leave(pool); /* tasks gather no longer */
     ctx__lock(&pool->ring.in);
-    rc = ctx__await(&pool->ring.in, &pool->waiters, ctx__pool_settled, pool, &ctx__root,
+    rc = ctx__await(&pool->ring.in, &pool->waiters, ctx__pool_settled, &settle, pool->ctx->parent,
                     ctx_time_add(start, budget > 0 ? budget : 0));
     cut_at = ctx_now();
     r.wait_time = cut_at - start;
-    if (rc) ctx__pool_cut(pool, cut_at, grace);
+    if (rc) ctx__pool_cut(&settle, cut_at, grace);
     if (rc) r.grace_time = ctx_now() - cut_at;
     if (report || ctx__tally()) ctx__pool_report(pool, &r);
     ctx__tally_add(r.dropped - pool->tallied, r.stuck);
     if (ctx__tally()) pool->tallied = r.dropped;
-    ctx__pool_note_drain(pool, -1);
+    ctx__pool_note_call(pool, CTX__DRAINS, -1);
     rc = pool->cut ? CTX_DEADLINE_EXCEEDED : 0;
     ctx__pool_leave(pool);
     if (report) *report = r;
@@ -6035,7 +6250,7 @@ CTXCANCEL_API void ctx_pool_free(ctx_pool_t *pool) {
     if (ctx__pool_forked(pool)) { /* its threads and its tasks are the parent process's */
         ctx_on_done_stop(&pool->on_end);
         ctx_end_at(pool->ctx, NULL);
-        CTXCANCEL_FREE(pool->raw);
+        ctx__pool_free_memory(pool);
         return;
     }
     ctx__pool_drain(pool, 0, 0, NULL);
@@ -6080,18 +6295,25 @@ CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_pe
    turn finds the queue empty, and stops being one, under the lock under which tasks are queued. A thread that waits,
    for room or for the end, takes tasks from that queue too: so groups of groups never lock up, however small the pool.
 
+   One thread at a time calls on_error: `telling` is that thread. What fails meanwhile is queued in `untold`, and the
+   thread that tells takes it out under `mu` before it stops. It is a thread that runs or adds a task, so all is told
+   before the last task has returned. No other thread waits for on_error, unless it has no memory for its place in that
+   queue; then its task does not count against the limit, as on_error may wait for room.
+
    A task that waits in ctx_group_go() does not count against the limit: while all tasks wait to add others, one of them
    can. The group lives until its owner has waited and its last turn has come back or was taken back. */
 
 #define CTX__RUNNER_IDLE CTX_S(10)    /* of real time */
 #define CTX__RUNNER_SETTLE CTX_MS(20) /* how long the end of the runtime waits for one to become idle */
 
+static const char ctx__runner_name[] = "ctx-runner"; /* of one that is idle, or whose work has no name */
+
 enum { CTX__TURN_TASKS = 32 }; /* that a turn runs before it queues up again behind the pool's other work */
 
 typedef struct ctx__job {
     void (*run)(const struct ctx__job *job);
     void *owner; /* for run; the rest likewise */
-    ctx_t *ctx;
+    ctx_t *ctx;  /* its name is the thread's meanwhile (NULL: none) */
     ctx_task_fn fn;
     void *arg;
 } ctx__job_t;
@@ -6103,6 +6325,7 @@ typedef struct ctx__runner {
     bool loaded;      /* [mu] has a job that nobody has begun */
     bool woken;       /* [mu] was woken and has not looked */
     bool ends;        /* [mu] has been told to end */
+    const char *name; /* [owner thread] the thread's */
     pthread_t thread; /* [const] before it is first idle */
     ctx__parker_t parker;
 } ctx__runner_t;
@@ -6199,12 +6422,29 @@ static bool ctx__runner_look(ctx__runner_t *runner) {
     return runner->ends || ctx__runner_take(runner);
 }
 
+/* A thread bears the name of its work. Each change is a call of the system, so an idle one gets back its own name only
+   when it has slept for a moment: a stream of work of one name changes nothing. */
+static void ctx__runner_named(ctx__runner_t *runner, const char *name) {
+    if (runner->name == name) return;
+    runner->name = name;
+    ctx__thread_name(name);
+}
+
+/* Sleep until it is unparked. False: it has been idle for long. */
+static bool ctx__runner_park(ctx__runner_t *runner) {
+    if (runner->name != ctx__runner_name) {
+        if (ctx__park_real(&runner->parker, ctx__clock_read() + CTX__RUNNER_SETTLE)) return true;
+        ctx__runner_named(runner, ctx__runner_name);
+    }
+    return ctx__park_real(&runner->parker, ctx__clock_read() + CTX__RUNNER_IDLE);
+}
+
 /* Idle: sleep until there is a job for this runner. False: it has been idle for long, and ends. */
 static bool ctx__runner_rest(ctx__runner_t *runner) {
     bool told = ctx__look_out(ctx__parker_is_set, &runner->parker, CTX_NO_DEADLINE), on, retire;
     do {
         ctx__runner_t *wake;
-        told = told || ctx__park_real(&runner->parker, ctx__clock_read() + CTX__RUNNER_IDLE);
+        told = told || ctx__runner_park(runner);
         ctx__enter(&ctx__runners.mu);
         if (!told && runner->woken) { /* just now */
             ctx__leave(&ctx__runners.mu);
@@ -6242,9 +6482,10 @@ static bool ctx__runner_next(ctx__runner_t *runner) {
 static void *ctx__runner_main(void *arg) {
     ctx__runner_t *runner = (ctx__runner_t *)arg;
     ctx__member_begin()->runner = runner;
-    ctx__thread_name("ctx-runner");
     runner->thread = pthread_self();
     do {
+        const ctx_t *ctx = runner->job.ctx;
+        ctx__runner_named(runner, ctx && ctx->name ? ctx->name : ctx__runner_name);
         runner->job.run(&runner->job);
         if (!ctx__runner_next(runner)) {
             CTXCANCEL_FREE(runner);
@@ -6259,7 +6500,7 @@ static CTX__COLD int ctx__runner_start(const ctx__job_t *job) {
     pthread_t thread;
     if (!runner) return CTX_NO_MEMORY;
     runner->job = *job;
-    if (!ctx__member_start(&thread, ctx__runner_main, runner)) return 0;
+    if (!ctx__member_start(&thread, ctx__runner_main, runner, CTXCANCEL_STACK_SIZE)) return 0;
     CTXCANCEL_FREE(runner);
     return CTX_NO_MEMORY;
 }
@@ -6415,11 +6656,15 @@ struct ctx_group {
     ctx_pool_t *pool;     /* [const] */
     size_t limit;         /* [const] */
     int most_turns;       /* [const] */
+    bool keep_going;      /* [const] */
+    void (*on_error)(void *arg, int rc, void *user); /* [const] */
+    void *user;           /* [const] */
     uint32_t refs;        /* [atomic] its owner, each turn that is wanted or at work */
     uint32_t mu;
-    int rc;               /* [mu] of the first task that failed */
+    int rc;               /* [mu] of the first task that failed or was refused */
+    bool failed;          /* [mu] a failure has canceled the others */
     size_t live;          /* [mu] tasks taken that have not returned, ... */
-    size_t adding;        /* [mu] ... and of these, in ctx_group_go() */
+    size_t adding;        /* [mu] ... and of these, in ctx_group_go() or waiting for on_error */
     bool awaited;         /* [mu] its owner waits, and runs what is queued */
     bool spread;          /* [mu] tasks wait for each other: each that is queued gets a thread */
     int active;           /* [mu] turns wanted or at work; less for a moment, never more */
@@ -6428,7 +6673,19 @@ struct ctx_group {
     ctx__queue_t queue;   /* [mu] tasks that no thread has begun */
     ctx__link_t *spare;   /* [mu] */
     ctx__queue_t at_limit, at_end; /* [mu] */
+    const void *telling;  /* [mu] the thread that calls on_error; NULL: none */
+    ctx__queue_t untold;  /* [mu] of ctx__error_t */
+    ctx__queue_t at_told; /* [mu] */
 };
+
+/* What on_error has not heard of. */
+typedef struct {
+    ctx__link_t link; /* [mu] */
+    void *arg;        /* [const] */
+    int rc;           /* [const] */
+    bool kept;        /* [const] it is a block of its own; else its thread waits until it is told */
+    bool told;        /* [mu] */
+} ctx__error_t;
 
 static void ctx__group_unref(ctx_group_t *group, int n) {
     ctx__link_t *link, *next;
@@ -6453,14 +6710,71 @@ static void ctx__group_left(ctx_group_t *group) {
     if (!group->live) ctx__wake_all(&group->at_end);
 }
 
-/* A task has failed: the first stops the others. */
-static CTX__COLD void ctx__group_failed(ctx_group_t *group, int rc) {
-    bool first;
+/* [mu], released meanwhile. Call on_error for `error`, and then for all that was queued by the time it returned. */
+static void ctx__group_tell_all(ctx_group_t *group, ctx__error_t *error) {
+    group->telling = &ctx__self;
+    for (;;) {
+        bool kept = error->kept;
+        ctx__unlock(&group->mu);
+        group->on_error(error->arg, error->rc, group->user);
+        if (kept) CTXCANCEL_FREE(error);
+        ctx__lock(&group->mu);
+        if (!kept) error->told = true;
+        ctx__wake_all(&group->at_told);
+        if (!group->untold.first) break;
+        error = CTX__CONTAINER(group->untold.first, ctx__error_t, link);
+        ctx__queue_out(&group->untold, &error->link);
+    }
+    group->telling = NULL;
+}
+
+static bool ctx__group_told(void *error) { return ((const ctx__error_t *)error)->told; }
+
+/* [mu], released meanwhile. Without memory: wait until the thread that calls on_error has told it. A call waits for
+   nothing that it causes itself. */
+static void ctx__group_tell_waiting(ctx_group_t *group, ctx__error_t *error) {
+    bool task = ctx__scope_of(CTX__IN_GROUP, group) != NULL;
+    if (group->telling == &ctx__self) return;
+    group->adding += task;
+    ctx__queue_add(&group->untold, &error->link);
+    ctx__wake_all(&group->at_limit);
+    ctx__await(&group->mu, &group->at_told, ctx__group_told, error, &ctx__root, CTX_NO_DEADLINE);
+    group->adding -= task;
+}
+
+/* [mu], released meanwhile. Have on_error hear of an error. */
+static void ctx__group_tell(ctx_group_t *group, void *arg, int rc) {
+    ctx__error_t here, *kept = NULL;
+    memset(&here, 0, sizeof here);
+    here.arg = arg;
+    here.rc = rc;
+    if (group->telling) {
+        ctx__unlock(&group->mu);
+        kept = (ctx__error_t *)CTXCANCEL_MALLOC(sizeof *kept);
+        if (kept) *kept = here;
+        if (kept) kept->kept = true;
+        ctx__lock(&group->mu);
+    }
+    if (!group->telling) ctx__group_tell_all(group, kept ? kept : &here);
+    else if (kept) ctx__queue_add(&group->untold, &kept->link);
+    else ctx__group_tell_waiting(group, &here);
+}
+
+/* A task has failed, or was refused: the first is the result. A failure stops the others. After a refusal those that
+   were accepted go on: the caller has heard of it, and may stop them. */
+static CTX__COLD void ctx__group_failed(ctx_group_t *group, void *arg, int rc, bool refused) {
+    bool first, stop = !group->keep_going && !refused;
     ctx__lock(&group->mu);
     first = group->rc == 0;
     if (first) group->rc = rc;
+    stop = stop && !group->failed;
+    if (stop) group->failed = true;
     ctx__unlock(&group->mu);
-    if (first) ctx_cancel_cause_at(group->ctx, rc, NULL, "ctx_group_go");
+    if (stop) ctx_cancel_cause_at(group->ctx, rc, NULL, "ctx_group_go");
+    if (!group->on_error) return;
+    ctx__lock(&group->mu);
+    ctx__group_tell(group, arg, rc);
+    ctx__unlock(&group->mu);
 }
 
 /* Run a task. [mu], released meanwhile. */
@@ -6470,8 +6784,8 @@ static void ctx__group_run(ctx_group_t *group, ctx_task_fn fn, void *arg) {
     ctx__unlock(&group->mu);
     ctx__scope_enter(&scope, CTX__IN_GROUP, group);
     rc = fn(group->ctx, arg);
+    if (CTX__UNLIKELY(rc)) ctx__group_failed(group, arg, rc, false);
     ctx__scope_leave(&scope);
-    if (CTX__UNLIKELY(rc)) ctx__group_failed(group, rc);
     ctx__lock(&group->mu);
     ctx__group_left(group);
 }
@@ -6535,7 +6849,7 @@ static void ctx__group_spread_run(const ctx__job_t *job) {
 }
 
 static void ctx__group_spread_one(ctx_group_t *group) {
-    const ctx__job_t job = { ctx__group_spread_run, group, NULL, NULL, NULL };
+    const ctx__job_t job = { ctx__group_spread_run, group, group->ctx, NULL, NULL };
     CTX__ADD(&group->refs, 1u, RELAXED);
     if (ctx__run(&job)) CTX__SUB(&group->refs, 1u, RELAXED); /* no thread: a turn will come. The caller's is left */
 }
@@ -6557,7 +6871,7 @@ static void ctx__group_spread(void) {
 }
 
 CTXCANCEL_API ctx_group_t *ctx_group_new(ctx_t *parent, const ctx_group_desc_t *desc) {
-    static const ctx_group_desc_t plain = { NULL, NULL, 0 };
+    static const ctx_group_desc_t plain = { NULL, NULL, 0, false, NULL, NULL };
     ctx__make_t make = ctx__make_plain;
     ctx_group_t *group;
     if (!desc) desc = &plain;
@@ -6576,8 +6890,13 @@ CTXCANCEL_API ctx_group_t *ctx_group_new(ctx_t *parent, const ctx_group_desc_t *
     }
     if (desc->name) group->ctx->name = desc->name;
     group->pool = desc->pool;
-    group->limit = desc->limit ? (size_t)desc->limit : desc->pool ? desc->pool->desc.queue : SIZE_MAX;
+    group->keep_going = desc->keep_going;
+    group->on_error = desc->on_error;
+    group->user = desc->user;
+    group->limit = desc->limit ? (size_t)desc->limit : SIZE_MAX;
     if (group->pool) group->most_turns = group->pool->desc.workers;
+    if (group->pool && !desc->limit) group->limit = group->pool->desc.queue;
+    if (!group->limit) group->limit = (size_t)group->most_turns; /* the pool has no queue */
     if ((size_t)group->most_turns > group->limit) group->most_turns = (int)group->limit;
     group->turns.come = ctx__group_come;
     group->turns.op = desc->name ? desc->name : "group";
@@ -6620,7 +6939,7 @@ static int ctx__group_enter(ctx_group_t *group, bool wait) {
 }
 
 static int ctx__group_go_thread(ctx_group_t *group, ctx_task_fn fn, void *arg) {
-    const ctx__job_t job = { ctx__group_thread_run, group, NULL, fn, arg };
+    const ctx__job_t job = { ctx__group_thread_run, group, group->ctx, fn, arg };
     int rc = ctx__run(&job);
     if (!rc) return 0;
     ctx__lock(&group->mu);
@@ -6684,11 +7003,15 @@ static int ctx__group_add(ctx_group_t *group, ctx_task_fn fn, void *arg, bool wa
 }
 
 CTXCANCEL_API int ctx_group_go(ctx_group_t *group, ctx_task_fn fn, void *arg) {
-    return ctx__group_add(group, fn, arg, true);
+    int rc = ctx__group_add(group, fn, arg, true);
+    if (CTX__UNLIKELY(rc != 0) && group) ctx__group_failed(group, arg, rc, true);
+    return rc;
 }
 
 CTXCANCEL_API int ctx_group_try_go(ctx_group_t *group, ctx_task_fn fn, void *arg) {
-    return ctx__group_add(group, fn, arg, false);
+    int rc = ctx__group_add(group, fn, arg, false);
+    if (CTX__UNLIKELY(rc != 0) && rc != CTX_QUEUE_FULL && group) ctx__group_failed(group, arg, rc, true);
+    return rc;
 }
 
 static bool ctx__group_may_end(void *arg) {
@@ -6702,6 +7025,7 @@ CTXCANCEL_API int ctx_group_wait(ctx_group_t *group) {
     if (!group) return CTX_INVALID;
     CTXCANCEL_ASSERT(!ctx__scope_of(CTX__IN_GROUP, group)); /* a task that waits for itself */
     ctx__lock(&group->mu);
+    CTXCANCEL_ASSERT(group->telling != &ctx__self); /* on_error that waits for itself */
     group->awaited = true;
     while (group->live)
         if (!ctx__group_run_next(group))

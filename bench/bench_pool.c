@@ -57,6 +57,53 @@ static void flood_figure(const char *figure, int workers, ctx_dur_t task_timeout
     flood_of(figure, workers, task_timeout, no_op, 300000);
 }
 
+/* Small tasks with data of their own: 48 bytes by copy, or in a block for each task. */
+typedef struct {
+    uint64_t words[6];
+} small_t;
+
+static int op_copy(ctx_t *ctx, void *arg) {
+    BENCH_KEEP(((const small_t *)arg)->words[5]);
+    return ctx_err(ctx);
+}
+
+static int op_block(ctx_t *ctx, void *arg) {
+    int rc = op_copy(ctx, arg);
+    free(arg);
+    return rc;
+}
+
+static uint64_t flood_small(ctx_pool_t *pool, bool copy, size_t n) {
+    uint64_t began = bench_now();
+    for (size_t i = 0; i < n; i++) {
+        small_t small = {{i, i, i, i, i, i}}, *block;
+        int rc;
+        if (copy) {
+            rc = ctx_pool_submit_copy(pool, request, "small", op_copy, &small, sizeof small);
+        } else {
+            block = malloc(sizeof *block);
+            bench_check(block != NULL, "no memory");
+            *block = small;
+            rc = ctx_pool_submit(pool, request, "small", op_block, block);
+        }
+        bench_check(rc == 0, "a submit failed");
+    }
+    bench_check(ctx_pool_wait(pool, ctx_background()) == 0, "a wait failed");
+    return bench_now() - began;
+}
+
+static void small_figure(const char *figure, int workers, bool copy) {
+    ctx_pool_desc_t desc = {.workers = workers, .queue = 1024, .when_full = CTX_BLOCK};
+    if (!bench_wants(figure)) return;
+    size_t n = bench_scaled(300000);
+    ctx_pool_t *pool = ctx_pool_new(server, &desc);
+    bench_check(pool != NULL, "no pool");
+    flood_small(pool, copy, n / 2 + 1);
+    for (int run = 0; run < RUNS; run++) bench_print(figure, (double)flood_small(pool, copy, n) / (double)n, "ns");
+    bench_check(ctx_pool_drain(pool, CTX_S(5), NULL) == 0, "the pool did not drain");
+    ctx_pool_free(pool);
+}
+
 static int op_1us(ctx_t *ctx, void *arg) {
     (void)arg;
     bench_compute(1);
@@ -154,6 +201,8 @@ int main(void) {
     flood_figure("pool_100", 100, CTX_S(30));
     flood_figure("pool_plain_2", 2, 0);
     flood_figure("pool_plain_8", 8, 0);
+    small_figure("pool_copy_2", 2, true);
+    small_figure("pool_malloc_2", 2, false);
     work_figures();
     detached_figures();
     ctx_end(request);

@@ -947,7 +947,7 @@ TEST(what_comes_after_the_end_of_the_context_is_refused_and_never_runs) {
             if (way == BY_FAILURE) ctx_wait(ctx_group_ctx(s.group), CTX_FOREVER);
             EXPECT_EQ(ctx_group_go(s.group, does_as_told, &late), err);
             EXPECT_EQ(ctx_group_try_go(s.group, does_as_told, &late), err);
-            EXPECT_EQ(scene_end(&s), way == BY_FAILURE ? -5 : 0);
+            EXPECT_EQ(scene_end(&s), way == BY_FAILURE ? -5 : err);
             EXPECT_EQ(late.ran, 0);
             ctx_clock_real();
         }
@@ -964,8 +964,279 @@ TEST(a_group_below_a_done_context_refuses_all_work) {
         s.group = group_below(s.parent, s.pool, 0);
         EXPECT_EQ(ctx_cause(ctx_group_ctx(s.group)).code, -5);
         EXPECT_EQ(ctx_group_go(s.group, does_as_told, tasks_clear(&late, 1)), CTX_CANCELED);
-        EXPECT_EQ(scene_end(&s), 0);
+        EXPECT_EQ(scene_end(&s), CTX_CANCELED);
         EXPECT_EQ(late.ran, 0);
+    }
+}
+
+/* -- the whole result ------------------------------------------------------------------------------------------- */
+
+/* The loop that anybody writes. */
+static int runs_all(ctx_group_t *group, int n, int *ran) {
+    for (int i = 0; i < n; i++) ctx_group_go(group, counts, ran);
+    return ctx_group_wait(group);
+}
+
+TEST(a_wait_is_zero_only_if_all_that_was_asked_for_ran) {
+    for (int v = 0; v < VENUES; v++) {
+        scene_t s;
+        int ran = 0;
+        scene_begin(&s, venues[v], 0);
+        EXPECT_EQ(runs_all(s.group, 5, &ran), 0);
+        EXPECT_EQ(ran, 5);
+        ctx_t *over = ctx_with_cancel(s.parent);
+        s.group = group_below(over, s.pool, 0);
+        EXPECT_EQ(ctx_group_go(s.group, counts, &ran), 0);
+        UNTIL(load(&ran) == 6);
+        ctx_cancel(over);
+        EXPECT_EQ(runs_all(s.group, 5, &ran), CTX_CANCELED);
+        EXPECT_EQ(ran, 6);
+        ctx_end(over);
+        s.group = NULL;
+        scene_end(&s);
+    }
+}
+
+TEST(the_first_of_all_errors_is_the_result) {
+    for (int v = 0; v < VENUES; v++) {
+        for (int refused_first = 0; refused_first < 2; refused_first++) {
+            scene_t s;
+            task_t bad;
+            int ran = 0;
+            scene_begin(&s, venues[v], 0);
+            tasks_clear(&bad, 1)->rc = -5;
+            bad.gate = &s.gate;
+            add_task(&s, &bad);
+            gate_await(&s.gate, 1);
+            if (refused_first) EXPECT_EQ(ctx_group_go(s.group, NULL, NULL), CTX_INVALID);
+            EXPECT_EQ(ctx_err(ctx_group_ctx(s.group)), 0); /* the others go on */
+            gate_open(&s.gate);
+            EXPECT_EQ(ctx_wait(ctx_group_ctx(s.group), CTX_S(60)), CTX_CANCELED); /* a failure cancels, though later */
+            EXPECT_EQ(ctx_cause(ctx_group_ctx(s.group)).code, -5);
+            EXPECT_EQ(ctx_group_go(s.group, counts, &ran), CTX_CANCELED);
+            EXPECT_EQ(scene_end(&s), refused_first ? CTX_INVALID : -5);
+            EXPECT_EQ(ran, 0);
+        }
+    }
+}
+
+/* A try that finds the group full is an answer, not an error; all else counts. */
+TEST(a_try_that_finds_no_room_does_not_count) {
+    for (int v = 0; v < VENUES; v++) {
+        for (int closed = 0; closed < 2; closed++) {
+            scene_t s;
+            task_t task, late;
+            scene_begin(&s, venues[v], 1);
+            fill(&s, &task, 1);
+            EXPECT_EQ(ctx_group_try_go(s.group, does_as_told, tasks_clear(&late, 1)), CTX_QUEUE_FULL);
+            if (closed) ctx_cancel(s.parent);
+            if (closed) EXPECT_EQ(ctx_group_try_go(s.group, does_as_told, &late), CTX_CANCELED);
+            EXPECT_EQ(scene_end(&s), closed ? CTX_CANCELED : 0);
+        }
+    }
+}
+
+/* What on_error heard, in order: read after the wait. */
+typedef struct {
+    ctx_group_t *group;
+    gate_t *gate;                                       /* stop here in the first call (NULL: do not) */
+    int (*more)(ctx_group_t *group, void *arg, int rc); /* what it does itself (NULL: nothing) */
+    int inside;                                         /* calls at once, or within each other */
+    int n;                                              /* [atomic] */
+    struct {
+        void *arg;
+        int rc;
+    } heard[16];
+} ear_t;
+
+static void hears(void *arg, int rc, void *user) {
+    ear_t *ear = (ear_t *)user;
+    int n = load(&ear->n);
+    EXPECT_EQ(ear->inside, 0);
+    ear->inside++;
+    if (n < 16) ear->heard[n].arg = arg, ear->heard[n].rc = rc;
+    store(&ear->n, n + 1);
+    if (ear->gate && n == 0) gate_pass(ear->gate);
+    if (ear->more) ear->more(ear->group, arg, rc);
+    ear->inside--;
+}
+
+static void scene_listens(scene_t *s, ear_t *ear, int workers, int limit, bool keep_going) {
+    ctx_group_desc_t desc;
+    scene_begin(s, workers, 0);
+    ctx_group_wait(s->group);
+    memset(ear, 0, sizeof *ear);
+    memset(&desc, 0, sizeof desc);
+    desc.pool = s->pool;
+    desc.limit = limit;
+    desc.keep_going = keep_going;
+    desc.on_error = hears;
+    desc.user = ear;
+    s->group = ear->group = ctx_group_new(s->parent, &desc);
+    EXPECT(s->group != NULL);
+}
+
+TEST(with_keep_going_a_failure_cancels_nobody_and_is_the_result) {
+    for (int v = 0; v < VENUES; v++) {
+        scene_t s;
+        ear_t ear;
+        task_t tasks[6];
+        int heard = 0;
+        scene_listens(&s, &ear, venues[v], 1, true); /* one after the other */
+        tasks_clear(tasks, 6);
+        for (int i = 0; i < 6; i++) {
+            tasks[i].rc = i % 2 ? -10 - i : 0;
+            add_task(&s, &tasks[i]);
+        }
+        EXPECT_EQ(ctx_err(ctx_group_ctx(s.group)), 0);
+        int rc = scene_end(&s);
+        EXPECT_EQ(rc, -11);
+        for (int i = 0; i < 6; i++) {
+            EXPECT_EQ(tasks[i].ran, 1);
+            EXPECT_EQ(tasks[i].err_after, 0);
+        }
+        EXPECT_EQ(ear.n, 3);
+        for (int i = 0; i < 3; i++) heard += ear.heard[i].arg == &tasks[2 * i + 1] && ear.heard[i].rc == -11 - 2 * i;
+        EXPECT_EQ(heard, 3);
+    }
+}
+
+TEST(on_error_hears_of_failures_and_refusals_before_the_wait_returns) {
+    for (int v = 0; v < VENUES; v++) {
+        scene_t s;
+        ear_t ear;
+        task_t bad, late;
+        scene_listens(&s, &ear, venues[v], 0, false);
+        tasks_clear(&late, 1);
+        tasks_clear(&bad, 1)->rc = -5;
+        add_task(&s, &bad);
+        UNTIL(load(&ear.n) == 1);
+        EXPECT_EQ(ctx_group_go(s.group, does_as_told, &late), CTX_CANCELED);
+        EXPECT_EQ(load(&ear.n), 2);
+        EXPECT_EQ(ctx_group_try_go(s.group, does_as_told, &late), CTX_CANCELED);
+        EXPECT_EQ(scene_end(&s), -5);
+        EXPECT_EQ(ear.n, 3);
+        EXPECT(ear.heard[0].arg == &bad && ear.heard[0].rc == -5);
+        EXPECT(ear.heard[1].arg == &late && ear.heard[1].rc == CTX_CANCELED);
+        EXPECT(ear.heard[2].arg == &late && ear.heard[2].rc == CTX_CANCELED);
+    }
+}
+
+/* While on_error is busy elsewhere a task that fails leaves word and goes: nobody waits for on_error but the wait. */
+TEST(what_fails_during_a_call_of_on_error_is_told_after_it) {
+    for (int v = 0; v < VENUES; v++) {
+        scene_t s;
+        ear_t ear;
+        task_t tasks[4];
+        apart_t waiter;
+        if (venues[v] == 1) continue;
+        scene_listens(&s, &ear, venues[v], 0, true);
+        ear.gate = &s.gate;
+        tasks_clear(tasks, 4);
+        for (int i = 0; i < 4; i++) tasks[i].rc = -10 - i;
+        add_task(&s, &tasks[0]);
+        gate_await(&s.gate, 1);
+        for (int i = 1; i < 4; i++) add_task(&s, &tasks[i]);
+        UNTIL(tasks_ran(tasks, 4) == 4);
+        EXPECT_EQ(ctx_group_go(s.group, NULL, &s), CTX_INVALID); /* nor does this */
+        EXPECT_EQ(load(&ear.n), 1);
+        apart_start(&waiter, waits_for_the_group, s.group);
+        s.group = NULL;
+        until_asleep(&waiter.tid);
+        EXPECT_EQ(load(&waiter.done), 0);
+        gate_open(&s.gate);
+        EXPECT_EQ(apart_end(&waiter), -10);
+        EXPECT_EQ(ear.n, 5);
+        scene_end(&s);
+    }
+}
+
+static int retries(ctx_group_t *group, void *arg, int rc) {
+    task_t *task = (task_t *)arg;
+    if (rc != -5) return 0;
+    task->rc = task->ran == 3 ? 0 : -5;
+    return ctx_group_go(group, does_as_told, task);
+}
+
+TEST(on_error_may_add_the_task_again) {
+    for (int v = 0; v < VENUES; v++) {
+        for (int limit = 0; limit < 2; limit++) { /* at the limit too: its task makes room for it */
+            scene_t s;
+            ear_t ear;
+            task_t task;
+            scene_listens(&s, &ear, venues[v], limit, true);
+            ear.more = retries;
+            tasks_clear(&task, 1)->rc = -5;
+            add_task(&s, &task);
+            EXPECT_EQ(scene_end(&s), -5);
+            EXPECT_EQ(task.ran, 4);
+            EXPECT_EQ(ear.n, 3);
+        }
+    }
+}
+
+/* It hears of what it is refused itself, after the call and not within it. */
+static int adds_three_times(ctx_group_t *group, void *arg, int rc) {
+    int times = rc == -5 ? 3 : 0;
+    for (int i = 0; i < times; i++) EXPECT_EQ(ctx_group_go(group, does_as_told, arg), CTX_CANCELED);
+    ctx_cancel(ctx_group_ctx(group)); /* no lock is held */
+    return 0;
+}
+
+TEST(on_error_that_is_refused_hears_of_it_after_the_call) {
+    for (int v = 0; v < VENUES; v++) {
+        scene_t s;
+        ear_t ear;
+        task_t task;
+        scene_listens(&s, &ear, venues[v], 0, false);
+        ear.more = adds_three_times;
+        tasks_clear(&task, 1)->rc = -5;
+        add_task(&s, &task);
+        EXPECT_EQ(scene_end(&s), -5);
+        EXPECT_EQ(task.ran, 1);
+        EXPECT_EQ(ear.n, 4);
+        for (int i = 1; i < 4; i++) EXPECT(ear.heard[i].arg == &task && ear.heard[i].rc == CTX_CANCELED);
+    }
+}
+
+/* on_error waits for room, which a task has that fails meanwhile. */
+static int adds_one_more(ctx_group_t *group, void *arg, int rc) {
+    return rc == CTX_INVALID ? ctx_group_go(group, counts, arg) : 0;
+}
+
+typedef struct {
+    ctx_group_t *group;
+    int *ran;
+} refused_t;
+
+static int is_refused(void *arg) {
+    const refused_t *call = (const refused_t *)arg;
+    return ctx_group_go(call->group, NULL, call->ran);
+}
+
+TEST(on_error_may_wait_for_the_room_of_a_task_that_fails) {
+    for (int v = 0; v < VENUES; v++) {
+        scene_t s;
+        ear_t ear;
+        task_t bad;
+        int ran = 0;
+        scene_listens(&s, &ear, venues[v], 1, true);
+        ear.more = adds_one_more;
+        tasks_clear(&bad, 1)->rc = -5;
+        bad.gate = &s.gate;
+        add_task(&s, &bad);
+        gate_await(&s.gate, 1);
+        refused_t call = {s.group, &ran};
+        apart_t refused;
+        apart_start(&refused, is_refused, &call);
+        until_asleep(&refused.tid);
+        gate_open(&s.gate);
+        EXPECT_EQ(apart_end(&refused), CTX_INVALID);
+        EXPECT_EQ(scene_end(&s), CTX_INVALID);
+        EXPECT_EQ(ran, 1);
+        EXPECT_EQ(ear.n, 2);
+        EXPECT_EQ(ear.heard[0].rc, CTX_INVALID);
+        EXPECT_EQ(ear.heard[1].rc, -5);
     }
 }
 
@@ -1066,6 +1337,17 @@ TEST(the_limit_on_a_pool_is_its_queue_if_none_is_given) {
     EXPECT_EQ(tasks[8].ran, 0);
 }
 
+TEST(the_limit_on_a_pool_without_a_queue_is_its_workers) {
+    scene_t s;
+    task_t tasks[4];
+    ctx_pool_desc_t desc = describe(3, CTX_NO_QUEUE);
+    scene_on(&s, &desc, 0);
+    fill(&s, tasks, 3);
+    EXPECT_EQ(ctx_group_try_go(s.group, does_as_told, tasks_clear(&tasks[3], 1)), CTX_QUEUE_FULL);
+    EXPECT_EQ(scene_end(&s), 0);
+    EXPECT_EQ(tasks_ran(tasks, 4), 3);
+}
+
 TEST(go_waits_at_the_limit_until_a_task_has_returned) {
     for (int v = 0; v < VENUES; v++) {
         int limit = venues[v] ? venues[v] : 2;
@@ -1093,7 +1375,7 @@ TEST(go_that_waits_at_the_limit_ends_with_the_context) {
             int err = end_group(&s, way, &task);
             for (int i = 0; i < 3; i++) EXPECT_EQ(apart_end(&adders[i].apart), err);
             EXPECT_EQ(ctx_group_try_go(s.group, does_as_told, &adders[0].task), err); /* before "full" */
-            EXPECT_EQ(scene_end(&s), way == BY_FAILURE ? -5 : 0);
+            EXPECT_EQ(scene_end(&s), way == BY_FAILURE ? -5 : err);
             for (int i = 0; i < 3; i++) EXPECT_EQ(adders[i].task.ran, 0);
             ctx_clock_real();
         }
@@ -1637,7 +1919,7 @@ TEST(a_group_that_feeds_itself_does_not_hold_up_a_drain) {
         EXPECT_EQ(ctx_group_go(s.group, feeds_until_refused, &feeder), 0);
         UNTIL(load(&feeder.ran) > 1000);
         EXPECT_EQ(ctx_pool_drain(s.pool, CTX_S(30), NULL), 0);
-        EXPECT_EQ(scene_end(&s), 0);
+        EXPECT_EQ(scene_end(&s), CTX_CLOSED); /* what it would have added */
     }
 }
 
@@ -1672,13 +1954,15 @@ TEST(tasks_accepted_before_the_pool_ended_run_with_their_context_done) {
                 tasks[i].until_done = true;
                 add_task(&s, &tasks[i]);
             }
+            int err = 0;
             end_pool(&s, how);
             if (how != FREE) {
-                EXPECT(ctx_err(ctx_group_ctx(s.group)) != 0);
-                EXPECT_EQ(ctx_group_go(s.group, does_as_told, tasks_clear(&late, 1)), ctx_err(ctx_group_ctx(s.group)));
+                err = ctx_err(ctx_group_ctx(s.group));
+                EXPECT(err != 0);
+                EXPECT_EQ(ctx_group_go(s.group, does_as_told, tasks_clear(&late, 1)), err);
                 EXPECT_EQ(late.ran, 0);
             }
-            EXPECT_EQ(scene_end(&s), 0);
+            EXPECT_EQ(scene_end(&s), err);
             for (int i = 0; i < 5; i++) {
                 EXPECT_EQ(tasks[i].ran, 1);
                 EXPECT(tasks[i].err_after != 0);
@@ -1717,7 +2001,7 @@ TEST(a_pool_that_drains_takes_no_more_and_finishes_what_it_took) {
     gate_open(&s.hold);
     EXPECT_EQ(apart_end(&drainer.apart), 0);
     EXPECT_EQ(drainer.report.dropped, 0);
-    EXPECT_EQ(scene_end(&s), 0);
+    EXPECT_EQ(scene_end(&s), CTX_CLOSED);
     for (int i = 0; i < 5; i++) {
         EXPECT_EQ(tasks[i].ran, 1);
         EXPECT_EQ(tasks[i].err_after, 0);
@@ -1758,7 +2042,7 @@ TEST(a_task_of_a_pool_that_drains_gets_no_group_work_there_and_ends) {
     gate_open(&s.hold);
     EXPECT_EQ(apart_end(&drainer.apart), 0);
     EXPECT_EQ(closing.rc_go, CTX_CLOSED);
-    EXPECT_EQ(closing.rc_wait, 0);
+    EXPECT_EQ(closing.rc_wait, CTX_CLOSED);
     EXPECT_EQ(closing.ran, 0);
     EXPECT_EQ(drainer.report.completed, 1);
     EXPECT_EQ(scene_end(&s), 0);
@@ -1792,7 +2076,7 @@ TEST(go_that_waits_at_the_limit_ends_with_the_pool) {
         end_pool(&s, how);
         int rc = apart_end(&adder.apart);
         EXPECT(rc == CTX_CANCELED || rc == CTX_DEADLINE_EXCEEDED || rc == CTX_CLOSED);
-        EXPECT_EQ(scene_end(&s), 0);
+        EXPECT_EQ(scene_end(&s), rc);
         EXPECT_EQ(adder.task.ran, 0);
     }
 }
@@ -1821,6 +2105,8 @@ struct crowd {
     int trouble;
     uint64_t seed;
     int others; /* [atomic] tasks of the user accepted and not yet run or dropped */
+    int wrong;  /* [atomic] tasks that failed or were refused */
+    int told;   /* by on_error: its calls are one at a time */
     slot_t slots[ADDERS * EACH], more[ADDERS * EACH];
 };
 
@@ -1831,9 +2117,21 @@ static int ends_in_the_crowd(ctx_t *ctx, void *arg) {
     (void)ctx;
     add(&slot->runs, 1);
     race_dither(race_random(&seed));
-    if (slot->more && race_below(&seed, 4) == 0)
-        slot->more->accepted = ctx_group_try_go(crowd->scene.group, ends_in_the_crowd, slot->more) == 0;
-    return crowd->trouble == FAILURES && race_below(&seed, ADDERS * EACH / 2) == 0 ? -5 : 0;
+    if (slot->more && race_below(&seed, 4) == 0) {
+        int rc = ctx_group_try_go(crowd->scene.group, ends_in_the_crowd, slot->more);
+        slot->more->accepted = rc == 0;
+        add(&crowd->wrong, rc != 0 && rc != CTX_QUEUE_FULL);
+    }
+    bool fails = crowd->trouble == FAILURES && race_below(&seed, ADDERS * EACH / 2) == 0;
+    add(&crowd->wrong, fails);
+    return fails ? -5 : 0;
+}
+
+static void hears_of_the_crowd(void *arg, int rc, void *user) {
+    crowd_t *crowd = (crowd_t *)user;
+    EXPECT(((slot_t *)arg)->crowd == crowd);
+    EXPECT(rc != 0 && rc != CTX_QUEUE_FULL);
+    crowd->told++;
 }
 
 static int runs_among_them(ctx_t *ctx, void *arg) {
@@ -1871,6 +2169,7 @@ static void *joins_the_crowd(void *arg) {
         EXPECT(!wait || rc != CTX_QUEUE_FULL);
         EXPECT(crowd->trouble != NOTHING || rc == 0 || !wait);
         slot->accepted = rc == 0;
+        add(&crowd->wrong, rc != 0 && rc != CTX_QUEUE_FULL);
         if (crowd->trouble != OTHERS_TASKS || !s->pool || race_below(&seed, 3)) continue;
         add(&crowd->others, 1);
         if (ctx_pool_submit(s->pool, ctx_background(), "other", runs_among_them, crowd)) add(&crowd->others, -1);
@@ -1894,11 +2193,23 @@ static void gather_crowd(int round, int workers, int trouble) {
     start_line_init(&crowd.line, ADDERS);
     ctx_pool_desc_t desc = describe(workers, queues[round % 3]);
     desc.when_full = trouble == OTHERS_TASKS ? CTX_DROP_OLDEST : CTX_REJECT;
-    scene_on(&crowd.scene, workers ? &desc : NULL, round % 4 && workers ? 0 : limits[round % 3]);
+    scene_on(&crowd.scene, workers ? &desc : NULL, 0);
+    ctx_group_wait(crowd.scene.group);
+    ctx_group_desc_t group;
+    memset(&group, 0, sizeof group);
+    group.pool = crowd.scene.pool;
+    group.limit = round % 4 && workers ? 0 : limits[round % 3];
+    group.keep_going = round % 5 == 0;
+    group.on_error = hears_of_the_crowd;
+    group.user = &crowd;
+    crowd.scene.group = ctx_group_new(crowd.scene.parent, &group);
     race_run(ADDERS, joins_the_crowd, &crowd);
     int rc = ctx_group_wait(crowd.scene.group);
     crowd.scene.group = NULL;
-    EXPECT(rc == 0 || (trouble == FAILURES && rc == -5));
+    EXPECT_EQ(crowd.told, crowd.wrong);
+    EXPECT(rc == 0 ? crowd.wrong == 0 : crowd.wrong > 0);
+    if (trouble == FAILURES) EXPECT(rc == 0 || rc == -5);
+    if (trouble == NOTHING || trouble == OTHERS_TASKS) EXPECT_EQ(rc, 0);
     int wrong = 0, ran = 0;
     for (int i = 0; i < ADDERS * EACH; i++) {
         wrong += load(&crowd.slots[i].runs) != crowd.slots[i].accepted;
@@ -1938,8 +2249,9 @@ TEST(bad_arguments_give_no_group_and_no_task) {
         EXPECT_EQ(ctx_group_go(NULL, does_as_told, NULL), CTX_INVALID);
         EXPECT_EQ(ctx_group_try_go(NULL, does_as_told, NULL), CTX_INVALID);
         EXPECT_EQ(ctx_err(ctx_group_ctx(s.group)), 0);
-        EXPECT_EQ(scene_end(&s), 0);
+        EXPECT_EQ(scene_end(&s), CTX_INVALID);
     }
+    EXPECT_EQ(ctx_group_wait(NULL), CTX_INVALID);
 }
 
 /* == a race ====================================================================================================== */

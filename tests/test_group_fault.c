@@ -2,6 +2,7 @@
 #define FAULT_THREADS
 #include "fault.h"
 
+#define CTXCANCEL_STACK_SIZE ((1 << 20) + 1)
 #define CTXCANCEL_IMPLEMENTATION
 #include "ctxcancel.h"
 #include "test.h"
@@ -113,6 +114,35 @@ TEST(without_a_new_thread_work_runs_on_an_idle_one_or_not_at_all) {
     gate_destroy(&gate);
 }
 
+#if defined(__linux__) && defined(__GLIBC__)
+#ifndef _GNU_SOURCE
+extern int pthread_getattr_np(pthread_t thread, pthread_attr_t *attr);
+#endif
+
+static int notes_stack(ctx_t *ctx, void *arg) {
+    pthread_attr_t attr;
+    void *low = NULL;
+    (void)ctx;
+    EXPECT_EQ(pthread_getattr_np(pthread_self(), &attr), 0);
+    EXPECT_EQ(pthread_attr_getstack(&attr, &low, (size_t *)arg), 0);
+    pthread_attr_destroy(&attr);
+    return 0;
+}
+
+TEST(threads_have_the_stack_that_is_configured) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), size = 0;
+    ctx_runtime_stop(); /* no idle thread */
+    EXPECT_EQ(ctx_go(ctx_background(), "notes", notes_stack, &size), 0);
+    EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
+    EXPECT_EQ(size, (1 << 20) + page);
+    ctx_pool_t *pool = pool_of(1, 4); /* says nothing of its own */
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "notes", notes_stack, &size), 0);
+    pool_end(pool);
+    EXPECT_EQ(size, (1 << 20) + page);
+    EXPECT_EQ(settled_blocks(), 0);
+}
+#endif
+
 /* -- groups ----------------------------------------------------------------------------------------------------- */
 
 TEST(a_group_that_cannot_be_had_is_null_and_leaks_nothing) {
@@ -141,16 +171,34 @@ TEST(a_group_that_cannot_be_had_is_null_and_leaks_nothing) {
     }
 }
 
-/* Ten tasks while memory or threads run out; what could not be accepted is no failure of the group. */
+static void counts_errors(void *arg, int rc, void *user) {
+    (void)arg;
+    EXPECT_EQ(rc, CTX_NO_MEMORY);
+    ++*(int *)user;
+}
+
+/* Ten tasks while memory or threads run out; the others go on. */
 static bool ten_tasks(int workers, void (*arm)(long n), bool (*disarm)(void), long n) {
-    int ran = 0, accepted = 0;
+    int ran = 0, accepted = 0, refused = 0, told = 0;
     ctx_pool_t *pool = pool_of(workers, 4);
-    ctx_group_t *group = group_on(ctx_background(), pool, 3);
+    ctx_group_desc_t desc;
+    memset(&desc, 0, sizeof desc);
+    desc.pool = pool;
+    desc.limit = 3;
+    desc.on_error = counts_errors;
+    desc.user = &told;
+    ctx_group_t *group = ctx_group_new(ctx_background(), &desc);
     ctx_runtime_stop();
     arm(n);
-    for (int i = 0; i < 10; i++) accepted += accepts(group, counts, &ran, i % 3 != 0);
+    for (int i = 0; i < 10; i++) {
+        int rc = i % 3 ? ctx_group_go(group, counts, &ran) : ctx_group_try_go(group, counts, &ran);
+        EXPECT(rc == 0 || rc == CTX_NO_MEMORY || (i % 3 == 0 && rc == CTX_QUEUE_FULL));
+        accepted += rc == 0;
+        refused += rc == CTX_NO_MEMORY;
+    }
     EXPECT_EQ(ctx_err(ctx_group_ctx(group)), 0);
-    EXPECT_EQ(ctx_group_wait(group), 0);
+    EXPECT_EQ(ctx_group_wait(group), refused ? CTX_NO_MEMORY : 0);
+    EXPECT_EQ(told, refused);
     bool injected = disarm();
     EXPECT_EQ(ran, accepted);
     pool_end(pool);
@@ -169,6 +217,104 @@ TEST(accepted_tasks_run_whichever_thread_does_not_start) {
     for (int v = 0; v < VENUES; v++) {
         for (long n = 0; ten_tasks(venues[v], fault_threads_after, fault_threads_off, n); n++) CHECK(n < 200);
         for (long n = 0; n < 4; n++) ten_tasks(venues[v], fault_threads_all_after, fault_threads_off, n);
+    }
+}
+
+TEST(a_refusal_for_want_of_memory_cancels_nobody) {
+    for (int v = 0; v < VENUES; v++) {
+        int ran = 0;
+        ctx_pool_t *pool = pool_of(venues[v], 8);
+        ctx_group_desc_t desc;
+        memset(&desc, 0, sizeof desc);
+        desc.pool = pool;
+        ctx_group_t *group = ctx_group_new(ctx_background(), &desc);
+        settled_blocks();
+        fault_all_after(0);
+        EXPECT_EQ(ctx_group_go(group, counts, &ran), CTX_NO_MEMORY);
+        fault_off();
+        EXPECT_EQ(ctx_err(ctx_group_ctx(group)), 0);
+        EXPECT_EQ(ctx_group_go(group, counts, &ran), 0);
+        EXPECT_EQ(ctx_group_wait(group), CTX_NO_MEMORY);
+        EXPECT_EQ(ran, 1);
+        pool_end(pool);
+    }
+    EXPECT_EQ(settled_blocks(), 0);
+}
+
+/* on_error is in a call, and there is no memory for a place in its queue. */
+typedef struct {
+    ctx_group_t *group;
+    gate_t in_task, in_call;
+    int waits; /* the call adds a task: its cell is that of the one that failed, so it needs no memory */
+    int n;     /* [atomic] calls */
+    int ran, tid, rc;
+} short_t;
+
+static void hears_without_memory(void *arg, int rc, void *user) {
+    short_t *s = (short_t *)user;
+    (void)arg;
+    (void)rc;
+    if (add(&s->n, 1) != 1) return;
+    gate_pass(&s->in_call);
+    EXPECT_EQ(ctx_group_go(s->group, NULL, NULL), CTX_INVALID); /* this is told by its result alone */
+    if (s->waits) EXPECT_EQ(ctx_group_go(s->group, counts, &s->ran), 0);
+}
+
+static int fails_after_gate(ctx_t *ctx, void *arg) {
+    (void)ctx;
+    gate_pass((gate_t *)arg);
+    return -5;
+}
+
+static void *is_refused(void *arg) {
+    short_t *s = (short_t *)arg;
+    store(&s->tid, thread_id());
+    s->rc = ctx_group_go(s->group, NULL, NULL);
+    return NULL;
+}
+
+static bool asleep_for_on_error(ctx_group_t *group) {
+    ctx__lock(&group->mu);
+    bool asleep = group->at_told.first != NULL;
+    ctx__unlock(&group->mu);
+    return asleep;
+}
+
+TEST(errors_that_find_no_memory_wait_for_on_error_and_make_room_for_it) {
+    for (int waits = 0; waits < 2; waits++) {
+        static short_t s;
+        ctx_group_desc_t desc;
+        memset(&s, 0, sizeof s);
+        memset(&desc, 0, sizeof desc);
+        gate_init(&s.in_task);
+        gate_init(&s.in_call);
+        ctx_pool_t *pool = pool_of(1, 8);
+        desc.pool = pool;
+        desc.limit = 1;
+        desc.keep_going = true;
+        desc.on_error = hears_without_memory;
+        desc.user = &s;
+        s.group = ctx_group_new(ctx_background(), &desc);
+        s.waits = waits;
+        EXPECT_EQ(ctx_group_go(s.group, fails_after_gate, &s.in_task), 0);
+        gate_await(&s.in_task, 1);
+        pthread_t refused = thread_start(is_refused, &s);
+        gate_await(&s.in_call, 1);
+        fault_all_after(0);
+        gate_open(&s.in_task);
+        UNTIL(asleep_for_on_error(s.group));
+        EXPECT_EQ(load(&s.n), 1);
+        gate_open(&s.in_call);
+        thread_join(refused);
+        fault_off();
+        EXPECT_EQ(s.rc, CTX_INVALID);
+        EXPECT_EQ(ctx_group_wait(s.group), CTX_INVALID);
+        EXPECT_EQ(s.ran, waits);
+        EXPECT_EQ(load(&s.n), 2);
+        pool_end(pool);
+        EXPECT_EQ(settled_blocks(), 0);
+        gate_destroy(&s.in_task);
+        gate_destroy(&s.in_call);
     }
 }
 
@@ -232,7 +378,7 @@ TEST(go_that_waits_at_the_limit_returns_also_without_memory_and_threads) {
         fault_threads_all_after(0);
         gate_open(&gate);
         thread_join(thread);
-        EXPECT_EQ(ctx_group_wait(adder.group), 0);
+        EXPECT_EQ(ctx_group_wait(adder.group), adder.accepted ? 0 : CTX_NO_MEMORY);
         fault_off();
         fault_threads_off();
         EXPECT_EQ(adder.ran, adder.accepted);
@@ -253,10 +399,10 @@ TEST(a_group_on_a_pool_without_a_thread_accepts_nothing) {
         EXPECT_EQ(ctx_group_try_go(group, counts, &ran), CTX_NO_MEMORY);
     }
     EXPECT(fault_threads_off());
-    EXPECT_EQ(ctx_err(ctx_group_ctx(group)), 0); /* that is no failure of the group */
+    EXPECT_EQ(ctx_err(ctx_group_ctx(group)), 0); /* it goes on */
     EXPECT_EQ(ran, 0);
     EXPECT_EQ(ctx_group_go(group, counts, &ran), 0);
-    EXPECT_EQ(ctx_group_wait(group), 0);
+    EXPECT_EQ(ctx_group_wait(group), CTX_NO_MEMORY);
     EXPECT_EQ(ran, 1);
     pool_end(pool);
     EXPECT_EQ(settled_blocks(), 0);
@@ -354,6 +500,7 @@ typedef struct {
     int accepted, ran; /* [atomic] tasks */
     int went, work;    /* [atomic] work of ctx_go() accepted and run */
     int subgroups;     /* [atomic] that could be had */
+    int refused;       /* [atomic] tasks of the group, for want of memory or a thread */
 } famine_t;
 
 /* A task with a group of its own below, if there is memory for one. */
@@ -365,7 +512,8 @@ static int runs_in_famine(ctx_t *ctx, void *arg) {
     int accepted = 0, ran = 0;
     add(&famine->subgroups, 1);
     for (int i = 0; i < 4; i++) accepted += accepts(group, counts, &ran, i % 2 != 0);
-    EXPECT_EQ(ctx_group_wait(group), 0);
+    int rc = ctx_group_wait(group);
+    EXPECT(rc == 0 || (rc == CTX_NO_MEMORY && accepted < 4));
     EXPECT_EQ(ran, accepted);
     return 0;
 }
@@ -386,9 +534,14 @@ static void *adds_in_famine(void *arg) {
         return NULL;
     }
     for (int i = 0; i < famine->each; i++) {
-        add(&famine->accepted, accepts(famine->group, runs_in_famine, famine, i % 3 != 0));
+        bool wait = i % 3 != 0;
+        int rc = wait ? ctx_group_go(famine->group, runs_in_famine, famine)
+                      : ctx_group_try_go(famine->group, runs_in_famine, famine);
+        EXPECT(rc == 0 || rc == CTX_NO_MEMORY || (!wait && rc == CTX_QUEUE_FULL));
+        add(&famine->accepted, rc == 0);
+        add(&famine->refused, rc == CTX_NO_MEMORY);
         if (i % 4) continue;
-        int rc = ctx_go(ctx_background(), "work", counts, &famine->work);
+        rc = ctx_go(ctx_background(), "work", counts, &famine->work);
         EXPECT(rc == 0 || rc == CTX_NO_MEMORY);
         add(&famine->went, rc == 0);
         EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
@@ -405,7 +558,7 @@ TEST(random_failures_under_contention_lose_no_task_and_no_memory) {
         famine.pool = pool_of(venues[v], 4);
         famine.group = group_on(ctx_background(), famine.pool, 12);
         race_run(ADDERS + 1, adds_in_famine, &famine);
-        EXPECT_EQ(ctx_group_wait(famine.group), 0);
+        EXPECT_EQ(ctx_group_wait(famine.group), famine.refused ? CTX_NO_MEMORY : 0);
         EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
         EXPECT_EQ(famine.ran, famine.accepted);
         EXPECT_EQ(famine.work, famine.went);

@@ -108,6 +108,14 @@ static void occupy(ctx_pool_t *pool, gate_t *gate, int workers) {
     }
 }
 
+/* Workers that can take a task at once. */
+static int free_workers(ctx_pool_t *pool) {
+    ctx__lock(&pool->ring.in);
+    int n = pool->desc.workers - (int)pool->workers + (int)(pool->idle_count + pool->looking);
+    ctx__unlock(&pool->ring.in);
+    return n;
+}
+
 /* The threads there are with no pool at work. Those of stuck tasks end by themselves, after their pool is gone. */
 static int quiet_threads(void) {
     ctx_t *ctx = ctx_with_timeout(ctx_background(), 1); /* the timer thread stays once it has started */
@@ -853,6 +861,83 @@ TEST(a_task_that_a_free_worker_can_take_needs_no_room) {
         EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
         ctx_pool_free(pool);
         gate_destroy(&gate), gate_destroy(&before);
+    }
+}
+
+static const ctx_when_full_t when_full[] = {CTX_REJECT, CTX_BLOCK, CTX_CALLER_RUNS, CTX_DROP_OLDEST};
+
+/* A burst that idle workers, or some not made yet, can take needs no queue, whatever is done when that is full. */
+TEST(a_burst_for_free_workers_is_accepted_whatever_the_queue_is) {
+    enum { WORKERS = 256, BURST = 100 };
+    for (int w = 0; w < 4; w++) {
+        for (int round = 0; round < 4; round++) {
+            bool warm = round & 1;
+            gate_t gate, before;
+            drops_t drops;
+            gate_init(&gate), gate_init(&before);
+            drops_init(&drops);
+            ctx_pool_desc_t desc = describe(WORKERS, round & 2 ? CTX_NO_QUEUE : 64);
+            desc.when_full = when_full[w];
+            desc.on_drop = note_drop;
+            desc.user = &drops;
+            ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+            if (warm) occupy(pool, &before, BURST);
+            gate_open(&before);
+            UNTIL(!warm || free_workers(pool) == WORKERS);
+            for (int i = 0; i < BURST; i++)
+                EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "burst", passes_gate, &gate), 0);
+            gate_await(&gate, BURST); /* each has a worker */
+            gate_open(&gate);
+            EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+            EXPECT_EQ(drops_count(&drops), 0);
+            ctx_pool_free(pool);
+            gate_destroy(&gate), gate_destroy(&before);
+        }
+    }
+}
+
+TEST(without_a_queue_no_task_waits) {
+    for (int w = 0; w < 4; w++) {
+        for (int permits = 0; permits < 2; permits++) { /* a worker that waits for a permit has its task */
+            gate_t gate;
+            drops_t drops;
+            submitter_t s;
+            pthread_t thread;
+            ctx_sem_t sem;
+            int ran = 0;
+            gate_init(&gate);
+            drops_init(&drops);
+            ctx_sem_init(&sem, 1);
+            ctx_pool_desc_t desc = describe(2, CTX_NO_QUEUE);
+            desc.when_full = when_full[w];
+            desc.on_drop = note_drop;
+            desc.user = &drops;
+            if (permits) desc.permits = &sem;
+            ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+            for (int i = 0; i < 2; i++)
+                EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "holds", passes_gate, &gate), 0);
+            gate_await(&gate, permits ? 1 : 2);
+            if (w == 0 || w == 3) {
+                EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "late", counts, &ran), CTX_QUEUE_FULL);
+            } else if (w == 2 && !permits) {
+                EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "late", counts, &ran), 0);
+                EXPECT_EQ(ran, 1); /* here */
+            }
+            thread = submit_apart(&s, pool, ctx_background(), true, counts, &ran);
+            until_asleep(&s.tid);
+            EXPECT_EQ(load(&s.done), 0);
+            gate_open(&gate);
+            thread_join(thread);
+            EXPECT_EQ(s.rc, 0);
+            UNTIL(free_workers(pool) == 2);
+            EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "again", counts, &ran), 0);
+            EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+            EXPECT_EQ(ran, w == 2 && !permits ? 3 : 2);
+            EXPECT_EQ(drops_count(&drops), 0);
+            ctx_pool_free(pool);
+            gate_destroy(&gate);
+            ctx_sem_destroy(&sem);
+        }
     }
 }
 
@@ -1912,6 +1997,518 @@ TEST(a_task_may_drain_its_own_pool) {
         ctx_pool_free(pool);
         EXPECT_EQ(ran, 5);
     }
+}
+
+/* -- copies ----------------------------------------------------------------------------------------------------- */
+
+/* What a task gets by copy, and what became of it: each number is seen once. */
+enum { COPIES = 3000 };
+typedef struct {
+    int *seen; /* [atomic] by a task 1, by on_drop 1000 */
+    int number;
+    unsigned char fill[40];
+} copied_t;
+
+static void copied_make(copied_t *copied, int *seen, int number) {
+    copied->seen = seen;
+    copied->number = number;
+    memset(copied->fill, number & 255, sizeof copied->fill);
+}
+
+static void copied_check(const copied_t *copied, int what) {
+    int wrong = (uintptr_t)copied % 16 != 0;
+    for (size_t i = 0; i < sizeof copied->fill; i++) wrong += copied->fill[i] != (copied->number & 255);
+    EXPECT_EQ(wrong, 0);
+    add(&copied->seen[copied->number], what);
+}
+
+static int sees_copy(ctx_t *ctx, void *arg) {
+    copied_t *copied = (copied_t *)arg;
+    (void)ctx;
+    copied_check(copied, 1);
+    memset(copied->fill, 0xEE, sizeof copied->fill); /* it is the task's own */
+    return 0;
+}
+
+static void drops_copy(const char *op, void *arg, int reason, void *user) {
+    (void)op;
+    (void)user;
+    EXPECT(reason < 0);
+    copied_check((const copied_t *)arg, 1000);
+}
+
+typedef struct {
+    ctx_pool_t *pool;
+    int id; /* [atomic] the next submitter's */
+    int seen[COPIES];
+    int accepted[COPIES];
+} copies_t;
+
+static void *submits_copies(void *arg) {
+    copies_t *c = (copies_t *)arg;
+    for (int i = add(&c->id, 1) - 1; i < COPIES; i += 3) {
+        copied_t copied;
+        copied_make(&copied, c->seen, i);
+        int rc = ctx_pool_submit_copy(c->pool, ctx_background(), "copy", sees_copy, &copied, sizeof copied);
+        memset(&copied, 0, sizeof copied); /* it was the caller's again */
+        c->accepted[i] = rc == 0;
+        EXPECT(rc == 0 || rc == CTX_QUEUE_FULL);
+    }
+    return NULL;
+}
+
+TEST(each_copy_is_seen_by_its_task_or_its_on_drop_once) {
+    static copies_t c;
+    for (int w = 0; w < 4; w++) {
+        for (int workers = 1; workers <= 3; workers++) {
+            memset(&c, 0, sizeof c);
+            ctx_pool_desc_t desc = describe(workers, 4);
+            desc.when_full = when_full[w];
+            desc.on_drop = drops_copy;
+            c.pool = pool_below(ctx_background(), &desc);
+            pthread_t threads[3];
+            for (int i = 0; i < 3; i++) threads[i] = thread_start(submits_copies, &c);
+            for (int i = 0; i < 3; i++) thread_join(threads[i]);
+            ctx_pool_drain(c.pool, workers == 1 ? 0 : CTX_FOREVER, NULL);
+            ctx_pool_free(c.pool);
+            int wrong = 0;
+            for (int i = 0; i < COPIES; i++)
+                wrong += c.accepted[i] ? c.seen[i] != 1 && c.seen[i] != 1000 : c.seen[i] != 0;
+            EXPECT_EQ(wrong, 0);
+        }
+    }
+}
+
+TEST(copies_need_no_memory_of_their_own) {
+    ctx_pool_t *pool = pool_of(2, 16);
+    copied_t copied;
+    int seen = 0;
+    gate_t gate;
+    gate_init(&gate);
+    occupy(pool, &gate, 2); /* both workers have come up, and have a context */
+    gate_open(&gate);
+    copied_make(&copied, &seen, 0);
+    for (int i = 0; i < 2000; i++) {
+        if (i == 1000) fault_after(INT32_MAX);
+        EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "copy", sees_copy, &copied, sizeof copied), 0);
+        if (i % 10 == 9) EXPECT_EQ(ctx_pool_wait(pool, ctx_background()), 0);
+    }
+    EXPECT_EQ(fault_calls(), 0);
+    fault_off();
+    gate_destroy(&gate);
+    EXPECT_EQ(seen, 2000);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    ctx_pool_free(pool);
+}
+
+TEST(without_memory_for_a_copy_nothing_is_accepted) {
+    ctx_pool_t *pool = pool_of(1, 4);
+    copied_t copied;
+    int ran = 0, seen = 0;
+    copied_make(&copied, &seen, 0);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+    EXPECT_EQ(ctx_pool_wait(pool, ctx_background()), 0);
+    fault_all_after(0);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "copy", sees_copy, &copied, sizeof copied), CTX_NO_MEMORY);
+    fault_off();
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "copy", sees_copy, &copied, sizeof copied), 0);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(seen, 1);
+    ctx_pool_free(pool);
+}
+
+static int notes_size(ctx_t *ctx, void *arg) {
+    static unsigned char want[200];
+    (void)ctx;
+    memset(want, 7, sizeof want);
+    EXPECT(memcmp(arg, want, sizeof want) == 0);
+    return 0;
+}
+
+static int needs_an_address(ctx_t *ctx, void *arg) { return ctx_err(ctx) || !arg ? -1 : 0; }
+
+TEST(copies_are_as_large_as_the_description_says) {
+    unsigned char bytes[201];
+    ctx_drain_report_t report;
+    memset(bytes, 7, sizeof bytes);
+    ctx_pool_t *pool = pool_of(1, 4);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "large", notes_size, bytes, 65), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "fits", needs_an_address, bytes, 64), 0);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "none", needs_an_address, NULL, 0), 0);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "bad", needs_an_address, NULL, 1), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, NULL, "bad", needs_an_address, bytes, 1), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "bad", NULL, bytes, 1), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_submit_copy(NULL, ctx_background(), "bad", needs_an_address, bytes, 1), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
+    EXPECT_EQ(report.completed, 2);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "late", needs_an_address, bytes, 1), CTX_CLOSED);
+    ctx_pool_free(pool);
+    ctx_pool_desc_t desc = describe(1, 4);
+    desc.copy_max = 200;
+    pool = pool_below(ctx_background(), &desc);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "fits", notes_size, bytes, 200), 0);
+    EXPECT_EQ(ctx_pool_submit_copy(pool, ctx_background(), "large", notes_size, bytes, 201), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, &report), 0);
+    EXPECT_EQ(report.completed, 1);
+    ctx_pool_free(pool);
+    desc.copy_max = SIZE_MAX;
+    errno = 0;
+    EXPECT(ctx_pool_new(ctx_background(), &desc) == NULL);
+    EXPECT_EQ(errno, ENOMEM);
+}
+
+/* -- threads ---------------------------------------------------------------------------------------------------- */
+
+#if defined(__linux__) && defined(__GLIBC__)
+#include <sys/prctl.h>
+#include <sys/wait.h>
+
+#ifndef _GNU_SOURCE
+extern int pthread_getattr_np(pthread_t thread, pthread_attr_t *attr);
+#endif
+
+static size_t stack_size_here(void) {
+    pthread_attr_t attr;
+    void *low = NULL;
+    size_t size = 0;
+    EXPECT_EQ(pthread_getattr_np(pthread_self(), &attr), 0);
+    EXPECT_EQ(pthread_attr_getstack(&attr, &low, &size), 0);
+    pthread_attr_destroy(&attr);
+    return size;
+}
+
+static int notes_stack(ctx_t *ctx, void *arg) {
+    (void)ctx;
+    *(size_t *)arg = stack_size_here();
+    return 0;
+}
+
+static size_t stack_of_worker(size_t stack_size) {
+    size_t size = 0;
+    ctx_pool_desc_t desc = describe(1, 4);
+    desc.stack_size = stack_size;
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "notes", notes_stack, &size), 0);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    ctx_pool_free(pool);
+    return size;
+}
+
+TEST(workers_have_the_stack_that_the_description_says) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), usual = stack_of_worker(0);
+    EXPECT_EQ(stack_of_worker(1 << 20), 1 << 20);
+    EXPECT_EQ(stack_of_worker((1 << 20) + 1), (1 << 20) + page);
+    EXPECT(stack_of_worker(1) >= page); /* what the system needs at the least */
+    EXPECT(stack_of_worker(1) <= usual);
+    EXPECT(stack_of_worker(4 * usual) > usual);
+}
+
+/* The lines of /proc/self/status that say how a program is to be signalled, as a child of this thread sees them. */
+typedef struct {
+    char child[512];
+    int rc; /* [atomic] 1 when it is there */
+} status_t;
+
+static int asks_child(ctx_t *ctx, void *arg) {
+    status_t *status = (status_t *)arg;
+    (void)ctx;
+    size_t n = 0;
+    FILE *child = popen("grep -E '^Sig(Blk|Ign)' /proc/self/status", "r");
+    EXPECT(child != NULL);
+    if (child) {
+        n = fread(status->child, 1, sizeof status->child - 1, child);
+        pclose(child);
+    }
+    EXPECT(n > 0);
+    store(&status->rc, 1);
+    return 0;
+}
+
+/* A child that a task starts has the mask that the thread had which called the library, and SIGPIPE as it was. */
+TEST(children_of_tasks_have_the_mask_of_the_caller) {
+    sigset_t set, before;
+    sigemptyset(&set);
+    sigaddset(&set, SIGUSR2);
+    for (int masked = 0; masked < 2; masked++) {
+        static status_t here, task, work;
+        memset(&here, 0, sizeof here), memset(&task, 0, sizeof task), memset(&work, 0, sizeof work);
+        if (masked) pthread_sigmask(SIG_BLOCK, &set, &before);
+        ctx_runtime_stop(); /* no idle thread is left */
+        asks_child(ctx_background(), &here);
+        ctx_pool_t *pool = pool_of(1, 4);
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "asks", asks_child, &task), 0);
+        EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+        ctx_pool_free(pool);
+        EXPECT_EQ(ctx_go(ctx_background(), "asks", asks_child, &work), 0);
+        EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
+        EXPECT_EQ(strcmp(here.child, task.child), 0);
+        EXPECT_EQ(strcmp(here.child, work.child), 0);
+        if (masked) pthread_sigmask(SIG_SETMASK, &before, NULL);
+    }
+    ctx_runtime_stop();
+}
+
+static int notes_name(ctx_t *ctx, void *arg) {
+    (void)ctx;
+    prctl(PR_GET_NAME, (unsigned long)(uintptr_t)arg, 0, 0, 0);
+    return 0;
+}
+
+static bool a_thread_is_called(const char *name) {
+    DIR *dir = opendir("/proc/self/task");
+    bool found = false;
+    for (struct dirent *entry; dir && (entry = readdir(dir)) != NULL;) {
+        char path[300], line[32] = "";
+        snprintf(path, sizeof path, "/proc/self/task/%s/comm", entry->d_name);
+        FILE *file = fopen(path, "r");
+        if (!file) continue;
+        if (fgets(line, (int)sizeof line, file)) line[strcspn(line, "\n")] = '\0';
+        fclose(file);
+        found = found || strcmp(line, name) == 0;
+    }
+    if (dir) closedir(dir);
+    return found;
+}
+
+TEST(threads_bear_the_name_of_their_work) {
+    char name[16] = "";
+    gate_t gate;
+    gate_init(&gate);
+    ctx_pool_desc_t desc = describe(1, 4);
+    desc.name = "resize-pool";
+    ctx_pool_t *pool = pool_below(ctx_background(), &desc);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "notes", notes_name, name), 0);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    ctx_pool_free(pool);
+    EXPECT_EQ(strcmp(name, "resize-pool"), 0);
+    EXPECT_EQ(ctx_go(ctx_background(), "refresh-of-all-caches", notes_name, name), 0);
+    EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
+    EXPECT_EQ(strcmp(name, "refresh-of-all-"), 0);
+    UNTIL(!a_thread_is_called("refresh-of-all-")); /* an idle one has a name of its own */
+    EXPECT(a_thread_is_called("ctx-runner"));
+    ctx_group_desc_t in;
+    memset(&in, 0, sizeof in);
+    in.name = "fetch-all";
+    ctx_group_t *group = ctx_group_new(ctx_background(), &in);
+    EXPECT_EQ(ctx_group_go(group, notes_name, name), 0);
+    EXPECT_EQ(ctx_group_wait(group), 0);
+    EXPECT_EQ(strcmp(name, "fetch-all"), 0);
+    EXPECT_EQ(ctx_go(ctx_background(), "holds", passes_gate, &gate), 0);
+    gate_await(&gate, 1);
+    EXPECT(a_thread_is_called("holds"));
+    gate_open(&gate);
+    EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
+    gate_destroy(&gate);
+    ctx_runtime_stop();
+}
+#endif
+
+/* -- the end of the lifetime, and waits --------------------------------------------------------------------------- */
+
+/* The budget of a drain ends with the lifetime, whether that ends before the drain or during it. */
+TEST(once_the_lifetime_is_done_a_drain_waits_for_the_grace_period_only) {
+    for (int before = 0; before < 2; before++) {
+        ctx_clock_fake(CTX_S(1));
+        gate_t gate;
+        drainer_t d;
+        gate_init(&gate);
+        ctx_t *lifetime = ctx_with_cancel(ctx_background());
+        ctx_pool_desc_t desc = describe(1, 4);
+        desc.grace = CTX_S(60);
+        ctx_pool_t *pool = pool_below(lifetime, &desc);
+        occupy(pool, &gate, 1);
+        if (before) ctx_cancel(lifetime);
+        pthread_t thread = drain_apart(&d, pool, CTX_FOREVER);
+        until_asleep(&d.tid);
+        if (!before) {
+            ctx_clock_advance(CTX_S(3600));
+            EXPECT_EQ(load(&d.done), 0);
+            ctx_cancel(lifetime);
+            until_asleep(&d.tid);
+        }
+        EXPECT_EQ(load(&d.done), 0);
+        while (!load(&d.done)) {
+            ctx_clock_advance(CTX_S(1));
+            test_sleep_ms(1);
+        }
+        thread_join(thread);
+        EXPECT_EQ(d.rc, CTX_DEADLINE_EXCEEDED);
+        EXPECT_EQ(d.report.stuck, 1);
+        EXPECT(d.report.wait_time >= (before ? 0 : CTX_S(3600)));
+        EXPECT(d.report.grace_time >= CTX_S(60));
+        gate_open(&gate);
+        ctx_pool_free(pool);
+        ctx_end(lifetime);
+        gate_destroy(&gate);
+        ctx_clock_real();
+    }
+}
+
+TEST(tasks_that_heed_the_end_of_the_lifetime_end_the_drain_at_once) {
+    ctx_clock_fake(CTX_S(1));
+    drainer_t d;
+    int started = 0;
+    ctx_t *lifetime = ctx_with_cancel(ctx_background());
+    ctx_pool_desc_t desc = describe(2, 4);
+    desc.grace = CTX_S(60);
+    ctx_pool_t *pool = pool_below(lifetime, &desc);
+    for (int i = 0; i < 2; i++)
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "waits", waits_for_cancel, &started), 0);
+    UNTIL(load(&started) == 2);
+    pthread_t thread = drain_apart(&d, pool, CTX_FOREVER);
+    until_asleep(&d.tid);
+    ctx_cancel(lifetime);
+    thread_join(thread); /* the fake clock stands still */
+    EXPECT_EQ(d.rc, 0);
+    EXPECT_EQ(d.report.canceled, 2);
+    ctx_pool_free(pool);
+    ctx_end(lifetime);
+    ctx_clock_real();
+}
+
+/* A wait in a thread of its own. */
+typedef struct {
+    ctx_pool_t *pool;
+    ctx_t *ctx;
+    int tid, done, rc;
+} waiter_t;
+
+static void *waits(void *arg) {
+    waiter_t *w = (waiter_t *)arg;
+    store(&w->tid, thread_id());
+    w->rc = ctx_pool_wait(w->pool, w->ctx);
+    store(&w->done, 1);
+    return NULL;
+}
+
+static pthread_t wait_apart(waiter_t *w, ctx_pool_t *pool, ctx_t *ctx) {
+    memset(w, 0, sizeof *w);
+    w->pool = pool;
+    w->ctx = ctx;
+    return thread_start(waits, w);
+}
+
+TEST(a_wait_returns_when_nothing_accepted_is_left_and_the_pool_stays_open) {
+    for (int workers = 1; workers <= 3; workers++) {
+        gate_t gate;
+        waiter_t w;
+        int ran = 0;
+        gate_init(&gate);
+        ctx_pool_t *pool = pool_of(workers, 16);
+        EXPECT_EQ(ctx_pool_wait(pool, ctx_background()), 0); /* there is nothing */
+        occupy(pool, &gate, workers);
+        for (int i = 0; i < 8; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+        pthread_t thread = wait_apart(&w, pool, ctx_background());
+        until_asleep(&w.tid);
+        for (int i = 0; i < 8; i++) EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+        EXPECT_EQ(load(&w.done), 0);
+        gate_open(&gate);
+        thread_join(thread);
+        EXPECT_EQ(w.rc, 0);
+        EXPECT_EQ(load(&ran), 16);
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "count", counts, &ran), 0);
+        EXPECT_EQ(ctx_pool_wait(pool, ctx_background()), 0);
+        EXPECT_EQ(load(&ran), 17);
+        EXPECT_EQ(ctx_pool_drain(pool, 0, NULL), 0);
+        EXPECT_EQ(ctx_pool_wait(pool, ctx_background()), 0); /* a closed one has nothing left */
+        ctx_pool_free(pool);
+        gate_destroy(&gate);
+    }
+}
+
+TEST(a_wait_ends_with_its_context) {
+    gate_t gate;
+    waiter_t w;
+    gate_init(&gate);
+    ctx_pool_t *pool = pool_of(1, 4);
+    ctx_t *ctx = ctx_with_cancel(ctx_background());
+    occupy(pool, &gate, 1);
+    pthread_t thread = wait_apart(&w, pool, ctx);
+    until_asleep(&w.tid);
+    ctx_cancel(ctx);
+    thread_join(thread);
+    EXPECT_EQ(w.rc, CTX_CANCELED);
+    EXPECT_EQ(ctx_pool_wait(pool, ctx), CTX_CANCELED);
+    EXPECT_EQ(ctx_pool_wait(NULL, ctx_background()), CTX_INVALID);
+    EXPECT_EQ(ctx_pool_wait(pool, NULL), CTX_INVALID);
+    ctx_end(ctx);
+    ctx = ctx_with_timeout(ctx_background(), CTX_MS(1));
+    EXPECT_EQ(ctx_pool_wait(pool, ctx), CTX_DEADLINE_EXCEEDED);
+    ctx_end(ctx);
+    gate_open(&gate);
+    EXPECT_EQ(ctx_pool_wait(pool, ctx_background()), 0);
+    ctx_pool_free(pool);
+    gate_destroy(&gate);
+}
+
+typedef struct {
+    ctx_pool_t *pool;
+    int waited; /* [atomic] waits that have returned 0 */
+    int ran;    /* [atomic] others */
+} among_t;
+
+static int waits_among_others(ctx_t *ctx, void *arg) {
+    among_t *among = (among_t *)arg;
+    if (ctx_pool_wait(among->pool, ctx) == 0 && load(&among->ran) == 4) add(&among->waited, 1);
+    return 0;
+}
+
+static int counts_slowly(ctx_t *ctx, void *arg) {
+    (void)ctx;
+    test_sleep_ms(1);
+    add(&((among_t *)arg)->ran, 1);
+    return 0;
+}
+
+static void waits_in_on_drop(const char *op, void *arg, int reason, void *user) {
+    among_t *among = (among_t *)user;
+    (void)op;
+    (void)arg;
+    (void)reason;
+    EXPECT_EQ(ctx_pool_wait(among->pool, ctx_background()), 0);
+    add(&among->waited, 1);
+}
+
+/* Tasks that wait do not wait for themselves or each other; who waits outside waits for them too. */
+TEST(tasks_may_wait_for_all_others) {
+    for (int waiters = 1; waiters <= 3; waiters++) {
+        among_t among;
+        memset(&among, 0, sizeof among);
+        ctx_pool_t *pool = among.pool = pool_of(4, 16);
+        for (int i = 0; i < 4; i++)
+            EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "slow", counts_slowly, &among), 0);
+        for (int i = 0; i < waiters; i++)
+            EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "waits", waits_among_others, &among), 0);
+        EXPECT_EQ(ctx_pool_wait(pool, ctx_background()), 0);
+        EXPECT_EQ(load(&among.waited), waiters);
+        EXPECT_EQ(ctx_pool_drain(pool, 0, NULL), 0);
+        ctx_pool_free(pool);
+    }
+}
+
+TEST(on_drop_may_wait_for_its_pool) {
+    gate_t gate;
+    among_t among;
+    gate_init(&gate);
+    memset(&among, 0, sizeof among);
+    ctx_pool_desc_t desc = describe(1, 1);
+    desc.when_full = CTX_DROP_OLDEST;
+    desc.on_drop = waits_in_on_drop;
+    desc.user = &among;
+    ctx_pool_t *pool = among.pool = pool_below(ctx_background(), &desc);
+    occupy(pool, &gate, 1);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "oldest", counts, &among.ran), 0);
+    submitter_t s;
+    pthread_t thread = submit_apart(&s, pool, ctx_background(), false, counts, &among.ran);
+    until_asleep(&s.tid);
+    EXPECT_EQ(load(&among.waited), 0);
+    gate_open(&gate);
+    thread_join(thread);
+    EXPECT_EQ(among.waited, 1);
+    EXPECT_EQ(ctx_pool_drain(pool, CTX_FOREVER, NULL), 0);
+    EXPECT_EQ(among.ran, 1);
+    ctx_pool_free(pool);
+    gate_destroy(&gate);
 }
 
 /* -- free ------------------------------------------------------------------------------------------------------- */

@@ -94,8 +94,7 @@ static bool run(const char *title, ctx_on_cancel_t on_cancel, int stop_after) {
 
     /* From the end to the beginning: whoever sends finds somebody who takes. */
     const ctx_task_fn steps[] = {sink, middle, source};
-    int rc = 0;
-    for (int i = 0; i < 3 && rc == 0; i++) rc = ctx_group_go(group, steps[i], &pipeline);
+    for (int i = 0; i < 3; i++) ctx_group_go(group, steps[i], &pipeline);
     int failed = ctx_group_wait(group);
 
     int left = (int)(ctx_chan_len(pipeline.numbers) + ctx_chan_len(pipeline.squares));
@@ -106,7 +105,7 @@ static bool run(const char *title, ctx_on_cancel_t on_cancel, int stop_after) {
     ctx_chan_free(pipeline.squares);
     ctx_end(pipeline.ctx);
     bool whole = stop_after > 0 ? failed == CTX_CANCELED : failed == 0 && pipeline.sent == ITEMS && dead + left == 0;
-    return rc == 0 && whole && pipeline.sent == pipeline.arrived + pipeline.skipped + dead + left;
+    return whole && pipeline.sent == pipeline.arrived + pipeline.skipped + dead + left;
 }
 
 int main(void) {

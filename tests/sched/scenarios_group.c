@@ -307,7 +307,19 @@ static void check_result(int rc) {
     ctx_end(life);
     let_end();
 }
-static void check(void) { check_result(0); }
+/* Nothing has failed: the result is 0, or the error of a task that was refused. */
+static void check(void) {
+    bool refused = false, known = false;
+    int i;
+    if (group) wait_group();
+    for (i = 0; i < TASKS; i++) {
+        if (tasks[i].rc == 0 || tasks[i].rc == 1 || tasks[i].rc == CTX_QUEUE_FULL) continue;
+        refused = true;
+        known = known || tasks[i].rc == rc_wait;
+    }
+    SCHED_CHECK(refused ? known : rc_wait == 0);
+    check_result(rc_wait);
+}
 static void check_failed(void) { check_result(-7); }
 
 /* The first `n` were accepted. */
@@ -445,6 +457,65 @@ static void try_after_failure(void) {
     sched_await(&told);
     try_add(B);
     SCHED_CHECK(tasks[B].rc == CTX_QUEUE_FULL || tasks[B].rc == CTX_CANCELED);
+}
+
+/* on_error hears of all, one call at a time, before the wait returns. */
+static sched_flag_t in_call;
+static int heard;
+static void hears(void *arg, int rc, void *user) {
+    (void)arg;
+    (void)rc;
+    (void)user;
+    SCHED_CHECK(!sched_is_set(&in_call));
+    sched_set(&in_call);
+    heard++;
+    CTX__STORE(&in_call, 0u, SEQ_CST);
+}
+static void listen_with(void (*on_error)(void *arg, int rc, void *user)) {
+    group->keep_going = true;
+    group->on_error = on_error;
+}
+static void setup_hears(void) {
+    setup_limit_2();
+    listen_with(hears);
+}
+static void setup_hears_threads(void) {
+    setup_threads_2();
+    listen_with(hears);
+}
+static void check_heard(void) {
+    wait_group();
+    SCHED_CHECK(heard == 2);
+    check_result(rc_wait);
+}
+/* The same without memory for a queue of errors. */
+static void hears_without_memory(void *arg, int rc, void *user) {
+    sched_malloc_most = 0;
+    hears(arg, rc, user);
+    sched_malloc_most = SIZE_MAX;
+}
+static void setup_hears_without_memory(void) {
+    setup_limit_2();
+    listen_with(hears_without_memory);
+}
+static void add_nothing(void) { SCHED_CHECK(ctx_group_go(group, NULL, NULL) == CTX_INVALID); }
+/* ... while on_error waits for the room of the task that fails. */
+static int holds_b_fails(ctx_t *ctx, void *arg) {
+    holds_b(ctx, arg);
+    return -8;
+}
+static void hears_waits_for_room(void *arg, int rc, void *user) {
+    sched_malloc_most = 0;
+    hears(arg, rc, user);
+    sched_set(&hold);
+    if (rc == CTX_INVALID) add(A);
+    sched_malloc_most = SIZE_MAX;
+}
+static void setup_waits_for_room(void) {
+    setup_limit_1();
+    listen_with(hears_waits_for_room);
+    add_fn(B, holds_b_fails);
+    sched_await(&tasks[B].has_run);
 }
 
 /* A turn has run all but one of the tasks after which it queues up again: the rest happens in the scenario. */
@@ -643,7 +714,8 @@ static void check_work_2(void) { check_work(2); }
 
 /* One or two runners that are idle and sleep. */
 static void setup_idle(void) {
-    SCHED_CHECK(ctx_go(ctx_background(), "warms", nothing, NULL) == 0);
+    /* With the name of an idle runner, so that each sleeps once and not first for a moment: fewer steps. */
+    SCHED_CHECK(ctx_go(ctx_background(), ctx__runner_name, nothing, NULL) == 0);
     ctx__sched_relax();
 }
 static void setup_idle_ends(void) {
@@ -660,7 +732,7 @@ static void check_work_later(void) { /* the runners are as good as new */
 
 /* One is at work until `hold` is set, one is idle. */
 static void setup_busy_idle(void) {
-    SCHED_CHECK(ctx_go(ctx_background(), "holds", holds, NULL) == 0);
+    SCHED_CHECK(ctx_go(ctx_background(), ctx__runner_name, holds, NULL) == 0);
     sched_await(&begun);
     setup_idle();
 }
@@ -730,6 +802,13 @@ static const sched_scenario_t scenarios[] = {
     { "group: failure makes no room", setup_limit_1, { T(add_fails_told), T(try_after_failure) }, check_failed, false },
     { "group: failure makes no room, threads", setup_threads_1, { T(add_fails_told), T(try_after_failure) },
       check_failed, false },
+    { "group: error / error", setup_hears, { T(add_fails), T(add_b_fails) }, check_heard, false },
+    { "group: error / error, threads", setup_hears_threads, { T(add_fails), T(add_b_fails) }, check_heard, false },
+    { "group: error / refusal", setup_hears, { T(add_fails), T(add_nothing) }, check_heard, false },
+    { "group: error / refusal, no memory", setup_hears_without_memory, { T(add_fails), T(add_nothing) },
+      check_heard, false },
+    { "group: error, on_error waits for its room, no memory", setup_waits_for_room, { T(add_nothing) },
+      check_heard, false },
     { "group: runner, go / go", NULL, { T(go_0), T(go_1) }, check_work_2, false },
     { "group: runner, idle / go", setup_idle, { T(go_0) }, check_work_1, false },
     { "group: runner, idle ends / go", setup_idle_ends, { T(go_0) }, check_work_1, false },

@@ -168,6 +168,7 @@ static ctx_pool_desc_t describe(int workers, size_t queue) {
     desc.queue = queue;
     desc.on_drop = on_drop;
     desc.user = &pool;
+    desc.grace = CTX_FOREVER; /* a wake-up that is lost shall show */
     a.meets = &b;
     b.meets = &a;
     return desc;
@@ -743,6 +744,18 @@ static void wait_a(void) {
     sched_set(&tried);
     await(&a.over);
 }
+/* Room comes when the worker takes c, not when it is free again. */
+static void setup_room_then_held(void) {
+    ctx_pool_desc_t desc = describe(1, 1);
+    make(&desc);
+    have_busy(&d);
+    SCHED_CHECK(submit(&c, "queued", holds) == 0);
+}
+static void wait_a_release_c(void) {
+    SCHED_CHECK(submit_wait(&a, ctx_background(), runs) == 0);
+    sched_set(&c.go);
+    await(&a.over);
+}
 static void wait_a_below(void) {
     int rc = submit_wait(&a, parent, runs);
     SCHED_CHECK(rc == 0 || rc == CTX_CANCELED);
@@ -813,6 +826,30 @@ static void setup_room_cold(void) {
     ctx_pool_desc_t desc = describe(2, 1);
     make(&desc);
 }
+/* With no queue one task at most is accepted while the only worker has one. */
+static void setup_no_queue(void) {
+    ctx_pool_desc_t desc = describe(1, CTX_NO_QUEUE);
+    make(&desc);
+    have_idle(1);
+}
+static void try_hold_a(void) {
+    int rc = submit(&a, "a", passes_gate);
+    SCHED_CHECK(rc == 0 || rc == CTX_QUEUE_FULL);
+}
+static void try_hold_b(void) {
+    int rc = submit(&b, "b", passes_gate);
+    SCHED_CHECK(rc == 0 || rc == CTX_QUEUE_FULL);
+}
+static void check_one_held(void) {
+    SCHED_CHECK((a.rc == 0) + (b.rc == 0) == 1);
+    sched_set(&gate);
+    check();
+}
+static void setup_no_queue_busy(void) {
+    ctx_pool_desc_t desc = describe(1, CTX_NO_QUEUE);
+    make(&desc);
+    have_busy(&d);
+}
 static void three_hold(void) {
     SCHED_CHECK(submit(&a, "a", passes_gate) == 0);
     SCHED_CHECK(submit(&b, "b", passes_gate) == 0);
@@ -878,6 +915,130 @@ static void check_stuck(void) {
     SCHED_CHECK(a.ran == 0 && a.dropped == (a.rc == 0));
     sched_set(&gate);
     check();
+}
+
+/* The pool's lifetime ends: a drain does not wait for its budget, but for the grace period, of which there is none. */
+static void setup_stuck_no_grace(void) {
+    ctx_pool_desc_t desc = describe(1, 4);
+    desc.grace = -1;
+    make(&desc);
+    have_busy(&c);
+    forever = 1;
+}
+static void check_ended(void) {
+    pool->desc.grace = CTX_FOREVER;
+    sched_set(&gate);
+    check();
+}
+static void drain_ends(void) { SCHED_CHECK(ctx_pool_drain(pool, CTX_FOREVER, NULL) == CTX_DEADLINE_EXCEEDED); }
+
+/* Waits, by threads and by tasks. */
+static void submit_a_wait(void) {
+    SCHED_CHECK(submit(&a, "a", runs) == 0);
+    SCHED_CHECK(ctx_pool_wait(pool, ctx_background()) == 0);
+    SCHED_CHECK(a.ran == 1 && sched_is_set(&a.over));
+    SCHED_CHECK(submit(&b, "b", runs) == 0); /* it is still open */
+}
+static int waits_for_pool(ctx_t *ctx, void *arg) {
+    piece_t *piece = (piece_t *)arg;
+    piece_begin(piece);
+    SCHED_CHECK(ctx_pool_wait(pool, ctx) == 0);
+    ctx__sched_relax();
+    return piece_end(piece, 0);
+}
+static void setup_waiter(void) {
+    setup_cold(2);
+    have_busy(&c);
+    SCHED_CHECK(submit(&a, "waits", waits_for_pool) == 0);
+}
+static void gate_await_a(void) {
+    sched_set(&gate);
+    await(&a.over);
+}
+static void wait_outside(void) {
+    SCHED_CHECK(ctx_pool_wait(pool, ctx_background()) == 0);
+    SCHED_CHECK(sched_is_set(&a.over));
+}
+/* A wait that is over does not excuse its task any more. */
+static int waits_then_goes_on(ctx_t *ctx, void *arg) {
+    piece_t *piece = (piece_t *)arg;
+    piece_begin(piece);
+    SCHED_CHECK(ctx_pool_wait(pool, ctx) == 0);
+    sched_set(&tried);
+    await(&b.began);
+    return piece_end(piece, 0);
+}
+static int waits_for_a(ctx_t *ctx, void *arg) {
+    piece_begin((piece_t *)arg);
+    SCHED_CHECK(ctx_pool_wait(pool, ctx) == 0);
+    SCHED_CHECK(sched_is_set(&a.over));
+    return piece_end((piece_t *)arg, 0);
+}
+static void wait_then_wait(void) {
+    SCHED_CHECK(submit(&a, "goes on", waits_then_goes_on) == 0);
+    await(&tried);
+    SCHED_CHECK(submit(&b, "waits", waits_for_a) == 0);
+    await(&b.over);
+}
+static void setup_two_waiters(void) {
+    setup_waiter();
+    SCHED_CHECK(submit(&b, "waits too", waits_for_pool) == 0);
+}
+static void wait_below(void) {
+    int rc = ctx_pool_wait(pool, parent);
+    SCHED_CHECK(rc == 0 || rc == CTX_CANCELED);
+}
+static int drains_with_a(ctx_t *ctx, void *arg) {
+    piece_t *piece = (piece_t *)arg;
+    SCHED_CHECK(ctx != NULL);
+    piece_begin(piece);
+    SCHED_CHECK(ctx_pool_drain(pool, CTX_FOREVER, NULL) == 0);
+    SCHED_CHECK(sched_is_set(&a.over)); /* a drain waits for waits */
+    return piece_end(piece, 0);
+}
+static void setup_waiter_and_drainer(void) {
+    setup_waiter();
+    SCHED_CHECK(submit(&b, "drains", drains_with_a) == 0);
+}
+static void gate_await_both(void) {
+    sched_set(&gate);
+    await(&a.over);
+    await(&b.over);
+    let_end();
+}
+
+/* Each copy is its task's own until that has returned, and then another's. */
+static int copies_seen;
+static int sees_copy(ctx_t *ctx, void *arg) {
+    int number = *(int *)arg;
+    SCHED_CHECK(ctx != NULL && (number == 1 || number == 2));
+    ctx__sched_relax();
+    SCHED_CHECK(*(int *)arg == number); /* nobody else has it */
+    *(int *)arg = 0;
+    __atomic_add_fetch(&copies_seen, number, __ATOMIC_RELAXED);
+    return 0;
+}
+static void submit_copy(int number) {
+    SCHED_CHECK(ctx_pool_submit_copy(pool, ctx_background(), "copy", sees_copy, &number, sizeof number) == 0);
+    number = 9;
+}
+static void setup_copies(void) { /* with one block, which has come back */
+    setup_2();
+    submit_copy(1);
+    SCHED_CHECK(ctx_pool_wait(pool, ctx_background()) == 0);
+    while (pool->copies) pool->copies = pool->copies->next;
+    warmed++;
+    copies_seen = 0;
+}
+static void copy_1(void) { submit_copy(1); }
+static void copy_2(void) {
+    submit_copy(2);
+    submit_copy(2);
+}
+static void check_copies(void) {
+    warmed += 3;
+    check();
+    SCHED_CHECK(copies_seen == 5);
 }
 
 static void setup_free_permit(void) {
@@ -999,6 +1160,7 @@ static const sched_scenario_t scenarios[] = {
     { "pool: drop oldest / drain", setup_oldest, { T(late_a), T(late_b), T(drain), T(gate_set) }, check, false },
 
     { "pool: room / worker", setup_room, { T(wait_a), T(gate_set) }, check, false },
+    { "pool: room / worker that is held", setup_room_then_held, { T(wait_a_release_c), T(gate_set) }, check, false },
     { "pool: room, two in order", setup_room,
       { T(wait_a), T(wait_b_second), T(gate_set) }, check_no_overtaking, false },
     { "pool: room, one leaves", setup_room, { T(wait_a_below), T(wait_b), T(gate_set), T(end_parent) }, check, false },
@@ -1010,11 +1172,14 @@ static const sched_scenario_t scenarios[] = {
     { "pool: room / drop oldest / end", setup_room_oldest,
       { T(wait_a_or_closed), T(push_late), T(end_lifetime) }, check, false },
     { "pool: room for idle workers", setup_room_idle, { T(three_hold), T(watch) }, check, false },
+    { "pool: no queue, submit / submit", setup_no_queue, { T(try_hold_a), T(try_hold_b) }, check_one_held, false },
+    { "pool: no queue, room / worker", setup_no_queue_busy, { T(wait_a), T(gate_set) }, check, false },
     { "pool: room for workers without a thread", setup_room_cold, { T(three_hold), T(watch) }, check, false },
 
     { "pool: drain / submit", setup_1, { T(late_a), T(drain) }, check, false },
     { "pool: drain / first submit", setup_1_cold, { T(late_a), T(drain) }, check, false },
     { "pool: drain after submit", setup_1, { T(submit_a_drain), T(nothing) }, check, false },
+    { "pool: drain / queued", setup_room, { T(gate_set), T(drain) }, check, false },
     { "pool: two drains", setup_1, { T(late_a), T(drain_waits), T(drain_waits) }, check, false },
     { "pool: drain from a task", setup_drainer, { T(gate_await_drain), T(drain_waits) }, check, false },
     { "pool: drain that cuts", setup_cut, { T(drain_cut), T(drain_waits) }, check_cut, false },
@@ -1024,6 +1189,17 @@ static const sched_scenario_t scenarios[] = {
     { "pool: end / first submit", setup_1_cold, { T(late_a), T(end_lifetime) }, check, false },
     { "pool: end / drain / submit", setup_1, { T(late_a), T(end_lifetime), T(drain_waits) }, check, false },
     { "pool: end, on_drop drains", setup_cut, { T(end_drop_drains), T(drain_waits) }, check_cut, false },
+    { "pool: end / drain, stuck", setup_stuck_no_grace, { T(drain_ends), T(end_lifetime) }, check_ended, false },
+    { "pool: wait after submit", setup_1, { T(submit_a_wait), T(nothing) }, check, false },
+    { "pool: wait / submit", setup_1, { T(wait_below), T(submit_a) }, check, false },
+    { "pool: wait / end of its context", setup_stuck, { T(wait_below), T(end_parent), T(gate_set) }, check, false },
+    { "pool: wait from a task", setup_waiter, { T(gate_await_a) }, check, false },
+    { "pool: wait from a task / wait", setup_waiter, { T(gate_set), T(wait_outside) }, check, false },
+    { "pool: wait from a task / drain", setup_waiter, { T(gate_set), T(drain) }, check, false },
+    { "pool: wait from a task, and then from another", setup_2, { T(wait_then_wait) }, check, false },
+    { "pool: waits from two tasks", setup_two_waiters, { T(gate_set), T(wait_outside) }, check, false },
+    { "pool: wait from a task, drain from a task", setup_waiter_and_drainer, { T(gate_await_both) }, check, false },
+    { "pool: copies", setup_copies, { T(copy_1), T(copy_2) }, check_copies, false },
     { "pool: free, stuck", setup_2_cold, { T(free_stuck), T(nothing) }, check_freed, false },
     { "pool: free, stuck with a permit", setup_free_permit, { T(free_stuck), T(nothing) }, check_freed, false },
     { "pool: free at once", setup_2_cold, { T(free_at_once), T(nothing) }, check_freed, false },
