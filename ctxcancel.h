@@ -69,6 +69,9 @@
 #ifndef CTXCANCEL_H
 #define CTXCANCEL_H
 
+#define CTXCANCEL_VERSION 100 /* major * 10000 + minor * 100 + patch */
+#define CTXCANCEL_VERSION_STRING "0.1.0"
+
 /* In strict ISO mode, and where the program asks for an older POSIX, the C library hides POSIX of 2008 unless asked
    before the first system header. */
 #if defined(CTXCANCEL_IMPLEMENTATION) && !defined(__cplusplus) && \
