@@ -426,6 +426,73 @@ pkg_config_finds_the_installed_header() {
     "$tmp/prog"
 }
 
+# Every ctx_ function that the preprocessed declarations name, but for the private ones.
+every_public_function_has_a_man_page() {
+    make --no-print-directory install PREFIX="$tmp/usr"
+    man=$tmp/usr/share/man
+    $CC -I. -E "$tmp/decl.c" | awk '/^# [0-9]+ "/ { ours = ($3 ~ /ctxcancel\.h"$/); next } ours' |
+        grep -oE '\bctx_[a-z_]+ *\(' | tr -d ' (' | sort -u | grep -v '^ctx__' >"$tmp/functions"
+    [ "$(wc -l <"$tmp/functions")" -gt 80 ]
+    for name in $(cat "$tmp/functions") ctx_derive CTX_VALUE CTX_SCOPED; do
+        [ -s "$man/man3/$name.3" ] || [ -s "$man/man3/${name%_at}.3" ] || { echo "no page: $name"; return 1; }
+    done
+    for link in $(sed -n 's/^\.so //p' "$man"/man3/*.3); do [ -s "$man/$link" ]; done
+    grep -F 'ctx_pool_submit_wait \- like ctx_pool_submit()' "$man/man3/ctx_pool_submit_wait.3"
+    grep -F 'ctx_t *ctx_derive(ctx_t *parent, const ctx_desc_t *desc);' "$man/man3/ctx_derive.3"
+    grep -F 'ctx_dur_t task_timeout;' "$man/man3/ctx_pool_new.3"
+    grep -F 'Rules that hold throughout' "$man/man7/ctxcancel.7"
+}
+
+man_pages_are_well_formed() {
+    make --no-print-directory install PREFIX="$tmp/usr"
+    mandoc -T lint -W warning $(grep -L '^\.so ' "$tmp"/usr/share/man/man3/*) "$tmp/usr/share/man/man7/ctxcancel.7"
+}
+
+uninstall_leaves_no_file() {
+    make --no-print-directory install PREFIX=/opt/ctx DESTDIR="$tmp/gone" LIBS="-pthread -latomic"
+    grep -q '^Libs: -pthread -latomic$' "$tmp/gone/opt/ctx/share/pkgconfig/ctxcancel.pc"
+    grep -q '"Threads::Threads;-latomic"' "$tmp/gone/opt/ctx/share/cmake/ctxcancel/ctxcancelConfig.cmake"
+    echo kept >"$tmp/gone/opt/ctx/share/man/man3/ctx_other.3"
+    make --no-print-directory uninstall PREFIX=/opt/ctx DESTDIR="$tmp/gone"
+    [ "$(find "$tmp/gone" -type f)" = "$tmp/gone/opt/ctx/share/man/man3/ctx_other.3" ]
+}
+
+# A tree that was moved after its installation; one program with its own implementation, one that links it, one in C++.
+cmake_finds_the_installed_header() {
+    make --no-print-directory install PREFIX="$tmp/before"
+    mv "$tmp/before" "$tmp/after"
+    mkdir "$tmp/cmake"
+    cat "$tmp/impl.c" "$tmp/main.c" >"$tmp/cmake/whole.c"
+    cp "$tmp/main.c" "$tmp/cmake/linked.c"
+    cp "$tmp/main.c" "$tmp/cmake/linked.cpp"
+    file cmake/CMakeLists.txt <<'END'
+cmake_minimum_required(VERSION 3.11)
+project(user ${LANGUAGE})
+if(LANGUAGE STREQUAL C)
+  find_package(ctxcancel 9 QUIET)
+  if(ctxcancel_FOUND)
+    message(FATAL_ERROR "a version that is not installed was found")
+  endif()
+  add_executable(whole whole.c)
+  add_executable(linked linked.c)
+else()
+  add_executable(linked linked.cpp)
+endif()
+find_package(ctxcancel 0.1 REQUIRED)
+target_link_libraries(linked ctxcancel::implementation)
+if(LANGUAGE STREQUAL C)
+  target_link_libraries(whole ctxcancel::ctxcancel)
+endif()
+END
+    for language in C $cmake_cxx; do
+        cmake -S "$tmp/cmake" -B "$tmp/cmake/$language" -DLANGUAGE=$language -DCMAKE_PREFIX_PATH="$tmp/after" \
+            -DCMAKE_C_COMPILER="$CC" -DCMAKE_CXX_COMPILER="$CXX"
+        cmake --build "$tmp/cmake/$language"
+        "$tmp/cmake/$language/linked"
+    done
+    "$tmp/cmake/C/whole"
+}
+
 for test in declarations_need_no_stb_ds program_that_instantiates_stb_ds_elsewhere_links program_may_use_our_stb_ds \
     file_that_implements_stb_ds_above_us_builds file_that_only_declares_stb_ds_above_us_builds \
     file_that_implements_stb_ds_below_us_builds one_implementation_serves_many_files \
@@ -435,7 +502,7 @@ for test in declarations_need_no_stb_ds program_that_instantiates_stb_ds_elsewhe
     plugin_shares_a_key_despite_hidden_visibility macros_bring_no_warning_in_c declarations_compile_after_any_header_in_strict_c \
     linkage_can_be_chosen allocator_can_be_chosen every_configuration_compiles sites_can_be_left_out \
     readme_program_works \
-    install_puts_the_header_where_it_is_told; do
+    install_puts_the_header_where_it_is_told every_public_function_has_a_man_page uninstall_leaves_no_file; do
     expect $test
 done
 for test in c_and_cpp_files_link_and_share_a_key implementation_compiled_as_cpp_serves_c \
@@ -444,4 +511,8 @@ for test in c_and_cpp_files_link_and_share_a_key implementation_compiled_as_cpp_
 done
 if has pkg-config; then expect pkg_config_finds_the_installed_header
 else skip pkg_config_finds_the_installed_header "no pkg-config"; fi
+if has mandoc; then expect man_pages_are_well_formed; else skip man_pages_are_well_formed "no mandoc"; fi
+cmake_cxx=
+if has "$CXX"; then cmake_cxx=CXX; fi
+if has cmake; then expect cmake_finds_the_installed_header; else skip cmake_finds_the_installed_header "no cmake"; fi
 finish
