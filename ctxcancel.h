@@ -218,10 +218,13 @@ typedef struct {
     size_t size;      /* bytes of a value */
 } ctx_key_t;
 
-/* Why a context is done. {0, NULL} while it is not. */
+/* Why a context is done. {0, NULL, NULL} while it is not. */
 typedef struct {
     int code;         /* what the canceler gave; CTX_CANCELED or CTX_DEADLINE_EXCEEDED if it gave nothing */
     const char *what; /* a static string; never NULL once done */
+    const char *site; /* the place that canceled, as "file:line"; after a deadline the place that set it; of a signal
+                         "signal SIGTERM". Where the canceler gave none, the place that made the context it canceled.
+                         "" with CTXCANCEL_NO_SITES, of a failed context too; never NULL once done */
 } ctx_cause_t;
 
 typedef struct {
@@ -234,6 +237,10 @@ typedef struct {
     const void *value;          /* ... copied from here: key->size bytes */
     bool detach;                /* keep the parent's values, drop its cancellation and deadline (default: false) */
     uint32_t sample_one_in;     /* decide ctx_sampled(): true for one in so many (default: as the parent) */
+    ctx_dur_t grace;            /* when the parent is done, this context goes on for this long at most, and then has the
+                                   parent's cause: to commit, then stop. It starts anew below a parent that is done
+                                   already. Its own deadline still holds; ctx_deadline() knows both. Not for a detached
+                                   context, which has no parent (default: 0, none) */
 } ctx_desc_t;
 
 /* The root of every tree: never canceled, never freed. Ending it does nothing. */
@@ -241,7 +248,7 @@ CTXCANCEL_API ctx_t *ctx_background(void);
 
 /* Make a child of `parent`: one node with everything `desc` asks for. `desc` may be NULL. If both a deadline and a
    timeout are given the earlier holds, and the parent's own always does if it is earlier still. A child of a context
-   that is done is done from the start, with its parent's cause.
+   that is done is done from the start, with its parent's cause. Except for both: `.grace`.
    The caller owns one reference and drops it with ctx_end(). Never NULL: if memory or the runtime thread is
    unavailable, returns a shared context that is already done with CTX_NO_MEMORY, or with CTX_INVALID if `parent` is
    NULL or a key has no value. It may be used, derived from and ended like any other. */
@@ -273,17 +280,25 @@ CTXCANCEL_API ctx_t *ctx_merge_at(ctx_t *a, ctx_t *b, const char *site);
    if other threads are canceling parts of the same subtree. On true, the callbacks of every descendant that this call
    canceled have run; those of a descendant that another thread canceled first run on that thread, or after a deadline
    on the runtime thread. Uses constant stack and allocates nothing.
-   Callbacks run inside this call: do not hold a lock that one of them takes. */
+   Callbacks run inside this call: do not hold a lock that one of them takes.
+   A macro that passes on its place, for ctx_cause(). ctx_cancel, ctx_cancel_cause and ctx_end are functions too, so
+   their address may be taken; then no place is known. */
 CTXCANCEL_API bool ctx_cancel(ctx_t *ctx);
+CTXCANCEL_API bool ctx_cancel_at(ctx_t *ctx, const char *site);
+#define ctx_cancel(ctx) ctx_cancel_at((ctx), CTX__SITE)
 
 /* Like ctx_cancel(), with a reason. `what` is a static string. ctx_err() returns CTX_DEADLINE_EXCEEDED if that is the
    code, else CTX_CANCELED. ctx_cause() returns both unchanged, except that a zero `code` reads as CTX_CANCELED, and a
    NULL `what` as the text of a code of this library, else as "context canceled". */
 CTXCANCEL_API bool ctx_cancel_cause(ctx_t *ctx, int code, const char *what);
+CTXCANCEL_API bool ctx_cancel_cause_at(ctx_t *ctx, int code, const char *what, const char *site);
+#define ctx_cancel_cause(ctx, code, what) ctx_cancel_cause_at((ctx), (code), (what), CTX__SITE)
 
 /* End a context that you made: cancel it as ctx_cancel() does, release its timer, drop your reference. Children keep
    the memory that they need. NULL is fine. */
 CTXCANCEL_API void ctx_end(ctx_t *ctx);
+CTXCANCEL_API void ctx_end_at(ctx_t *ctx, const char *site);
+#define ctx_end(ctx) ctx_end_at((ctx), CTX__SITE)
 
 /* One more reference, to be dropped by ctx_end() or ctx_release(). Returns its argument. */
 CTXCANCEL_API ctx_t *ctx_retain(ctx_t *ctx);
@@ -303,7 +318,7 @@ static inline int ctx_err(const ctx_t *ctx) {
     return CTX__LOAD(&CTX__CAST(const struct ctx__head *, CTX__CAST(const void *, ctx))->err, ACQUIRE);
 }
 
-/* Why it is done: code and text of the first canceler, never torn. */
+/* Why it is done: code, text and place of the first canceler, never torn. */
 CTXCANCEL_API ctx_cause_t ctx_cause(const ctx_t *ctx);
 
 /* The earliest deadline of the chain, or CTX_NO_DEADLINE. */
@@ -361,7 +376,7 @@ CTXCANCEL_API ctx_on_done_state_t ctx_on_done_try_stop(ctx_on_done_t *reg);
 /* End a context when its variable leaves scope (gcc, clang):
        CTX_SCOPED ctx_t *c = ctx_with_timeout(parent, CTX_MS(50));  */
 #define CTX_SCOPED __attribute__((cleanup(ctx__scoped_end)))
-static inline void ctx__scoped_end(ctx_t **ctx) { ctx_end(*ctx); }
+static inline void ctx__scoped_end(ctx_t **ctx) { ctx_end_at(*ctx, NULL); }
 
 /* A leaf is a context for the very hottest path: on your stack, no allocation, no lock, no place in the tree. It
    watches one parent and an optional deadline. It has no children, callbacks or waiters, and needs no ending. The
@@ -2204,8 +2219,13 @@ enum { CTX__TIMER_ALARM, CTX__TIMER_NODE, CTX__TIMER_CALL };
    entry stands in the list of `a`, and a proxy, a second entry inside the same allocation, in the list of `b`. Whatever
    marks the proxy marks the node.
 
-   Done. Done-ness is one pointer, `why`, to an immutable record of err, code and text: NULL, then set once. A node that
-   was canceled itself points to its own record, its descendants point to the same one, which their parents keep alive.
+   Grace. A node with a grace period is a merged one too: it stands in the background's list, where nobody marks it, and
+   its proxy in the list of its parent. Whatever marks the proxy arms the node's timer for the end of the grace period,
+   at the end of the same walk; when that comes the node gets the record of the proxy.
+
+   Done. Done-ness is one pointer, `why`, to an immutable record of err, code, text and place: NULL, then set once. A
+   node that was canceled itself points to its own record, its descendants point to the same one, which their parents
+   keep alive.
    `err` repeats why->err for ctx_err() and follows at once; a thread that finds `why` set and needs `err` stores it
    itself.
 
@@ -2242,7 +2262,7 @@ typedef struct {
     int code;
     int16_t err;
     uint8_t walked; /* [atomic] everything that this record's walk had to mark is marked */
-    const char *what;
+    const char *what, *site;
 } ctx__why_t;
 
 typedef struct {
@@ -2265,6 +2285,7 @@ struct ctx {
     uint8_t flags;          /* [const] CTX__F_... */
     uint8_t shard;          /* [const] which of the parent's lists it is in */
     uint8_t watched;        /* [list.mu] stands in ctx__watched; after a fork also CTX__WATCHED_CALLING */
+    uint8_t graced;         /* [const] the node or the proxy of a ctx__merged_t with a grace period */
     const ctx__why_t *why;  /* [atomic] */
     ctx_t *next;            /* [parent's list mu] */
     ctx__list_t list;       /* children, callbacks. A walk over leaves reads no further than this */
@@ -2297,12 +2318,16 @@ enum {
 typedef struct {
     ctx_t node;
     ctx_t proxy; /* in b's list; only why, list.attached and the links mean anything */
+    ctx_dur_t grace; /* [const] */
+    ctx_time_t own;  /* [const] its own deadline: an earlier one is the end of the grace period */
+    bool begun;      /* [atomic] the grace period; by the thread that marked the proxy or the one that attached it */
 } ctx__merged_t;
 
 static void ctx__record_release(ctx__record_t *record); /* section 4 */
 static int ctx__timer_ready(void);                      /* section 5 */
 static bool ctx__timer_arm(ctx__timer_t *timer, ctx_time_t deadline);
 static bool ctx__timer_disarm(ctx__timer_t *timer);
+static bool ctx__timer_shift(ctx__timer_t *timer, ctx_time_t deadline, bool *armed);
 static void ctx__runtime_kick(void);
 static bool ctx__timer_remove(ctx__timer_t *timer);
 static void ctx__timer_revive(const ctx_t *ctx);
@@ -2312,8 +2337,8 @@ static void ctx__notify_ended(ctx_t *node); /* section 13 */
 /* The nodes that are never freed. Written out by position, for C++. */
 #define CTX__STATIC_TIMER { NULL, NULL, CTX_NO_DEADLINE, 0, 1, 0, 0, 0 }
 #define CTX__STATIC_NODE(err, flags, why, name)                                                                     \
-    { { err }, CTX__F_STATIC | (flags), 0, 0, why, NULL, { 0, 0, 0, 0, 0, NULL }, NULL, NULL, NULL, 1, 1, NULL,     \
-      CTX__STATIC_TIMER, { 0, 0, 0, NULL }, NULL, name, "", NULL, NULL, { NULL, NULL } }
+    { { err }, CTX__F_STATIC | (flags), 0, 0, 0, why, NULL, { 0, 0, 0, 0, 0, NULL }, NULL, NULL, NULL, 1, 1, NULL,     \
+      CTX__STATIC_TIMER, { 0, 0, 0, NULL, NULL }, NULL, name, "", NULL, NULL, { NULL, NULL } }
 
 static ctx_t ctx__root = CTX__STATIC_NODE(0, 0, NULL, "background");
 
@@ -2322,7 +2347,7 @@ static ctx_t ctx__root = CTX__STATIC_NODE(0, 0, NULL, "background");
     entry(0, CTX_NO_MEMORY, "out of memory")        \
     entry(1, CTX_INVALID, "invalid argument")       \
     entry(2, CTX_ALREADY, "signals belong to another copy of the library")
-#define CTX__FAILURE_RECORD(i, err, what) { err, (int16_t)(err), 1, what },
+#define CTX__FAILURE_RECORD(i, err, what) { err, (int16_t)(err), 1, what, "" },
 #define CTX__FAILURE_NODE(i, err, what) CTX__STATIC_NODE(err, CTX__F_FAILED, &ctx__failures[i], "failed"),
 static const ctx__why_t ctx__failures[] = { CTX__FAILURES(CTX__FAILURE_RECORD) };
 static ctx_t ctx__failed_nodes[] = { CTX__FAILURES(CTX__FAILURE_NODE) };
@@ -2337,6 +2362,10 @@ static ctx_t *ctx__failed(int err) {
 static unsigned ctx__shard_count = 4; /* [const] after ctx__once; a power of two */
 
 enum { CTX__SHARDS_MAX = 64, CTX__CONTENDED = 16 };
+
+/* A grace period that begins makes it earlier; nothing makes that of a node later, except what a pool's worker does to
+   its own. */
+static inline ctx_time_t ctx__deadline(const ctx_t *ctx) { return CTX__LOAD(&ctx->timer.deadline, RELAXED); }
 
 static const ctx__why_t *ctx__why(const ctx_t *ctx) { return CTX__LOAD(&ctx->why, SEQ_CST); }
 
@@ -2515,7 +2544,9 @@ static CTX__COLD void ctx__unowned(ctx_t *node) {
 
 typedef struct {
     ctx_t *first, *last; /* nodes marked here that have something attached, linked by work, pinned */
+    ctx_t *graced;       /* nodes whose proxy was marked here, linked by the proxy's work, pinned */
     bool announced;
+    bool kick;           /* an armed timer wants the runtime thread */
     bool met;            /* came to a node that another walk had marked, and may not be over */
 } ctx__walk_t;
 
@@ -2550,12 +2581,36 @@ static inline const ctx__why_t *ctx__mark(ctx_t *node, const ctx__why_t *why) {
     return seen;
 }
 
+static ctx__merged_t *ctx__merged_of(ctx_t *node) { return CTX__CONTAINER(node, ctx__merged_t, node); }
+
+/* [list mu of the proxy's parent] */
+static void ctx__walk_grace(ctx__walk_t *walk, ctx__merged_t *merged) {
+    if (!ctx__pin(&merged->node)) return;
+    merged->proxy.work = walk->graced;
+    walk->graced = &merged->node;
+}
+
+/* [inside] The parent is done: now the grace period runs. True: the runtime thread is to be kicked. */
+static bool ctx__grace_begin(ctx__merged_t *merged) {
+    ctx_t *node = &merged->node;
+    ctx_time_t end = ctx_time_add(ctx_now(), merged->grace), deadline = ctx__deadline(node);
+    bool armed;
+    if (CTX__EXCHANGE(&merged->begun, true, ACQ_REL) || end >= deadline || ctx__done(node)) return false;
+    if (deadline == CTX_NO_DEADLINE) return ctx__timer_arm(&node->timer, end);
+    return ctx__timer_shift(&node->timer, end, &armed); /* if not armed any more it is due already */
+}
+
 /* [list mu of child's parent] */
 static void ctx__mark_child(ctx__walk_t *walk, ctx_t *child, const ctx__why_t *why) {
     const ctx__why_t *seen = ctx__mark(child, why);
     if (!ctx__attached(child)) return;
     if (!seen && (child->flags & CTX__F_PROXY)) {
-        child = &CTX__CONTAINER(child, ctx__merged_t, proxy)->node;
+        ctx__merged_t *merged = CTX__CONTAINER(child, ctx__merged_t, proxy);
+        if (child->graced) {
+            ctx__walk_grace(walk, merged);
+            return;
+        }
+        child = &merged->node;
         seen = ctx__mark(child, why);
     }
     if (seen) walk->met = walk->met || !CTX__LOAD(&seen->walked, ACQUIRE);
@@ -2584,8 +2639,22 @@ static void ctx__walk_below(ctx__walk_t *walk) {
         shards = CTX__LOAD(&node->shards, ACQUIRE);
         for (i = 0; shards && i < ctx__shard_count; i++) ctx__mark_list(walk, &shards[i].list, why);
     }
+    for (node = walk->graced; node; node = ctx__merged_of(node)->proxy.work)
+        if (ctx__grace_begin(ctx__merged_of(node))) walk->kick = true;
     if (walk->met) CTX__ADD(&ctx__walks.met, 1u, ACQ_REL);
     CTX__STORE(&ctx__self.walk, 0u, RELEASE); /* pairs with the load in ctx__walks_busy() */
+}
+
+/* Nothing is held. */
+static CTX__COLD void ctx__walk_graced(ctx__walk_t *walk) {
+    ctx_t *node, *next, *dead = NULL;
+    for (node = walk->graced; node; node = next) {
+        next = ctx__merged_of(node)->proxy.work;
+        ctx__pin_drop(node, &dead);
+    }
+    ctx__bury(dead);
+    ctx__timer_ready(); /* if there is no thread now, a later use of a deadline starts one */
+    if (walk->kick) ctx__runtime_kick();
 }
 
 /* Is a walk of epoch `last` or before under way? */
@@ -2816,16 +2885,45 @@ static void ctx__walk_call(ctx_t *first) {
     ctx__bury(dead);
 }
 
-/* [top->list.mu] Mark the node at the top of a walk. Without a `what` the text is the one that the deadline was given.
-   False: it was done before. */
-static bool ctx__walk_top(ctx__walk_t *walk, ctx_t *top, int err, int code, const char *what) {
+/* What cancels a node. Without a `what` its deadline does. */
+typedef struct {
+    int err, code;
+    const char *what, *site;
+} ctx__reason_t;
+
+static const ctx__reason_t ctx__deadline_passed = { CTX_DEADLINE_EXCEEDED, CTX_DEADLINE_EXCEEDED, NULL, NULL };
+
+/* Of a cancel whose err is CTX_CANCELED whatever the code is. */
+static ctx__reason_t ctx__reason(int code, const char *what, const char *site) {
+    ctx__reason_t reason = { CTX_CANCELED, code ? code : CTX_CANCELED, what, site };
+    return reason;
+}
+
+static ctx__reason_t ctx__reason_of(const ctx__why_t *why) {
+    ctx__reason_t reason = { why->err, why->code, why->what, why->site };
+    return reason;
+}
+
+/* What the passing of its deadline means for a node: that its grace period is over, or what the deadline was given. */
+static ctx__reason_t ctx__deadline_reason(const ctx_t *node) {
+    const ctx__merged_t *merged = CTX__CONTAINER(node, const ctx__merged_t, node);
+    const ctx__why_t *why = node->graced && ctx__deadline(node) < merged->own ? ctx__why(&merged->proxy) : NULL;
+    ctx__reason_t reason = ctx__deadline_passed;
+    if (why) return ctx__reason_of(why);
+    reason.what = node->own.what ? node->own.what : "deadline exceeded";
+    return reason;
+}
+
+/* [top->list.mu] Mark the node at the top of a walk. False: it was done before. */
+static bool ctx__walk_top(ctx__walk_t *walk, ctx_t *top, ctx__reason_t reason) {
     if (ctx__done(top)) return false;
+    if (!reason.what) reason = ctx__deadline_reason(top);
     if (top->list.attached) ctx__walk_announce(walk);
-    top->own.err = (int16_t)err;
-    top->own.code = code;
+    top->own.err = (int16_t)reason.err;
+    top->own.code = reason.code;
     top->own.walked = !top->list.attached;
-    if (what) top->own.what = what;
-    else if (!top->own.what) top->own.what = "deadline exceeded";
+    top->own.what = reason.what;
+    top->own.site = reason.site ? reason.site : top->site;
     if (ctx__mark(top, &top->own)) return false;
     if (top->list.attached && ctx__pin(top)) ctx__walk_push(walk, top);
     return true;
@@ -2835,6 +2933,7 @@ static bool ctx__walk_top(ctx__walk_t *walk, ctx_t *top, int err, int code, cons
 static void ctx__walk_tell(ctx__walk_t *walk, bool later) {
     ctx_t *node, *dead = NULL;
     bool left = false;
+    if (CTX__UNLIKELY(walk->graced != NULL)) ctx__walk_graced(walk);
     if (!walk->first) return;
     for (node = walk->first; node; node = node->work) left = ctx__reg_run(node, true, &dead) || left;
     ctx__bury(dead);
@@ -2850,14 +2949,14 @@ static void ctx__walk_settle(const ctx__walk_t *walk, ctx_t *node, bool won) {
 }
 
 /* `later`: leave the callbacks to the runtime thread. True: this call did it. */
-static bool ctx__cancel(ctx_t *node, int err, int code, const char *what, bool later) {
+static bool ctx__cancel(ctx_t *node, ctx__reason_t reason, bool later) {
     const ctx__why_t *why = ctx__why(node);
     ctx__walk_t walk;
     bool won;
     if ((why && CTX__LOAD(&why->walked, ACQUIRE) && ctx__done(node)) || (node->flags & CTX__F_STATIC)) return false;
     memset(&walk, 0, sizeof walk);
     ctx__enter(&node->list.mu);
-    won = ctx__walk_top(&walk, node, err, code, what);
+    won = ctx__walk_top(&walk, node, reason);
     ctx__unlock(&node->list.mu);
     ctx__walk_below(&walk);
     ctx__outside(&ctx__self);
@@ -2871,7 +2970,7 @@ static bool ctx__cancel(ctx_t *node, int err, int code, const char *what, bool l
 static inline ctx_t *ctx__node_init(ctx_t *node, ctx_t *parent, ctx_time_t deadline, const char *name,
                                     const char *site) {
     node->head.err = 0;
-    node->flags = node->watched = 0;
+    node->flags = node->watched = node->graced = 0;
     node->list.mu = 0;
     node->list.orphan = node->list.contended = node->list.attached = node->list.shard = 0;
     node->list.first = NULL;
@@ -2893,7 +2992,7 @@ static inline ctx_t *ctx__node_init(ctx_t *node, ctx_t *parent, ctx_time_t deadl
 /* What a maker asks for. `record` is handed over. */
 typedef struct {
     ctx_time_t deadline; /* CTX_NO_DEADLINE: none of its own */
-    bool detach;
+    bool detach, graced;
     uint8_t flags;
     ctx__record_t *record;
     const char *name, *deadline_cause, *site;
@@ -2910,7 +3009,7 @@ static CTX__COLD ctx_t *ctx__make_failed(const ctx__make_t *make, int err) {
    constant. */
 static CTX__INLINE ctx_t *ctx__make_inline(ctx_t *parent, ctx_t *node, const ctx__make_t *make) {
     ctx_t *tree = make->detach ? &ctx__root : parent;
-    ctx_time_t limit = tree->timer.deadline;
+    ctx_time_t limit = ctx__deadline(tree);
     bool timed = make->deadline < limit, kick = false, contended;
     if (timed) {
         int rc = ctx__timer_ready();
@@ -2920,6 +3019,7 @@ static CTX__INLINE ctx_t *ctx__make_inline(ctx_t *parent, ctx_t *node, const ctx
     if (CTX__UNLIKELY(!node)) return ctx__make_failed(make, CTX_NO_MEMORY);
     ctx__node_init(node, tree, timed ? make->deadline : limit, make->name ? make->name : parent->name, make->site);
     node->own.what = make->deadline_cause;
+    node->graced = make->graced;
     node->flags = (uint8_t)(make->flags | (parent->flags & CTX__F_SAMPLING));
     if (make->record) {
         node->values = make->record;
@@ -2950,13 +3050,13 @@ static CTX__INLINE ctx_t *ctx__make_timed(ctx_t *parent, ctx__make_t *make, ctx_
     if (CTX__UNLIKELY(deadline <= now)) make->deadline = CTX_NO_DEADLINE;
     node = ctx__make_inline(parent, NULL, make);
     if (CTX__UNLIKELY(deadline <= now && !(node->flags & CTX__F_STATIC))) {
-        if (deadline < node->timer.deadline) node->timer.deadline = deadline;
-        ctx__cancel(node, CTX_DEADLINE_EXCEEDED, CTX_DEADLINE_EXCEEDED, NULL, false);
+        if (deadline < ctx__deadline(node)) CTX__STORE(&node->timer.deadline, deadline, RELAXED);
+        ctx__cancel(node, ctx__deadline_passed, false);
     }
     return node;
 }
 
-static const ctx__make_t ctx__make_plain = { CTX_NO_DEADLINE, false, 0, NULL, NULL, NULL, NULL };
+static const ctx__make_t ctx__make_plain = { CTX_NO_DEADLINE, false, false, 0, NULL, NULL, NULL, NULL };
 
 /* NULL, or what a maker gives for a parent that cannot have children. */
 static inline ctx_t *ctx__bad_parent(ctx_t *parent) {
@@ -2968,10 +3068,63 @@ static ctx__record_t *ctx__record_with(const ctx__record_t *base, const ctx_key_
 
 CTXCANCEL_API ctx_t *ctx_background(void) { return &ctx__root; }
 
+/* Storage for a node with two parents. Its proxy is to be attached to `b`. */
+static ctx__merged_t *ctx__merged_alloc(ctx_t *b) {
+    ctx__merged_t *merged = ctx__me()->linked ? (ctx__merged_t *)CTXCANCEL_MALLOC(sizeof *merged) : NULL;
+    if (!merged) return NULL;
+    ctx__node_init(&merged->proxy, b, CTX_NO_DEADLINE, NULL, NULL);
+    merged->proxy.flags = CTX__F_PROXY;
+    merged->proxy.list.attached = 1; /* so that a walk looks closer */
+    return merged;
+}
+
+static void ctx__proxy_attach(ctx__merged_t *merged, ctx_t *b) {
+    bool contended = ctx__attach(b, &merged->proxy);
+    ctx__outside(&ctx__self);
+    if (contended) ctx__shards_make(b);
+}
+
+/* The parent was done when its graced child was attached, or soon after. */
+static void ctx__grace_begin_late(ctx__merged_t *merged) {
+    ctx__thread_t *me = ctx__inside();
+    bool kick = ctx__grace_begin(merged);
+    ctx__outside(me);
+    if (kick) ctx__runtime_kick();
+}
+
+/* A child that goes on for `grace` when its parent is done. `make` has what else it is to be. */
+static ctx_t *ctx__make_graced(ctx_t *parent, ctx__make_t *make, ctx_dur_t grace, ctx_time_t now) {
+    ctx__merged_t *merged = ctx__merged_alloc(parent);
+    ctx_time_t ends = ctx__why(parent) ? CTX_NO_DEADLINE : ctx__deadline(parent);
+    ctx_time_t own = make->deadline;
+    ctx_t *node;
+    if (!merged) return ctx__make_failed(make, CTX_NO_MEMORY);
+    if (ends != CTX_NO_DEADLINE) ends = ctx_time_add(ends > now ? ends : now, grace);
+    make->deadline = own <= now ? CTX_NO_DEADLINE : ctx__min(own, ends);
+    make->flags |= CTX__F_MERGED;
+    make->detach = make->graced = true;
+    merged->own = own;
+    merged->begun = false;
+    merged->grace = grace;
+    merged->proxy.graced = 1;
+    node = ctx__timer_ready() ? ctx__make_failed(make, CTX_NO_MEMORY) : ctx__make(parent, &merged->node, make);
+    if (node != &merged->node) {
+        CTXCANCEL_FREE(merged);
+        return node;
+    }
+    ctx__proxy_attach(merged, parent);
+    if (ctx__why(&merged->proxy)) ctx__grace_begin_late(merged);
+    if (own > now) return node;
+    CTX__STORE(&node->timer.deadline, own, RELAXED);
+    ctx__cancel(node, ctx__deadline_passed, false);
+    return node;
+}
+
 CTXCANCEL_API ctx_t *ctx_derive_at(ctx_t *parent, const ctx_desc_t *desc, const char *site) {
     ctx_t *bad = ctx__bad_parent(parent);
     ctx__make_t make = ctx__make_plain;
     ctx_time_t now;
+    bool graced;
     if (bad) return bad;
     make.site = site;
     if (!desc) return ctx__make(parent, NULL, &make);
@@ -2985,11 +3138,12 @@ CTXCANCEL_API ctx_t *ctx_derive_at(ctx_t *parent, const ctx_desc_t *desc, const 
         make.record = ctx__record_with(parent->values, desc->key, desc->value);
         if (!make.record) return ctx__failed(CTX_NO_MEMORY);
     }
-    if (!desc->deadline && !desc->timeout) return ctx__make(parent, NULL, &make);
+    graced = desc->grace > 0 && !desc->detach && parent != &ctx__root;
+    if (!desc->deadline && !desc->timeout && !graced) return ctx__make(parent, NULL, &make);
     now = ctx_now();
     if (desc->deadline) make.deadline = desc->deadline;
     if (desc->timeout) make.deadline = ctx__min(make.deadline, ctx_time_add(now, desc->timeout));
-    return ctx__make_timed(parent, &make, now);
+    return graced ? ctx__make_graced(parent, &make, desc->grace, now) : ctx__make_timed(parent, &make, now);
 }
 
 CTXCANCEL_API ctx_t *ctx_with_cancel_at(ctx_t *parent, const char *site) {
@@ -3036,39 +3190,40 @@ CTXCANCEL_API ctx_t *ctx_without_cancel_at(ctx_t *parent, const char *site) {
 }
 
 CTXCANCEL_API ctx_t *ctx_merge_at(ctx_t *a, ctx_t *b, const char *site) {
-    ctx_t *bad = ctx__bad_parent(a), *node, *proxy;
+    ctx_t *bad = ctx__bad_parent(a), *node;
     const ctx__why_t *why;
     ctx__make_t make = ctx__make_plain;
     ctx__merged_t *merged;
-    bool contended;
     if (!bad) bad = ctx__bad_parent(b);
     if (bad) return bad;
-    merged = ctx__me()->linked ? (ctx__merged_t *)CTXCANCEL_MALLOC(sizeof *merged) : NULL;
+    merged = ctx__merged_alloc(b);
     if (!merged) return ctx__failed(CTX_NO_MEMORY);
-    proxy = ctx__node_init(&merged->proxy, b, CTX_NO_DEADLINE, NULL, NULL);
-    proxy->flags = CTX__F_PROXY;
-    proxy->list.attached = 1; /* so that a walk looks closer */
     make.site = site;
     make.flags = CTX__F_MERGED;
     node = ctx__make(a, &merged->node, &make);
-    if (b->timer.deadline < node->timer.deadline) node->timer.deadline = b->timer.deadline;
-    contended = ctx__attach(b, proxy);
-    ctx__outside(&ctx__self);
-    if (contended) ctx__shards_make(b);
-    why = ctx__why(proxy);
-    if (why) ctx__cancel(node, why->err, why->code, why->what, false);
+    if (ctx__deadline(b) < node->timer.deadline) CTX__STORE(&node->timer.deadline, ctx__deadline(b), RELAXED);
+    ctx__proxy_attach(merged, b);
+    why = ctx__why(&merged->proxy);
+    if (why) ctx__cancel(node, ctx__reason_of(why), false);
     return node;
 }
 
-CTXCANCEL_API bool ctx_cancel(ctx_t *ctx) { return ctx_cancel_cause(ctx, 0, NULL); }
-
-CTXCANCEL_API bool ctx_cancel_cause(ctx_t *ctx, int code, const char *what) {
+CTXCANCEL_API bool ctx_cancel_cause_at(ctx_t *ctx, int code, const char *what, const char *site) {
+    ctx__reason_t reason;
     CTXCANCEL_ASSERT(ctx != NULL);
     if (!ctx) return false;
-    if (!code) code = CTX_CANCELED;
-    if (!what) what = ctx__own_text(code);
-    if (!what) what = ctx__own_text(CTX_CANCELED);
-    return ctx__cancel(ctx, code == CTX_DEADLINE_EXCEEDED ? code : CTX_CANCELED, code, what, false);
+    if (!what) what = ctx__own_text(code ? code : CTX_CANCELED);
+    reason = ctx__reason(code, what ? what : ctx__own_text(CTX_CANCELED), site);
+    if (code == CTX_DEADLINE_EXCEEDED) reason.err = code;
+    return ctx__cancel(ctx, reason, false);
+}
+
+CTXCANCEL_API bool ctx_cancel_at(ctx_t *ctx, const char *site) { return ctx_cancel_cause_at(ctx, 0, NULL, site); }
+
+CTXCANCEL_API bool(ctx_cancel)(ctx_t *ctx) { return ctx_cancel_at(ctx, NULL); }
+
+CTXCANCEL_API bool(ctx_cancel_cause)(ctx_t *ctx, int code, const char *what) {
+    return ctx_cancel_cause_at(ctx, code, what, NULL);
 }
 
 /* The way out of nearly every context: the owner ends the only reference and nothing is attached. Then nobody can see
@@ -3096,15 +3251,17 @@ static inline bool ctx__end_alone(ctx_t *node) {
     return true;
 }
 
-CTXCANCEL_API void ctx_end(ctx_t *ctx) {
+CTXCANCEL_API void ctx_end_at(ctx_t *ctx, const char *site) {
     if (!ctx || (ctx->flags & CTX__F_STATIC)) return;
     CTXCANCEL_ASSERT(CTX__LOAD(&ctx->refs, RELAXED) != 0); /* ended before */
     if (ctx__end_alone(ctx)) return;
     if (ctx->flags & CTX__F_NOTIFY) ctx__notify_ended(ctx);
-    ctx_cancel(ctx);
+    ctx_cancel_at(ctx, site);
     if (CTX__LOAD(&ctx->timer.armed, ACQUIRE)) ctx__timer_remove(&ctx->timer);
     ctx_release(ctx);
 }
+
+CTXCANCEL_API void(ctx_end)(ctx_t *ctx) { ctx_end_at(ctx, NULL); }
 
 CTXCANCEL_API ctx_t *ctx_retain(ctx_t *ctx) {
     CTXCANCEL_ASSERT(ctx != NULL);
@@ -3126,13 +3283,14 @@ CTXCANCEL_API void ctx_release(ctx_t *ctx) {
 
 CTXCANCEL_API ctx_cause_t ctx_cause(const ctx_t *ctx) {
     const ctx__why_t *why = ctx_err(ctx) ? ctx__why(ctx) : NULL;
-    ctx_cause_t cause = { why ? why->code : 0, why ? why->what : NULL };
+    ctx_cause_t cause = { why ? why->code : 0, why ? why->what : NULL, why ? why->site : NULL };
+    if (why && !cause.site) cause.site = "";
     return cause;
 }
 
 CTXCANCEL_API ctx_time_t ctx_deadline(const ctx_t *ctx) {
     CTXCANCEL_ASSERT(ctx != NULL);
-    return ctx->timer.deadline;
+    return ctx__deadline(ctx);
 }
 
 CTXCANCEL_API ctx_dur_t ctx_remaining(const ctx_t *ctx) {
@@ -3615,7 +3773,7 @@ static ctx__timer_t *ctx__due_mark(ctx__timer_t **due, ctx__walk_t *walk) {
         } else {
             ctx_t *node = CTX__CONTAINER(timer, ctx_t, timer);
             ctx__lock(&node->list.mu);
-            timer->level = ctx__walk_top(walk, node, CTX_DEADLINE_EXCEEDED, CTX_DEADLINE_EXCEEDED, NULL);
+            timer->level = ctx__walk_top(walk, node, ctx__deadline_passed);
             ctx__unlock(&node->list.mu);
             *last_node = timer;
             last_node = &timer->next;
@@ -3733,25 +3891,30 @@ static int ctx__timer_ready(void) {
 
 /* After ctx_runtime_stop(), or in the child of a fork: whoever comes to wait for a deadline starts the thread again. */
 static void ctx__timer_revive(const ctx_t *ctx) {
-    if (ctx->timer.deadline != CTX_NO_DEADLINE) ctx__timer_ready();
+    if (ctx__deadline(ctx) != CTX_NO_DEADLINE) ctx__timer_ready();
 }
 
-/* [inside] Arm a timer that is not armed. True: the runtime thread is to be kicked. */
+/* [wheel->mu] Put a timer in its place. True: the runtime thread is to be kicked. */
+static inline bool ctx__wheel_put(ctx__wheel_t *wheel, ctx__timer_t *timer, ctx_time_t deadline) {
+    CTX__STORE(&timer->deadline, deadline, RELAXED);
+    ctx__wheel_place(wheel, timer);
+    if (wheel->started && deadline >= wheel->wake_at) return false;
+    wheel->wake_at = deadline;
+    wheel->started = 1;
+    return true;
+}
+
+/* [inside] Arm a timer that is not armed. True: the runtime thread is to be kicked. A thread that has seen `armed` may
+   look which wheel it is. */
 static bool ctx__timer_arm(ctx__timer_t *timer, ctx_time_t deadline) {
     unsigned i = timer->kind == CTX__TIMER_ALARM ? CTX__WHEELS : ctx__self.index & (ctx__wheel_count - 1);
     ctx__wheel_t *wheel = &ctx__wheels[i];
     bool kick;
     ctx__lock(&wheel->mu);
     timer->wheel = (uint8_t)i;
-    timer->deadline = deadline;
-    ctx__wheel_place(wheel, timer);
+    kick = ctx__wheel_put(wheel, timer, deadline);
     wheel->armed++;
-    CTX__STORE(&timer->armed, 1, RELAXED);
-    kick = !wheel->started || deadline < wheel->wake_at;
-    if (kick) {
-        wheel->wake_at = deadline;
-        wheel->started = 1;
-    }
+    CTX__STORE(&timer->armed, 1, RELEASE);
     ctx__unlock(&wheel->mu);
     return kick;
 }
@@ -3785,28 +3948,40 @@ static bool ctx__timer_remove(ctx__timer_t *timer) {
     return was;
 }
 
-/* Give an armed timer another deadline; later ones need no move. False: it has been taken out to fire. */
-static bool ctx__timer_move(ctx__timer_t *timer, ctx_time_t deadline) {
+/* [inside] Give a timer another deadline if it is armed: in the same wheel, and a later one needs no move. True: the
+   runtime thread is to be kicked. */
+static bool ctx__timer_shift(ctx__timer_t *timer, ctx_time_t deadline, bool *armed) {
     ctx__wheel_t *wheel = &ctx__wheels[timer->wheel];
-    bool was, sooner;
-    ctx__enter(&wheel->mu);
-    was = timer->armed;
-    sooner = was && deadline < timer->deadline;
-    if (was && !sooner) timer->deadline = deadline;
-    ctx__leave(&wheel->mu);
-    if (!sooner) return was;
-    if (!ctx__timer_remove(timer)) return false;
-    ctx__timer_add(timer, deadline);
-    return true;
+    bool kick = false;
+    ctx__lock(&wheel->mu);
+    *armed = timer->armed;
+    if (*armed && deadline < timer->deadline) {
+        ctx__wheel_unlink(wheel, timer);
+        kick = ctx__wheel_put(wheel, timer, deadline);
+    } else if (*armed) {
+        CTX__STORE(&timer->deadline, deadline, RELAXED);
+    }
+    ctx__unlock(&wheel->mu);
+    return kick;
+}
+
+/* False: it has been taken out to fire. */
+static bool ctx__timer_move(ctx__timer_t *timer, ctx_time_t deadline) {
+    ctx__thread_t *me = ctx__inside();
+    bool armed, kick = ctx__timer_shift(timer, deadline, &armed);
+    ctx__outside(me);
+    if (kick) ctx__runtime_kick();
+    return armed;
 }
 
 /* The one whose deadline it is that a context has from its ancestors. The context keeps all of them. */
 static ctx_t *ctx__deadline_owner(ctx_t *ctx) {
-    ctx_time_t deadline = ctx->timer.deadline;
+    ctx_time_t deadline = ctx__deadline(ctx);
     for (;;) {
-        ctx_t *b = ctx->flags & CTX__F_MERGED ? CTX__CONTAINER(ctx, ctx__merged_t, node)->proxy.parent : NULL;
-        if (ctx->parent && ctx->parent->timer.deadline == deadline) ctx = ctx->parent;
-        else if (b && b->timer.deadline == deadline) ctx = b;
+        bool merged = (ctx->flags & CTX__F_MERGED) && !ctx->graced;
+        ctx_t *b = merged ? ctx__merged_of(ctx)->proxy.parent : NULL;
+        if (ctx->parent && ctx__deadline(ctx->parent) == deadline) ctx = ctx->parent;
+        else if (b && ctx__deadline(b) == deadline) ctx = b;
         else return ctx;
     }
 }
@@ -3814,7 +3989,7 @@ static ctx_t *ctx__deadline_owner(ctx_t *ctx) {
 /* End the context that has expired, by a thread that waits below it. Callbacks are not for that thread, which may hold
    anything: the runtime thread calls them. */
 static CTX__COLD void ctx__expire(ctx_t *ctx) {
-    ctx__cancel(ctx__deadline_owner(ctx), CTX_DEADLINE_EXCEEDED, CTX_DEADLINE_EXCEEDED, NULL, true);
+    ctx__cancel(ctx__deadline_owner(ctx), ctx__deadline_passed, true);
 }
 
 /* Sleep once, until unparked, or until `until` on the library's clock, or without a reason. */
@@ -3838,7 +4013,7 @@ static void ctx__park_once(ctx__parker_t *parker, ctx_time_t until) {
 static bool ctx__park(ctx__parker_t *parker, ctx_time_t until) {
     for (;;) {
         ctx_t *expires = ctx__clock_is_fake() ? NULL : parker->expires;
-        ctx_time_t deadline = expires ? expires->timer.deadline : CTX_NO_DEADLINE, now;
+        ctx_time_t deadline = expires ? ctx__deadline(expires) : CTX_NO_DEADLINE, now;
         uint32_t state = CTX__PARKED;
         ctx__park_once(parker, ctx__min(until, deadline));
         if (CTX__LOAD(&parker->state, ACQUIRE) == CTX__SET) return true;
@@ -4005,7 +4180,7 @@ static bool ctx__watch(ctx__watch_t *watch, ctx_t *ctx, ctx__parker_t *parker) {
     watch->reg.state = CTX__REG_IDLE;
     watch->reg.arg = parker;
     if (ctx == &ctx__root) return true; /* it never is */
-    if (ctx->timer.deadline < (other ? other->timer.deadline : CTX_NO_DEADLINE)) parker->expires = ctx;
+    if (ctx__deadline(ctx) < (other ? ctx__deadline(other) : CTX_NO_DEADLINE)) parker->expires = ctx;
     ctx__timer_revive(ctx);
     return ctx__reg_add(&watch->reg, ctx, ctx__watch_fire, parker, CTX__REG_WAKER);
 }
@@ -4031,7 +4206,7 @@ static bool ctx__parker_is_set(const void *parker) {
 static bool ctx__park_looks(const ctx__parker_t *parker, ctx_time_t until) {
     const ctx_t *expires = parker->expires;
     if (ctx__clock_is_fake()) until = CTX_NO_DEADLINE;
-    else if (expires) until = ctx__min(until, expires->timer.deadline);
+    else if (expires) until = ctx__min(until, ctx__deadline(expires));
     return ctx__look_out(ctx__parker_is_set, parker, until);
 }
 
@@ -4243,11 +4418,11 @@ CTXCANCEL_API int ctx_cond_wait(ctx_t *ctx, pthread_cond_t *cond, pthread_mutex_
     nag.cond = cond;
     if (!ctx__reg_add(&nag.reg, ctx, ctx__nag_fire, &nag, 0)) return ctx_err(ctx);
     pthread_cleanup_push(ctx__nag_end, &nag);
-    rc = -ctx__cond_wait(cond, mutex, ctx__clock_is_fake() ? CTX_NO_DEADLINE : ctx->timer.deadline);
+    rc = -ctx__cond_wait(cond, mutex, ctx__clock_is_fake() ? CTX_NO_DEADLINE : ctx__deadline(ctx));
     pthread_cleanup_pop(1);
     if (rc == -ETIMEDOUT) {
         rc = 0;
-        if (ctx_now() >= ctx->timer.deadline) ctx__expire(ctx);
+        if (ctx_now() >= ctx__deadline(ctx)) ctx__expire(ctx);
     }
     err = ctx_err(ctx);
     return rc ? rc : err;
@@ -4752,7 +4927,7 @@ static void ctx__pool_ended(void *arg) {
 /* -- what a worker does with a task -- */
 
 static void ctx__worker_node_end(ctx__worker_t *worker) {
-    ctx_end(worker->node);
+    ctx_end_at(worker->node, NULL);
     worker->node = NULL;
     worker->timed = false;
 }
@@ -4767,7 +4942,7 @@ static void ctx__worker_untime(ctx__worker_t *worker) {
 
 /* The node of the next task, with `deadline` as its own if it has one. NULL: no memory. */
 static ctx_t *ctx__worker_node(ctx__worker_t *worker, const ctx__task_t *task, ctx_time_t deadline) {
-    ctx_time_t limit = worker->pool->ctx->timer.deadline;
+    ctx_time_t limit = ctx__deadline(worker->pool->ctx);
     bool timed = deadline < limit;
     CTXCANCEL_ASSERT(worker->node || !worker->timed);
     if (worker->node && ctx__why(worker->node)) ctx__worker_node_end(worker);
@@ -4789,7 +4964,7 @@ static ctx_t *ctx__worker_node(ctx__worker_t *worker, const ctx__task_t *task, c
         worker->timed = true;
         ctx__timer_add(&worker->node->timer, deadline);
     } else if (!timed) {
-        worker->node->timer.deadline = limit;
+        CTX__STORE(&worker->node->timer.deadline, limit, RELAXED);
     }
     return worker->node;
 }
@@ -5062,7 +5237,7 @@ static int ctx__caller_permit(ctx__worker_t *self, ctx_t *parent) {
     if (!permits || ctx__caller_permitted(permits)) return 0;
     both = ctx_merge_at(parent, self->pool->ctx, "ctx_pool_submit");
     rc = ctx_sem_acquire(permits, both, 1);
-    ctx_end(both);
+    ctx_end_at(both, NULL);
     if (!rc) CTX__STORE(&self->permit, 1u, RELEASE);
     return rc;
 }
@@ -5306,7 +5481,7 @@ static void ctx__pool_report(ctx_pool_t *pool, ctx_drain_report_t *report) {
 static CTX__COLD void ctx__pool_cut(ctx_pool_t *pool, ctx_time_t cut_at, ctx_dur_t grace) {
     pool->cut = true;
     ctx__unlock(&pool->ring.in);
-    ctx__cancel(pool->ctx, CTX_CANCELED, CTX_DEADLINE_EXCEEDED, "pool drained", false);
+    ctx__cancel(pool->ctx, ctx__reason(CTX_DEADLINE_EXCEEDED, "pool drained", "ctx_pool_drain"), false);
     ctx__pool_empty_out(pool);
     ctx__lock(&pool->ring.in);
     ctx__await(&pool->ring.in, &pool->waiters, ctx__pool_settled, pool, &ctx__root,
@@ -5367,12 +5542,12 @@ CTXCANCEL_API void ctx_pool_free(ctx_pool_t *pool) {
     if (!pool) return;
     if (ctx__pool_forked(pool)) { /* its threads and its tasks are the parent process's */
         ctx_on_done_stop(&pool->on_end);
-        ctx_end(pool->ctx);
+        ctx_end_at(pool->ctx, NULL);
         CTXCANCEL_FREE(pool->raw);
         return;
     }
     ctx__pool_drain(pool, 0, 0, NULL);
-    ctx_cancel(pool->ctx);
+    ctx_cancel_at(pool->ctx, NULL);
     ctx_on_done_stop(&pool->on_end);
     ctx__lock(&pool->ring.in);
     pool->quit = true;
@@ -5465,7 +5640,7 @@ static void ctx__go_work(const ctx__job_t *job) {
     ctx__scope_enter(&work.scope, CTX__IN_GO, NULL);
     job->fn(job->ctx, job->arg);
     ctx__scope_leave(&work.scope);
-    ctx_end(job->ctx);
+    ctx_end_at(job->ctx, NULL);
 }
 
 static ctx__work_t *ctx__work_here(void) {
@@ -5694,7 +5869,7 @@ CTXCANCEL_API int ctx_go(ctx_t *ctx, const char *name, ctx_task_fn fn, void *arg
     job.ctx = ctx__make(ctx, NULL, &make);
     if (job.ctx->flags & CTX__F_FAILED) return ctx_err(job.ctx);
     rc = ctx__run(&job);
-    if (rc) ctx_end(job.ctx);
+    if (rc) ctx_end_at(job.ctx, NULL);
     return rc;
 }
 
@@ -5793,7 +5968,7 @@ static CTX__COLD void ctx__group_failed(ctx_group_t *group, int rc) {
     first = group->rc == 0;
     if (first) group->rc = rc;
     ctx__unlock(&group->mu);
-    if (first) ctx_cancel_cause(group->ctx, rc, NULL);
+    if (first) ctx_cancel_cause_at(group->ctx, rc, NULL, "ctx_group_go");
 }
 
 /* Run a task. [mu], released meanwhile. */
@@ -6043,7 +6218,7 @@ CTXCANCEL_API int ctx_group_wait(ctx_group_t *group) {
     turn = group->active > 0; /* if there is none, the pool may be freed already: its last worker left with a task */
     ctx__unlock(&group->mu);
     if (turn) turns = ctx__pool_unwant(group->pool, &group->turns);
-    ctx_end(group->ctx);
+    ctx_end_at(group->ctx, NULL);
     ctx__group_unref(group, 1 + turns);
     return rc;
 }
@@ -6059,7 +6234,7 @@ CTXCANCEL_API int ctx_run_either(ctx_t *a, ctx_t *b, ctx_task_fn fn, void *arg) 
         err = ctx_err(both);
         if (err && (ctx_err(a) || ctx_err(b))) rc = err;
     }
-    ctx_end(both);
+    ctx_end_at(both, NULL);
     return rc;
 }
 
@@ -6432,7 +6607,7 @@ static CTX__COLD int ctx__chan_slow(ctx_chan_t *chan, int op, ctx_t *ctx, void *
     int index;
     c.chan = chan, c.op = op, c.item = item, c.rc = 0;
     if (!ctx) return ctx__chan_try_locked(&c, NULL);
-    if (ctx__chan_look(&c, ctx->timer.deadline) && ctx__chan_do_fast(chan, op, ctx, item)) return 0;
+    if (ctx__chan_look(&c, ctx__deadline(ctx)) && ctx__chan_do_fast(chan, op, ctx, item)) return 0;
     ctx__select_init(&select, ctx, &c, 1, &self);
     index = ctx__select_block(&select);
     return index < 0 ? index : c.rc;
@@ -6555,7 +6730,7 @@ static void ctx__stage_stop(ctx__stage_t *stage, int rc) {
     ctx__lock(&stage->mu);
     if (!stage->rc) stage->rc = rc;
     ctx__unlock(&stage->mu);
-    ctx_cancel_cause(stage->work, rc, "stage stopped");
+    ctx_cancel_cause_at(stage->work, rc, "stage stopped", "ctx_stage_run");
 }
 
 static void ctx__stage_letter(ctx__stage_t *stage, const void *item, int reason) {
@@ -6653,7 +6828,7 @@ static void ctx__stage_work(ctx__stage_t *stage, ctx_t *ctx) {
     if (emit) {
         ctx__stage_await(stage, ctx, CTX_NO_DEADLINE);
         ctx__stage_await(stage, &ctx__root, ctx__from_now(stage->desc.finish_budget));
-        ctx_cancel_cause(stage->work, CTX_DEADLINE_EXCEEDED, "emit budget");
+        ctx_cancel_cause_at(stage->work, CTX_DEADLINE_EXCEEDED, "finish budget", "ctx_stage_run");
     } else {
         ctx__stage_worker(stage, stage->items);
     }
@@ -6706,7 +6881,7 @@ CTXCANCEL_API int ctx_stage_run(ctx_t *ctx, const ctx_stage_desc_t *desc) {
         rc = ctx__stage_finish(&stage, ctx);
     }
     CTXCANCEL_FREE(stage.items);
-    ctx_end(stage.work);
+    ctx_end_at(stage.work, NULL);
     return rc;
 }
 
@@ -6779,7 +6954,7 @@ static void ctx__batch_ref(ctx_batch_t *batch) { CTX__ADD(&batch->refs, 1u, RELA
 
 static void ctx__batch_unref(ctx_batch_t *batch) {
     if (CTX__SUB(&batch->refs, 1u, ACQ_REL) != 1) return;
-    ctx_end(batch->ctx);
+    ctx_end_at(batch->ctx, NULL);
     CTXCANCEL_FREE(batch->raw);
 }
 
@@ -6807,7 +6982,7 @@ static void ctx__batch_arm(ctx_batch_t *batch, ctx_time_t when) {
 
 static void ctx__batch_flush_or_drop(ctx_batch_t *batch, ctx_t *ctx, const char *items, size_t n) {
     int tries = batch->desc.retries, rc;
-    if (ctx->timer.deadline != CTX_NO_DEADLINE && ctx_now() >= ctx->timer.deadline) ctx__expire(ctx);
+    if (ctx__deadline(ctx) != CTX_NO_DEADLINE && ctx_now() >= ctx__deadline(ctx)) ctx__expire(ctx);
     rc = ctx_err(ctx);
     if (!rc) {
         do rc = batch->desc.flush(ctx, items, n, batch->desc.user);
@@ -7073,10 +7248,11 @@ static CTX__COLD bool ctx__batch_work_here(ctx_batch_t *batch, ctx_time_t until)
     make.deadline = ctx__timer_ready() ? CTX_NO_DEADLINE : until;
     ctx = ctx__make(batch->ctx, NULL, &make);
     if (ctx->flags & CTX__F_FAILED) ctx = batch->ctx;
-    else if (until < ctx->timer.deadline) ctx->timer.deadline = until; /* waits and polls see it without a timer */
+    else if (until < ctx__deadline(ctx)) /* waits and polls see it without a timer */
+        CTX__STORE(&ctx->timer.deadline, until, RELAXED);
     ctx__batch_work(batch, ctx);
     in_time = !ctx_err(ctx) || ctx_err(batch->ctx);
-    if (ctx != batch->ctx) ctx_end(ctx);
+    if (ctx != batch->ctx) ctx_end_at(ctx, NULL);
     return in_time;
 }
 
@@ -7098,7 +7274,7 @@ static bool ctx__batch_finish(ctx_batch_t *batch, ctx_time_t until) {
 /* The budget is over: cancel what runs, and drop the rest. */
 static void ctx__batch_cut(ctx_batch_t *batch) {
     ctx_dur_t grace = batch->desc.grace > 0 ? batch->desc.grace : 0;
-    ctx_cancel_cause(batch->ctx, CTX_DEADLINE_EXCEEDED, "batcher drained");
+    ctx_cancel_cause_at(batch->ctx, CTX_DEADLINE_EXCEEDED, "batcher drained", "ctx_batch_drain");
     ctx__lock(&batch->mu);
     ctx__await(&batch->mu, &batch->at_end, ctx__batch_over, batch, &ctx__root, ctx__from_now(grace));
     if (batch->works) ctx__batch_pass(batch); /* that call is stuck */
@@ -7143,7 +7319,7 @@ CTXCANCEL_API int ctx_batch_drain(ctx_batch_t *batch, ctx_dur_t budget, ctx_batc
     in_time = ctx__batch_over(batch) || (budget > 0 && ctx__batch_finish(batch, end));
     ctx__unlock(&batch->mu);
     if (!in_time) ctx__batch_cut(batch);
-    ctx_cancel(batch->ctx);
+    ctx_cancel_at(batch->ctx, NULL);
     ctx__batch_settle(batch, inside != NULL, &r);
     r.took = ctx_now() - began;
     if (report) *report = r;
@@ -7406,38 +7582,44 @@ static struct {
     uint32_t gone;                       /* [atomic] how many of its threads have ended, so the era whose turn it is */
 } ctx__signals;
 
-static const char *ctx__signal_name(int signal) {
+/* "signal " and its name. */
+static const char *ctx__signal_site(int signal) {
     switch (signal) {
-    case SIGHUP: return "SIGHUP";
-    case SIGINT: return "SIGINT";
-    case SIGQUIT: return "SIGQUIT";
-    case SIGTERM: return "SIGTERM";
-    case SIGUSR1: return "SIGUSR1";
-    case SIGUSR2: return "SIGUSR2";
-    case SIGALRM: return "SIGALRM";
-    case SIGPIPE: return "SIGPIPE";
-    case SIGCHLD: return "SIGCHLD";
-    case SIGCONT: return "SIGCONT";
-    case SIGTSTP: return "SIGTSTP";
-    case SIGTTIN: return "SIGTTIN";
-    case SIGTTOU: return "SIGTTOU";
-    case SIGURG: return "SIGURG";
-    case SIGXCPU: return "SIGXCPU";
-    case SIGXFSZ: return "SIGXFSZ";
-    case SIGVTALRM: return "SIGVTALRM";
-    case SIGPROF: return "SIGPROF";
-    case SIGABRT: return "SIGABRT";
+    case SIGHUP: return "signal SIGHUP";
+    case SIGINT: return "signal SIGINT";
+    case SIGQUIT: return "signal SIGQUIT";
+    case SIGTERM: return "signal SIGTERM";
+    case SIGUSR1: return "signal SIGUSR1";
+    case SIGUSR2: return "signal SIGUSR2";
+    case SIGALRM: return "signal SIGALRM";
+    case SIGPIPE: return "signal SIGPIPE";
+    case SIGCHLD: return "signal SIGCHLD";
+    case SIGCONT: return "signal SIGCONT";
+    case SIGTSTP: return "signal SIGTSTP";
+    case SIGTTIN: return "signal SIGTTIN";
+    case SIGTTOU: return "signal SIGTTOU";
+    case SIGURG: return "signal SIGURG";
+    case SIGXCPU: return "signal SIGXCPU";
+    case SIGXFSZ: return "signal SIGXFSZ";
+    case SIGVTALRM: return "signal SIGVTALRM";
+    case SIGPROF: return "signal SIGPROF";
+    case SIGABRT: return "signal SIGABRT";
 #ifdef SIGWINCH
-    case SIGWINCH: return "SIGWINCH";
+    case SIGWINCH: return "signal SIGWINCH";
 #endif
 #ifdef SIGIO
-    case SIGIO: return "SIGIO";
+    case SIGIO: return "signal SIGIO";
 #endif
 #ifdef SIGPWR
-    case SIGPWR: return "SIGPWR";
+    case SIGPWR: return "signal SIGPWR";
 #endif
     default: return "signal";
     }
+}
+
+static const char *ctx__signal_name(int signal) {
+    const char *site = ctx__signal_site(signal);
+    return site[6] ? site + 7 : site;
 }
 
 static bool ctx__notify_wants(const ctx__notify_t *notify, int signal) {
@@ -7468,7 +7650,7 @@ static void ctx__signal_deliver(int signal) {
     while (hit) {
         ctx_t *node = &hit->node, *second = hit->target;
         hit = hit->next_hit;
-        ctx__cancel(second ? second : node, CTX_CANCELED, signal, ctx__signal_name(signal), false);
+        ctx_cancel_cause_at(second ? second : node, signal, ctx__signal_name(signal), ctx__signal_site(signal));
         ctx_release(second);
         ctx__unpin(node);
     }
@@ -7606,7 +7788,7 @@ static ctx_t *ctx__notify_make(ctx_t *parent, const int *signals, size_t n, cons
     rc = ctx__notify_hook(notify);
     ctx__life_unlock();
     if (!rc) return &notify->node;
-    ctx_end(&notify->node);
+    ctx_end_at(&notify->node, NULL);
     return ctx__failed(rc);
 }
 
@@ -7946,8 +8128,8 @@ static void ctx__app_unref(ctx_app_t *app) {
 
 static void ctx__service_unref(ctx_service_t *service) {
     if (CTX__SUB(&service->refs, 1u, ACQ_REL) != 1) return;
-    ctx_end(service->ctx);
-    ctx_end(service->drain_ctx);
+    ctx_end_at(service->ctx, NULL);
+    ctx_end_at(service->drain_ctx, NULL);
     ctx_release(service->parent);
     ctx__app_unref(service->app);
     CTXCANCEL_FREE(service->drain_node);
@@ -8102,7 +8284,7 @@ static void ctx__service_cancel_siblings(ctx_service_t *service, int rc) {
         }
         ctx__leave(&ctx__services.mu);
         if (!ctx) return;
-        ctx_cancel_cause(ctx, rc, service->desc.name);
+        ctx_cancel_cause_at(ctx, rc, service->desc.name, "ctx_service_start");
         ctx_release(ctx);
     }
 }
@@ -8262,9 +8444,9 @@ static void ctx__stop_cancel(ctx__stop_t *stop, ctx_service_t *service, uint8_t 
     ctx__wake_all(&service->waiters);
     ctx__leave(&ctx__services.mu);
     if (!service->cleanup)
-        ctx__cancel(service->ctx, CTX_CANCELED, stop->code ? stop->code : CTX_CANCELED, stop->what, false);
+        ctx__cancel(service->ctx, ctx__reason(stop->code, stop->what, "ctx_service_stop"), false);
     if (own <= now) ctx__expire(service->drain_ctx);
-    else if (service->drain_ctx && !service->cleanup) ctx_cancel(service->drain_ctx);
+    else if (service->drain_ctx && !service->cleanup) ctx_cancel_at(service->drain_ctx, NULL);
     ctx__enter(&ctx__services.mu);
     if (service->phase != CTX__OVER && !service->active && (phase == CTX__CANCELED || !service->started))
         ctx__service_over(service, false);
@@ -8288,7 +8470,7 @@ static ctx_t *ctx__service_drain_ctx(ctx_service_t *service, ctx_time_t deadline
     if (deadline != CTX_NO_DEADLINE && !ctx__timer_ready()) make.deadline = deadline;
     service->drain_node = NULL;
     node = ctx__make(service->ctx, node, &make);
-    if (make.deadline != deadline) node->timer.deadline = deadline;
+    if (make.deadline != deadline) CTX__STORE(&node->timer.deadline, deadline, RELAXED);
     return service->drain_ctx = node;
 }
 
@@ -8809,10 +8991,10 @@ CTXCANCEL_API void ctx_app_free(ctx_app_t *app) {
         ctx__service_drop(CTX__MEMBER(link));
     }
     if (app->stop.hook) ctx__service_drop(app->stop.hook);
-    ctx_end(app->over);
-    ctx_end(app->first);
-    ctx_end(app->second);
-    ctx_end(app->ctx);
+    ctx_end_at(app->over, NULL);
+    ctx_end_at(app->first, NULL);
+    ctx_end_at(app->second, NULL);
+    ctx_end_at(app->ctx, NULL);
     ctx_release(app->parent);
     ctx__app_unref(app);
 }

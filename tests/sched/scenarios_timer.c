@@ -174,7 +174,98 @@ static void check_called_twice(void) {
     check_called();
 }
 
+/* -- grace -- */
+
+static ctx_t *graced; /* below ctx, with 10 ms */
+static ctx_t *derive_graced(void) {
+    ctx_desc_t desc;
+    memset(&desc, 0, sizeof desc);
+    desc.grace = CTX_MS(10);
+    return ctx_derive(ctx, &desc);
+}
+static void setup_grace_timed(ctx_dur_t timeout) {
+    ctx_clock_fake(CTX_S(1));
+    ctx = ctx_with_timeout(ctx_background(), timeout);
+    graced = ctx_retain(derive_graced());
+    kid = ctx_with_cancel(graced);
+}
+static void setup_grace(void) { setup_grace_timed(CTX_FOREVER); }
+static void setup_grace_alone(ctx_dur_t timeout) {
+    ctx_clock_fake(CTX_S(1));
+    ctx = ctx_with_timeout(ctx_background(), timeout);
+    graced = derive_graced();
+}
+static void setup_grace_last(void) { setup_grace_alone(CTX_FOREVER); }
+static void setup_grace_last_timed(void) { setup_grace_alone(CTX_S(10)); }
+static void check_grace_last(void) {
+    ctx_clock_advance(CTX_S(20));
+    ctx_end(ctx);
+}
+static void setup_grace_deadline(void) { setup_grace_timed(CTX_MS(10)); }
+static void setup_grace_none(void) {
+    ctx_clock_fake(CTX_S(1));
+    ctx = ctx_with_cancel(ctx_background());
+    kid = ctx_retain(ctx);
+}
+static void cancel_graced(void) { ctx_cancel_cause(ctx, -7, "over"); }
+static void end_graced(void) { ctx_end(graced); }
+static void end_ctx(void) { ctx_end(ctx_retain(ctx)); }
+static void make_graced(void) {
+    graced = ctx_retain(derive_graced());
+    SCHED_CHECK(!ctx_err(graced) || ctx_now() > CTX_S(1));
+}
+static void advance_short(void) {
+    ctx_clock_advance(CTX_MS(10) - 1);
+    SCHED_CHECK(!ctx_err(graced));
+}
+static void wait_graced(void) { SCHED_CHECK(ctx_wait(graced, CTX_FOREVER) == CTX_CANCELED); }
+static void unmake_graced(void) {
+    ctx_release(graced);
+    ctx_release(graced);
+    ctx_release(kid);
+    ctx_release(ctx);
+}
+/* Whatever came first, it has ended, and has the cause of what ended it. */
+static void check_graced(void) {
+    ctx_cause_t cause;
+    ctx_clock_advance(CTX_MS(25));
+    cause = ctx_cause(graced);
+    SCHED_CHECK(ctx_err(graced) && ctx_err(kid));
+    SCHED_CHECK(cause.code == ctx_cause(ctx).code);
+    unmake_graced();
+}
+static void check_graced_ended(void) {
+    ctx_clock_advance(CTX_S(20));
+    SCHED_CHECK(ctx_err(graced) && ctx_err(kid));
+    ctx_release(graced);
+    ctx_release(kid);
+    ctx_release(ctx);
+}
+static void setup_grace_real(void) {
+    ctx = ctx_with_cancel(ctx_background());
+    graced = ctx_retain(derive_graced());
+    kid = ctx_with_cancel(graced);
+}
+static void check_grace_real(void) {
+    ctx_runtime_stop();
+    SCHED_CHECK(ctx_err(kid) && ctx_cause(graced).code == -7);
+    unmake_graced();
+}
+
 static const sched_scenario_t scenarios[] = {
+    { "timer: grace, cancel / advance", setup_grace, { T(cancel_graced), T(advance_short) }, check_graced, false },
+    { "timer: grace, deadline / cancel", setup_grace_deadline, { T(advance_alone), T(cancel_graced) }, check_graced, false },
+    { "timer: grace, cancel / end", setup_grace, { T(cancel_graced), T(end_graced) }, check_graced_ended, false },
+    { "timer: grace, cancel / end of the last", setup_grace_last,
+      { T(cancel_graced), T(end_graced) }, check_grace_last, false },
+    { "timer: grace, cancel / end of the last, timed", setup_grace_last_timed,
+      { T(cancel_graced), T(end_graced) }, check_grace_last, false },
+    { "timer: grace, cancel / end / advance", setup_grace,
+      { T(cancel_graced), T(end_graced), T(advance_alone) }, check_graced_ended, false },
+    { "timer: grace, cancel / end of the parent", setup_grace, { T(cancel_graced), T(end_ctx) }, check_graced, false },
+    { "timer: grace, derive / cancel", setup_grace_none, { T(make_graced), T(cancel_graced) }, check_graced, false },
+    { "timer: grace, cancel / wait", setup_grace_real, { T(cancel_graced), T(wait_graced) }, check_grace_real, false },
+
     { "timer: fake, advance / end", setup_fake, { T(advance), T(end) }, check, false },
     { "timer: fake, advance / cancel", setup_fake, { T(advance), T(cancel) }, check_unended, false },
     { "timer: fake, advance / end kid", setup_fake, { T(advance), T(end_kid) }, check_unended, false },
