@@ -439,6 +439,8 @@ every_public_function_has_a_man_page() {
     for link in $(sed -n 's/^\.so //p' "$man"/man3/*.3); do [ -s "$man/$link" ]; done
     grep -F 'ctx_pool_submit_wait \- like ctx_pool_submit()' "$man/man3/ctx_pool_submit_wait.3"
     grep -F 'ctx_t *ctx_derive(ctx_t *parent, const ctx_desc_t *desc);' "$man/man3/ctx_derive.3"
+    grep -F 'bool ctx_cancel(ctx_t *ctx);' "$man/man3/ctx_cancel.3"
+    refuse ls "$man"/man3/*_at.3
     grep -F 'ctx_dur_t task_timeout;' "$man/man3/ctx_pool_new.3"
     grep -F 'Rules that hold throughout' "$man/man7/ctxcancel.7"
 }

@@ -104,6 +104,7 @@ function squeeze(s) { gsub(/[ \t\n]+/, " ", s); return trim(s) }
 # A page is whole: comment, names, synopsis.
 function finish_block() {
     if (names != "") {
+        drop_sites()
         n_pages++
         page_names[n_pages] = names
         page_text[n_pages] = after_previous(comment)
@@ -114,6 +115,19 @@ function finish_block() {
     }
     if (names != "" || $0 !~ /^$/) comment = ""
     names = synopsis = ""
+}
+
+# Nobody calls the functions that take the site of a call when macros of the page do: ctx_cancel_at().
+function drop_sites(   name, line, n, i, kept, lines) {
+    n = split(names, name, " ")
+    split(synopsis, line, "\n")
+    for (i = 1; i <= n; i++) {
+        if (name[i] ~ /_at$/ && macro[substr(name[i], 1, length(name[i]) - 3)]) continue
+        kept = kept (kept == "" ? "" : " ") name[i]
+        lines = lines (lines == "" ? "" : "\n") line[i]
+    }
+    names = kept
+    synopsis = lines
 }
 
 # "The same, but ..." stands alone on its page.
