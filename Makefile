@@ -37,7 +37,8 @@ help:
 	@echo "make explore    the schedules of the real code, for TIME=seconds (600); every failure can be replayed"
 	@echo "make bench      measure, beside the same work in other libraries; writes bench/results.md"
 	@echo "                (bench/run.sh --against COMMIT: beside that commit's header; writes build/against.md)"
-	@echo "make install    ctxcancel.h and ctxcancel.pc below PREFIX (now $(PREFIX)); honours DESTDIR"
+	@echo "make install    ctxcancel.h, with man pages and files for pkg-config and CMake, below PREFIX (now $(PREFIX));"
+	@echo "                honours DESTDIR; make uninstall takes them away"
 	@echo "                (LIBS='-pthread -latomic' for processors without 64-bit atomics: see README.md)"
 	@echo "make deps       install what demo and test need; they call it themselves"
 	@echo "make deps-dev   install what check and bench need; they call it themselves"
@@ -139,14 +140,12 @@ format:
 	clang-format -i $(tests) $(wildcard tests/*.h) $(all_examples) $(wildcard bench/*.[ch] bench/peers/*.c bench/peers/*.cpp)
 
 install:
-	install -d "$(DESTDIR)$(PREFIX)/include" "$(DESTDIR)$(PREFIX)/share/pkgconfig"
-	install -m 644 ctxcancel.h "$(DESTDIR)$(PREFIX)/include/ctxcancel.h"
-	printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' '' 'Name: ctxcancel' \
-	    'Description: Cancellation, deadlines, structured concurrency and graceful shutdown for C' 'Version: $(VERSION)' \
-	    'Cflags: -I$${includedir} -pthread' 'Libs: $(LIBS)' \
-	    > "$(DESTDIR)$(PREFIX)/share/pkgconfig/ctxcancel.pc"
+	@PREFIX="$(PREFIX)" docs/install/install.sh "$(DESTDIR)$(PREFIX)" "$(VERSION)" "$(LIBS)"
+
+uninstall:
+	@docs/install/install.sh -u "$(DESTDIR)$(PREFIX)"
 
 clean:
 	rm -rf build
 
-.PHONY: help deps deps-dev demo test programs explore check bench format install clean
+.PHONY: help deps deps-dev demo test programs explore check bench format install uninstall clean

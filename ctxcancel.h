@@ -73,9 +73,14 @@
 #ifndef CTXCANCEL_H
 #define CTXCANCEL_H
 
-/* In strict ISO mode the C library hides POSIX unless asked before the first system header. */
-#if defined(CTXCANCEL_IMPLEMENTATION) && defined(__STRICT_ANSI__) && !defined(__cplusplus) && \
-    !defined(_GNU_SOURCE) && !defined(_DEFAULT_SOURCE)
+#define CTXCANCEL_VERSION 100 /* major * 10000 + minor * 100 + patch */
+#define CTXCANCEL_VERSION_STRING "0.1.0"
+
+/* In strict ISO mode, and where the program asks for an older POSIX, the C library hides POSIX of 2008 unless asked
+   before the first system header. */
+#if defined(CTXCANCEL_IMPLEMENTATION) && !defined(__cplusplus) && \
+    !defined(_GNU_SOURCE) && !defined(_DEFAULT_SOURCE) && \
+    (defined(__STRICT_ANSI__) || defined(_POSIX_SOURCE) || defined(_POSIX_C_SOURCE) || defined(_XOPEN_SOURCE))
 #define _DEFAULT_SOURCE 1
 #define CTX__DEFAULT_SOURCE 1
 #endif
@@ -106,11 +111,24 @@ extern "C" {
 #endif
 #endif
 
+/* What macros expand to in the files of a program: casts that no warning of C++ minds. */
+#ifdef __cplusplus
+#define CTX__CAST(type, value) static_cast<type>(value)
+#define CTX__DUR(n) ctx__dur((n)*INT64_C(1))
+extern "C++" {
+constexpr int64_t ctx__dur(int64_t n) { return n; }
+template <class N> constexpr int64_t ctx__dur(N n) { return static_cast<int64_t>(n); }
+}
+#else
+#define CTX__CAST(type, value) ((type)(value))
+#define CTX__DUR(n) ((ctx_dur_t)(n))
+#endif
+
 /* The place in the program that made a context, as "file:line". */
 #define CTX__STRING_(x) #x
 #define CTX__STRING(x) CTX__STRING_(x)
 #ifdef CTXCANCEL_NO_SITES
-#define CTX__SITE ((const char *)0)
+#define CTX__SITE CTX__CAST(const char *, NULL)
 #else
 #define CTX__SITE __FILE__ ":" CTX__STRING(__LINE__)
 #endif
@@ -166,10 +184,10 @@ CTXCANCEL_API void ctx_runtime_stop(void);
 typedef int64_t ctx_time_t; /* a point in time: nanoseconds on the monotonic clock */
 typedef int64_t ctx_dur_t;  /* a span: nanoseconds */
 
-#define CTX_NS(n) ((ctx_dur_t)(n))
-#define CTX_US(n) ((ctx_dur_t)((n)*INT64_C(1000)))
-#define CTX_MS(n) ((ctx_dur_t)((n)*INT64_C(1000000)))
-#define CTX_S(n) ((ctx_dur_t)((n)*INT64_C(1000000000)))
+#define CTX_NS(n) CTX__DUR(n)
+#define CTX_US(n) CTX__DUR((n)*INT64_C(1000))
+#define CTX_MS(n) CTX__DUR((n)*INT64_C(1000000))
+#define CTX_S(n) CTX__DUR((n)*INT64_C(1000000000))
 #define CTX_NO_DEADLINE INT64_MAX /* a ctx_time_t that never comes */
 #define CTX_FOREVER INT64_MAX     /* a ctx_dur_t that never ends */
 #define CTX_EXPIRED ((ctx_dur_t)-1) /* a timeout that has passed */
@@ -328,7 +346,7 @@ struct ctx__head {
    One load. What the canceler wrote before canceling is visible once this is not 0. Async-signal-safe. */
 static inline int ctx_err(const ctx_t *ctx) {
     CTXCANCEL_ASSERT(ctx != NULL);
-    return CTX__LOAD(&((const struct ctx__head *)(const void *)ctx)->err, ACQUIRE);
+    return CTX__LOAD(&CTX__CAST(const struct ctx__head *, CTX__CAST(const void *, ctx))->err, ACQUIRE);
 }
 
 /* Why it is done: code, text and place of the first canceler, never torn. */
@@ -445,19 +463,22 @@ static inline bool ctx_leaf_cancel(ctx_leaf_t *leaf) {
    depth. */
 CTXCANCEL_API const void *ctx_value(const ctx_t *ctx, const ctx_key_t *key);
 
-/* A typed pair for one struct: `CTX_VALUE(request_t, request)` defines
+/* A typed pair for one struct: `CTX_VALUE(request_t, request);` defines
 
        ctx_t *ctx_with_request(ctx_t *parent, const request_t *value);
        const request_t *request_from(const ctx_t *ctx);                   // NULL when absent
 
-   It may stand in a header that many files include, C and C++: the key is one weak symbol in the program. */
+   It may stand in a header that many files include, C and C++: the key is one weak symbol in the program. The symbol is
+   visible even under -fvisibility=hidden, so a program that is linked with -rdynamic shares the key with the plugins
+   that it loads. */
 #define CTX_VALUE(T, name)                                                                              \
-    __attribute__((weak)) ctx_key_t ctx_key_##name = CTX_KEY(T);                                        \
+    extern ctx_key_t ctx_key_##name;                                                                    \
+    __attribute__((weak, visibility("default"))) ctx_key_t ctx_key_##name = CTX_KEY(T);                 \
     static inline __attribute__((unused)) ctx_t *ctx_with_##name(ctx_t *parent, const T *value) {       \
         return ctx_with_value_at(parent, &ctx_key_##name, value, CTX__SITE);                            \
     }                                                                                                   \
     static inline __attribute__((unused)) const T *name##_from(const ctx_t *ctx) {                      \
-        return (const T *)ctx_value(ctx, &ctx_key_##name);                                              \
+        return CTX__CAST(const T *, ctx_value(ctx, &ctx_key_##name));                                   \
     }                                                                                                   \
     struct ctx__value_##name /* takes the semicolon */
 
@@ -1204,7 +1225,15 @@ CTXCANCEL_API int ctx_cleanup_run(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_
 #ifndef CTX__IMPLEMENTED
 #define CTX__IMPLEMENTED
 
-#if defined(__linux__) && defined(__GLIBC__) && !defined(__USE_MISC)
+#ifdef __cplusplus /* what follows is C, whose casts C++ can be asked to mind */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wold-style-cast"
+#ifndef __clang__
+#pragma GCC diagnostic ignored "-Wuseless-cast"
+#endif
+#endif
+
+#if defined(__linux__) && defined(__GLIBC__) && !defined(__USE_XOPEN2K8)
 #error "ctxcancel.h: include the implementation before any system header, or compile with -D_DEFAULT_SOURCE"
 #endif
 
@@ -1222,6 +1251,11 @@ CTXCANCEL_API int ctx_cleanup_run(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#if !defined(__USE_MISC) && \
+    (defined(__GLIBC__) || !(defined(_GNU_SOURCE) || defined(_BSD_SOURCE) || defined(__ANDROID__)))
+/* A system header was included before with only POSIX asked for, and POSIX has no system calls. */
+long syscall(long number, ...);
+#endif
 #endif
 
 #if defined(CTXCANCEL_MALLOC) && defined(CTXCANCEL_REALLOC) && defined(CTXCANCEL_FREE)
@@ -3903,6 +3937,7 @@ static inline ctx__slot_t *ctx__record_find(const ctx__record_t *record, const c
 
 static inline char *ctx__record_put(ctx__record_t *record, char *at, const ctx_key_t *key, const void *value) {
     ctx__slot_t *slot = ctx__record_find(record, key);
+    if (!slot) __builtin_unreachable(); /* each record is made with a slot for every key */
     slot->key = key;
     slot->value = at;
     if (key->size) memcpy(at, value, key->size);
@@ -8397,7 +8432,7 @@ CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_f
     if (!d.attempts) d.attempts = 3;
     if (!d.base) d.base = CTX_MS(100);
     if (!d.cap) d.cap = CTX_S(10);
-    if (d.factor == 0) d.factor = 2;
+    if (d.factor >= 0 && d.factor <= 0) d.factor = 2; /* a zero, without -Wfloat-equal */
     if (!ctx || !fn || d.base < 0 || d.cap < 0 || !(d.factor >= 1) || !(d.jitter >= 0 && d.jitter <= 1))
         return CTX_INVALID;
     err = ctx_err(ctx);
@@ -10306,6 +10341,10 @@ CTXCANCEL_API int ctx_cleanup_run(ctx_cleanup_t *cleanup, ctx_dur_t budget, ctx_
 #ifdef CTX__DEFAULT_SOURCE
 #undef _DEFAULT_SOURCE
 #undef CTX__DEFAULT_SOURCE
+#endif
+
+#ifdef __cplusplus
+#pragma GCC diagnostic pop
 #endif
 
 #endif /* CTX__IMPLEMENTED */

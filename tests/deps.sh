@@ -27,12 +27,12 @@ loops_missing() {
 # gcc-12-multilib and not gcc-multilib: that one would remove the cross compilers.
 # The last three are the bench's peers.
 dev_packages="g++ clang libclang-rt-14-dev lld clang-tidy clang-format cppcheck valgrind musl-tools gcc-12-multilib
-gcc-arm-linux-gnueabihf libc6-dev-armhf-cross gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user pkg-config
-libglib2.0-dev libnsync-dev"
+gcc-arm-linux-gnueabihf libc6-dev-armhf-cross gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user cmake mandoc
+pkg-config libglib2.0-dev libnsync-dev"
 
 dev_missing() {
     if ! has dpkg; then
-        for tool in g++ clang clang-tidy clang-format cppcheck valgrind musl-gcc qemu-arm pkg-config go; do
+        for tool in g++ clang clang-tidy clang-format cppcheck valgrind musl-gcc qemu-arm pkg-config cmake mandoc go; do
             has "$tool" || echo "$tool"
         done
         return

@@ -204,6 +204,46 @@ implementation_compiled_as_cpp_serves_c() {
     "$tmp/prog"
 }
 
+# -- plugins -------------------------------------------------------------------------------------------------------
+
+# A program and the plugin that it loads, both compiled with hidden visibility, share a key by a header.
+file plugin.c <<'END'
+#include "request.h"
+__attribute__((visibility("default"))) int user_of(const ctx_t *ctx) {
+    return request_from(ctx) ? request_from(ctx)->user : -1;
+}
+END
+
+file loader.c <<'END'
+#include <dlfcn.h>
+#include <string.h>
+#include "request.h"
+int main(int argc, char **argv) {
+    request_t request = {42};
+    ctx_t *ctx = ctx_with_request(ctx_background(), &request);
+    void *plugin = dlopen(argv[argc - 1], RTLD_NOW | RTLD_LOCAL);
+    void *symbol = plugin ? dlsym(plugin, "user_of") : NULL;
+    int (*fn)(const ctx_t *ctx) = NULL;
+    int user;
+    memcpy(&fn, &symbol, sizeof fn);
+    user = fn ? fn(ctx) : -2;
+    ctx_end(ctx);
+    ctx_runtime_stop();
+    return user == 42 ? 0 : 1;
+}
+END
+
+plugin_shares_a_key_despite_hidden_visibility() {
+    cc -fPIC -fvisibility=hidden -shared "$tmp/plugin.c" -o "$tmp/plugin.so"
+    cc -fPIC -c "$tmp/impl.c" -o "$tmp/impl_pic.o"
+    cc -fPIC -fvisibility=hidden "$tmp/loader.c" "$tmp/impl_pic.o" -rdynamic -ldl -o "$tmp/prog"
+    "$tmp/prog" "$tmp/plugin.so"
+    # The library may also be a shared object of its own.
+    cc -fPIC -shared "$tmp/impl_pic.o" -o "$tmp/libplugged.so"
+    cc -fPIC -fvisibility=hidden "$tmp/loader.c" -rdynamic -L"$tmp" -lplugged -Wl,-rpath,"$tmp" -ldl -o "$tmp/prog"
+    "$tmp/prog" "$tmp/plugin.so"
+}
+
 # -- macros --------------------------------------------------------------------------------------------------------
 
 # POSIX functions are hidden when a strict program included a system header before us: that must build all the same,
@@ -214,6 +254,25 @@ late_include_in_strict_c_works_or_says_what_to_do() {
         grep 'error:' "$tmp/err" | head -n 1 | grep '_DEFAULT_SOURCE'
         $CC -std=c99 -D_DEFAULT_SOURCE -I. -pthread -c "$tmp/strict.c" -o "$tmp/strict.o"
     fi
+}
+
+# Where a program asks for POSIX of 2008 and no more, the implementation gets along with that, wherever it stands. It
+# raises an older POSIX if it comes first, else it says which flag to add.
+asking_for_posix_alone_builds() {
+    { echo '#include <stdio.h>'; echo '#include <stdlib.h>'; cat "$tmp/impl.c"; } >"$tmp/posix_late.c"
+    for std in gnu11 c11; do
+        for level in -D_POSIX_C_SOURCE=200809L -D_XOPEN_SOURCE=700; do
+            for order in impl posix_late; do
+                $CC -std=$std $level $warn -I. -pthread -c "$tmp/$order.c" -o "$tmp/posix.o"
+            done
+        done
+    done
+    $CC -std=gnu11 -D_POSIX_C_SOURCE=200809L -I. -pthread "$tmp/posix.o" "$tmp/main.c" -o "$tmp/prog"
+    "$tmp/prog"
+    $CC -std=gnu11 -D_POSIX_C_SOURCE=200112L $warn -I. -pthread -c "$tmp/impl.c" -o "$tmp/posix.o"
+    refuse $CC -std=gnu11 -D_XOPEN_SOURCE=600 -I. -pthread -c "$tmp/posix_late.c" -o "$tmp/posix.o" 2>"$tmp/err"
+    grep 'error:.*-D_DEFAULT_SOURCE' "$tmp/err"
+    $CC -std=gnu11 -D_XOPEN_SOURCE=600 -D_DEFAULT_SOURCE $warn -I. -pthread -c "$tmp/posix_late.c" -o "$tmp/posix.o"
 }
 
 declarations_compile_after_any_header_in_strict_c() {
@@ -232,6 +291,71 @@ END
     refuse grep stbds "$tmp/symbols"
     cc "$tmp/main.c" -L"$tmp" -lshown -Wl,-rpath,"$tmp" -o "$tmp/prog"
     "$tmp/prog"
+}
+
+# Every macro that a program uses, in C and in C++.
+file macros.c <<'END'
+#include "request.h"
+int macros(ctx_t *ctx, long n);
+int macros(ctx_t *ctx, long n) {
+    static const ctx_key_t key = CTX_KEY(long);
+    ctx_leaf_t leaf;
+    static ctx_desc_t desc;
+    int number = 15;
+    ctx_dur_t spans = CTX_NS(n) + CTX_US(1) + CTX_MS(n) + CTX_S(2u) + CTX_MS(0.5) + CTX_S(3LL) + CTX_NS(4UL);
+    ctx_poll_t poll = ctx_poll_every(ctx, 1);
+    CTX_SCOPED ctx_t *a = ctx_with_timeout(ctx, spans);
+    CTX_SCOPED ctx_t *b = ctx_with_value(a, &key, &n);
+    CTX_SCOPED ctx_t *c = ctx_with_deadline(b, ctx_time_add(ctx_now(), CTX_FOREVER));
+    CTX_SCOPED ctx_t *d = ctx_merge(c, b);
+    CTX_SCOPED ctx_t *e = ctx_without_cancel(d);
+    CTX_SCOPED ctx_t *f = ctx_with_cancel(e);
+    CTX_SCOPED ctx_t *g = ctx_notify_signals(f, &number, 1);
+    CTX_SCOPED ctx_t *h = ctx_with_request(g, request_from(f));
+    CTX_SCOPED ctx_t *i = ctx_derive(h, &desc);
+    ctx_leaf_init(&leaf, i, CTX_NO_DEADLINE);
+    if (ctx_poll(&poll) || !ctx_leaf_cancel(&leaf)) return CTX_INVALID;
+    return ctx_leaf_err(&leaf) == CTX_CANCELED ? ctx_err(h) : CTX_NOT_READY;
+}
+END
+
+macros_bring_no_warning_in_c() {
+    for flags in "" -DCTXCANCEL_NO_SITES; do
+        cc $flags -Wcast-qual -Wredundant-decls -Wmissing-prototypes -Wfloat-equal -c "$tmp/macros.c" -o "$tmp/macros.o"
+    done
+    case $($CC --version) in *clang*) cc -Wmissing-variable-declarations -c "$tmp/macros.c" -o "$tmp/macros.o" ;; esac
+}
+
+macros_bring_no_warning_in_cpp() {
+    cp "$tmp/macros.c" "$tmp/macros.cpp"
+    careful=-Wold-style-cast
+    case $($CXX --version) in
+        *clang*) careful="$careful -Wmissing-variable-declarations -Wmissing-prototypes" ;;
+        *) careful="$careful -Wuseless-cast" ;;
+    esac
+    for flags in "" -DCTXCANCEL_NO_SITES; do
+        cxx $flags $careful -Wcast-qual -Wredundant-decls -Wextra-semi -Wfloat-equal -c "$tmp/macros.cpp" -o "$tmp/macros.o"
+    done
+    # So does the implementation, which is C throughout.
+    cp "$tmp/impl.c" "$tmp/impl.cpp"
+    cxx $careful -c "$tmp/impl.cpp" -o "$tmp/impl_cpp.o"
+}
+
+spans_are_constants_of_one_type_in_cpp() {
+    file spans.cpp <<'END'
+#include "ctxcancel.h"
+static_assert(CTX_MS(2) == 2000000 && CTX_S(0.25) == CTX_MS(250) && CTX_US(3u) == CTX_NS(3000ll), "");
+static_assert(sizeof CTX_MS(1) == sizeof(ctx_dur_t), "");
+enum { ms = CTX_MS(1) };
+int spans(ctx_dur_t dur);
+int spans(ctx_dur_t dur) {
+    switch (dur) {
+        case CTX_MS(1): return ms;
+        default: return 0;
+    }
+}
+END
+    cxx -Wold-style-cast -c "$tmp/spans.cpp" -o "$tmp/spans.o"
 }
 
 allocator_can_be_chosen() {
@@ -302,20 +426,95 @@ pkg_config_finds_the_installed_header() {
     "$tmp/prog"
 }
 
+# Every ctx_ function that the preprocessed declarations name, but for the private ones.
+every_public_function_has_a_man_page() {
+    make --no-print-directory install PREFIX="$tmp/usr"
+    man=$tmp/usr/share/man
+    $CC -I. -E "$tmp/decl.c" | awk '/^# [0-9]+ "/ { ours = ($3 ~ /ctxcancel\.h"$/); next } ours' |
+        grep -oE '\bctx_[a-z_]+ *\(' | tr -d ' (' | sort -u | grep -v '^ctx__' >"$tmp/functions"
+    [ "$(wc -l <"$tmp/functions")" -gt 80 ]
+    for name in $(cat "$tmp/functions") ctx_derive CTX_VALUE CTX_SCOPED; do
+        [ -s "$man/man3/$name.3" ] || [ -s "$man/man3/${name%_at}.3" ] || { echo "no page: $name"; return 1; }
+    done
+    for link in $(sed -n 's/^\.so //p' "$man"/man3/*.3); do [ -s "$man/$link" ]; done
+    grep -F 'ctx_pool_submit_wait \- like ctx_pool_submit()' "$man/man3/ctx_pool_submit_wait.3"
+    grep -F 'ctx_t *ctx_derive(ctx_t *parent, const ctx_desc_t *desc);' "$man/man3/ctx_derive.3"
+    grep -F 'bool ctx_cancel(ctx_t *ctx);' "$man/man3/ctx_cancel.3"
+    refuse ls "$man"/man3/*_at.3
+    grep -F 'ctx_dur_t task_timeout;' "$man/man3/ctx_pool_new.3"
+    grep -F 'Rules that hold throughout' "$man/man7/ctxcancel.7"
+}
+
+man_pages_are_well_formed() {
+    make --no-print-directory install PREFIX="$tmp/usr"
+    mandoc -T lint -W warning $(grep -L '^\.so ' "$tmp"/usr/share/man/man3/*) "$tmp/usr/share/man/man7/ctxcancel.7"
+}
+
+uninstall_leaves_no_file() {
+    make --no-print-directory install PREFIX=/opt/ctx DESTDIR="$tmp/gone" LIBS="-pthread -latomic"
+    grep -q '^Libs: -pthread -latomic$' "$tmp/gone/opt/ctx/share/pkgconfig/ctxcancel.pc"
+    grep -q '"Threads::Threads;-latomic"' "$tmp/gone/opt/ctx/share/cmake/ctxcancel/ctxcancelConfig.cmake"
+    echo kept >"$tmp/gone/opt/ctx/share/man/man3/ctx_other.3"
+    make --no-print-directory uninstall PREFIX=/opt/ctx DESTDIR="$tmp/gone"
+    [ "$(find "$tmp/gone" -type f)" = "$tmp/gone/opt/ctx/share/man/man3/ctx_other.3" ]
+}
+
+# A tree that was moved after its installation; one program with its own implementation, one that links it, one in C++.
+cmake_finds_the_installed_header() {
+    make --no-print-directory install PREFIX="$tmp/before"
+    mv "$tmp/before" "$tmp/after"
+    mkdir "$tmp/cmake"
+    cat "$tmp/impl.c" "$tmp/main.c" >"$tmp/cmake/whole.c"
+    cp "$tmp/main.c" "$tmp/cmake/linked.c"
+    cp "$tmp/main.c" "$tmp/cmake/linked.cpp"
+    file cmake/CMakeLists.txt <<'END'
+cmake_minimum_required(VERSION 3.11)
+project(user ${LANGUAGE})
+if(LANGUAGE STREQUAL C)
+  find_package(ctxcancel 9 QUIET)
+  if(ctxcancel_FOUND)
+    message(FATAL_ERROR "a version that is not installed was found")
+  endif()
+  add_executable(whole whole.c)
+  add_executable(linked linked.c)
+else()
+  add_executable(linked linked.cpp)
+endif()
+find_package(ctxcancel 0.1 REQUIRED)
+target_link_libraries(linked ctxcancel::implementation)
+if(LANGUAGE STREQUAL C)
+  target_link_libraries(whole ctxcancel::ctxcancel)
+endif()
+END
+    for language in C $cmake_cxx; do
+        cmake -S "$tmp/cmake" -B "$tmp/cmake/$language" -DLANGUAGE=$language -DCMAKE_PREFIX_PATH="$tmp/after" \
+            -DCMAKE_C_COMPILER="$CC" -DCMAKE_CXX_COMPILER="$CXX"
+        cmake --build "$tmp/cmake/$language"
+        "$tmp/cmake/$language/linked"
+    done
+    "$tmp/cmake/C/whole"
+}
+
 for test in declarations_need_no_stb_ds program_that_instantiates_stb_ds_elsewhere_links program_may_use_our_stb_ds \
     file_that_implements_stb_ds_above_us_builds file_that_only_declares_stb_ds_above_us_builds \
     file_that_implements_stb_ds_below_us_builds one_implementation_serves_many_files \
     file_may_include_declarations_and_then_the_implementation two_static_copies_live_in_one_program \
     static_copy_lives_beside_the_shared_one value_in_a_shared_header_is_one_key \
-    late_include_in_strict_c_works_or_says_what_to_do declarations_compile_after_any_header_in_strict_c \
+    late_include_in_strict_c_works_or_says_what_to_do asking_for_posix_alone_builds \
+    plugin_shares_a_key_despite_hidden_visibility macros_bring_no_warning_in_c declarations_compile_after_any_header_in_strict_c \
     linkage_can_be_chosen allocator_can_be_chosen every_configuration_compiles sites_can_be_left_out \
     readme_program_works \
-    install_puts_the_header_where_it_is_told; do
+    install_puts_the_header_where_it_is_told every_public_function_has_a_man_page uninstall_leaves_no_file; do
     expect $test
 done
-for test in c_and_cpp_files_link_and_share_a_key implementation_compiled_as_cpp_serves_c; do
+for test in c_and_cpp_files_link_and_share_a_key implementation_compiled_as_cpp_serves_c \
+    macros_bring_no_warning_in_cpp spans_are_constants_of_one_type_in_cpp; do
     if has "$CXX"; then expect $test; else skip $test "no $CXX"; fi
 done
 if has pkg-config; then expect pkg_config_finds_the_installed_header
 else skip pkg_config_finds_the_installed_header "no pkg-config"; fi
+if has mandoc; then expect man_pages_are_well_formed; else skip man_pages_are_well_formed "no mandoc"; fi
+cmake_cxx=
+if has "$CXX"; then cmake_cxx=CXX; fi
+if has cmake; then expect cmake_finds_the_installed_header; else skip cmake_finds_the_installed_header "no cmake"; fi
 finish

@@ -56,6 +56,14 @@ text_is_plain() {
     refuse grep -nP '[^\x00-\x7F]' $header
 }
 
+# The version stands in the header twice, and in the Makefile, which gives it to pkg-config and to CMake.
+version_is_one() {
+    version=$(sed -n 's/^VERSION = //p' Makefile)
+    echo "$version" | grep -E '^[0-9]+\.[0-9]+\.[0-9]+$'
+    grep -F "#define CTXCANCEL_VERSION_STRING \"$version\"" $header
+    grep "^#define CTXCANCEL_VERSION $(echo "$version" | awk -F. '{ print $1 * 10000 + $2 * 100 + $3 }') " $header
+}
+
 # -- names ---------------------------------------------------------------------------------------------------------
 
 # Macros that the header itself leaves defined, from `cc -dD -E`, where a line marker says whose line it is.
@@ -110,8 +118,9 @@ public_part_includes_only_c_and_pthread() {
 }
 
 for test in sections_agree sections_are_in_order banners_have_one_form every_section_explains_itself \
-    no_line_is_longer_than_120 text_is_plain macros_start_with_ctx functions_start_with_ctx symbols_start_with_ctx \
-    static_implementation_exports_nothing declarations_emit_nothing public_part_includes_only_c_and_pthread; do
+    no_line_is_longer_than_120 text_is_plain version_is_one macros_start_with_ctx functions_start_with_ctx \
+    symbols_start_with_ctx static_implementation_exports_nothing declarations_emit_nothing \
+    public_part_includes_only_c_and_pthread; do
     expect $test
 done
 finish
