@@ -220,10 +220,9 @@ CTXCANCEL_API void ctx_clock_advance(ctx_dur_t dur);
    library, it moves to the next deadline, and the runtime thread fires what is due. So half an hour of retries takes
    milliseconds, and the times in it are the same in every run. (Go's testing/synctest.)
    These threads take part: the calling one; the library's threads that run tasks and callbacks of services, from before
-   they begin; and each thread between ctx_clock_join() and ctx_clock_leave(). These waits count: all of this library in
-   which a thread sleeps, but ctx_cond_wait() and ctx_poll_fd(). A thread that takes part and sleeps in any other way, such as on a mutex,
-   in pthread_join() or in a call of the system, counts as running, and the clock stands still: let it leave before. A
-   callback that the runtime thread runs counts as running too, so it must not wait.
+   they begin; and each thread between ctx_clock_join() and ctx_clock_leave(). All waits of this library count, except
+   ctx_cond_wait() and ctx_poll_fd(). A thread that takes part and sleeps in any other way, such as on a mutex, in
+   pthread_join() or in a call of the system, counts as running, and the clock stands still: let it leave before. A callback that the runtime thread runs counts as running too, so it must not wait.
    If all threads are parked and no deadline is left, nobody could ever run again: this prints the waits to stderr and
    is a CTXCANCEL_ASSERT. Threads that take no part are not waited for. A worker does not nap for `.coalesce`.
    Call it while nothing waits; ctx_clock_real() ends it. CTXCANCEL_ASSERT if the runtime thread is unavailable. */
@@ -1680,8 +1679,8 @@ static inline bool ctx__parker_set(ctx__parker_t *parker) {
     return (was & CTX__PARKED) != 0;
 }
 
-/* From parked to EMPTY. Returns false if it was not parked. The owner of a parker counts itself in before: it may be the
-   only one that can run. */
+/* From parked to EMPTY. Returns false if it was not parked. The owner of a parker counts itself in before that, for it
+   may be the only one that can run. */
 static bool ctx__parker_empty(ctx__parker_t *parker, bool own) {
     uint32_t era = ctx__clock_era(), state = CTX__LOAD(&parker->state, SEQ_CST);
     bool counts = CTX__UNLIKELY(era) && ctx__park_is(state, CTX__COUNTED), emptied = false;
