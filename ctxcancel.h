@@ -124,6 +124,15 @@ template <class N> constexpr int64_t ctx__dur(N n) { return static_cast<int64_t>
 #define CTX__DUR(n) ((ctx_dur_t)(n))
 #endif
 
+/* Compile-time help: a result that must not be ignored, because what was made would leak or what was refused would
+   be lost, and arguments that must not be NULL. The implementation checks the latter at run time. */
+#define CTX__MUST_USE __attribute__((warn_unused_result))
+#ifdef CTXCANCEL_IMPLEMENTATION
+#define CTX__NONNULL(...)
+#else
+#define CTX__NONNULL(...) __attribute__((nonnull(__VA_ARGS__)))
+#endif
+
 /* The place in the program that made a context, as "file:line". */
 #define CTX__STRING_(x) #x
 #define CTX__STRING(x) CTX__STRING_(x)
@@ -222,7 +231,8 @@ CTXCANCEL_API void ctx_clock_advance(ctx_dur_t dur);
    These threads take part: the calling one; the library's threads that run tasks and callbacks of services, from before
    they begin; and each thread between ctx_clock_join() and ctx_clock_leave(). All waits of this library count, except
    ctx_cond_wait() and ctx_poll_fd(). A thread that takes part and sleeps in any other way, such as on a mutex, in
-   pthread_join() or in a call of the system, counts as running, and the clock stands still: let it leave before. A callback that the runtime thread runs counts as running too, so it must not wait.
+   pthread_join() or in a call of the system, counts as running, and the clock stands still: let it leave before. A
+   callback that the runtime thread runs counts as running too, so it must not wait.
    If all threads are parked and no deadline is left, nobody could ever run again: this prints the waits to stderr and
    is a CTXCANCEL_ASSERT. Threads that take no part are not waited for. A worker does not nap for `.coalesce`.
    Call it while nothing waits; ctx_clock_real() ends it. CTXCANCEL_ASSERT if the runtime thread is unavailable. */
@@ -283,6 +293,7 @@ CTXCANCEL_API ctx_t *ctx_background(void);
    unavailable, returns a shared context that is already done with CTX_NO_MEMORY, or with CTX_INVALID if `parent` is
    NULL or a key has no value. It may be used, derived from and ended like any other. */
 #define ctx_derive(parent, ...) ctx_derive_at((parent), __VA_ARGS__, CTX__SITE)
+CTX__MUST_USE
 CTXCANCEL_API ctx_t *ctx_derive_at(ctx_t *parent, const ctx_desc_t *desc, const char *site);
 
 /* The short forms of ctx_derive(). A timeout that is zero or negative has already expired. */
@@ -290,19 +301,25 @@ CTXCANCEL_API ctx_t *ctx_derive_at(ctx_t *parent, const ctx_desc_t *desc, const 
 #define ctx_with_deadline(parent, deadline) ctx_with_deadline_at((parent), (deadline), CTX__SITE)
 #define ctx_with_timeout(parent, timeout) ctx_with_timeout_at((parent), (timeout), CTX__SITE)
 #define ctx_with_value(parent, ...) ctx_with_value_at((parent), __VA_ARGS__, CTX__SITE)
+CTX__MUST_USE
 CTXCANCEL_API ctx_t *ctx_with_cancel_at(ctx_t *parent, const char *site);
+CTX__MUST_USE
 CTXCANCEL_API ctx_t *ctx_with_deadline_at(ctx_t *parent, ctx_time_t deadline, const char *site);
+CTX__MUST_USE
 CTXCANCEL_API ctx_t *ctx_with_timeout_at(ctx_t *parent, ctx_dur_t timeout, const char *site);
+CTX__MUST_USE
 CTXCANCEL_API ctx_t *ctx_with_value_at(ctx_t *parent, const ctx_key_t *key, const void *value, const char *site);
 
 /* Make a context that keeps the parent's values but not its cancellation, deadline or memory: for work that outlives
    the request which started it. (Go's WithoutCancel, without holding the chain.) */
 #define ctx_without_cancel(parent) ctx_without_cancel_at((parent), CTX__SITE)
+CTX__MUST_USE
 CTXCANCEL_API ctx_t *ctx_without_cancel_at(ctx_t *parent, const char *site);
 
 /* Make a context that is done as soon as `a` or `b` is. It has the values of `a`, the earlier deadline of both, and the
    cause of the first that is done. No thread is used. One allocation. */
 #define ctx_merge(a, b) ctx_merge_at((a), (b), CTX__SITE)
+CTX__MUST_USE
 CTXCANCEL_API ctx_t *ctx_merge_at(ctx_t *a, ctx_t *b, const char *site);
 
 /* Cancel a context and everything below it. Returns true if this call canceled it, false if it was already done. Either
@@ -352,6 +369,7 @@ static inline int ctx_err(const ctx_t *ctx) {
 CTXCANCEL_API ctx_cause_t ctx_cause(const ctx_t *ctx);
 
 /* The earliest deadline of the chain, or CTX_NO_DEADLINE. */
+CTX__NONNULL(1)
 CTXCANCEL_API ctx_time_t ctx_deadline(const ctx_t *ctx);
 
 /* What is left until ctx_deadline(): never negative, CTX_FOREVER without one. To split a budget, give a child a part:
@@ -364,14 +382,17 @@ CTXCANCEL_API ctx_dur_t ctx_remaining(const ctx_t *ctx);
 CTXCANCEL_API int ctx_remaining_ms(const ctx_t *ctx);
 
 /* The name given in the description, else the parent's. Never NULL. */
+CTX__NONNULL(1)
 CTXCANCEL_API const char *ctx_name(const ctx_t *ctx);
 
 /* The "file:line" that made it; "" with CTXCANCEL_NO_SITES. Never NULL. */
+CTX__NONNULL(1)
 CTXCANCEL_API const char *ctx_site(const ctx_t *ctx);
 
 /* Whether this is one of the few whose work is to be traced, say. Decided once, by the first context on the way from
    the root that has a `.sample_one_in`, and the same for everything below it, detached work included; false if none
    has. */
+CTX__NONNULL(1)
 CTXCANCEL_API bool ctx_sampled(const ctx_t *ctx);
 
 /* Storage for one callback: yours, on the stack or inside your own struct. The fields are private. */
@@ -389,6 +410,7 @@ typedef struct ctx__on_done {
    end `ctx` or stop and reuse `reg`, but must be short. If `ctx` is already done, `fn` runs in this call, which then
    returns false; else returns true. `reg` need not be initialised. Keep it alive until the callback has run or been
    stopped. While registered it holds the memory of `ctx`. */
+CTX__NONNULL(1, 2)
 CTXCANCEL_API bool ctx_on_done(ctx_on_done_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg);
 
 /* Unregister a callback. Returns true if it has not run and never will, false if it has run. If it is running on
@@ -396,6 +418,7 @@ CTXCANCEL_API bool ctx_on_done(ctx_on_done_t *reg, ctx_t *ctx, void (*fn)(void *
    callback, or from a callback that this one waits for, returns false at once. If the callback has registered `reg`
    anew, that registration is the one that is stopped. Returns true for a zeroed `reg` that was never registered.
    Do not hold a lock across this call that the callback takes: then each waits for the other. */
+CTX__NONNULL(1)
 CTXCANCEL_API bool ctx_on_done_stop(ctx_on_done_t *reg);
 
 typedef enum {
@@ -460,6 +483,7 @@ static inline bool ctx_leaf_cancel(ctx_leaf_t *leaf) {
 /* The value of `key` in this context or the nearest ancestor that set it; NULL when absent. It is a copy, aligned
    like what malloc() returns (16 bytes on 64-bit systems) and readable as long as the context. Costs the same at any
    depth. */
+CTX__NONNULL(1)
 CTXCANCEL_API const void *ctx_value(const ctx_t *ctx, const ctx_key_t *key);
 
 /* A typed pair for one struct: `CTX_VALUE(request_t, request);` defines
@@ -473,6 +497,7 @@ CTXCANCEL_API const void *ctx_value(const ctx_t *ctx, const ctx_key_t *key);
 #define CTX_VALUE(T, name)                                                                              \
     extern ctx_key_t ctx_key_##name;                                                                    \
     __attribute__((weak, visibility("default"))) ctx_key_t ctx_key_##name = CTX_KEY(T);                 \
+    CTX__MUST_USE                                                                                       \
     static inline __attribute__((unused)) ctx_t *ctx_with_##name(ctx_t *parent, const T *value) {       \
         return ctx_with_value_at(parent, &ctx_key_##name, value, CTX__SITE);                            \
     }                                                                                                   \
@@ -499,6 +524,7 @@ typedef struct {
 } ctx_poll_t;
 
 /* Look at `ctx` every `stride`-th call (0 counts as 1). The context must outlive the poll. */
+CTX__NONNULL(1)
 CTXCANCEL_API ctx_poll_t ctx_poll_every(const ctx_t *ctx, uint32_t stride);
 
 /* Look often enough to notice within about `within` of work, however long one turn of the loop takes: the stride tunes
@@ -515,6 +541,7 @@ static inline int ctx_poll(ctx_poll_t *poll) {
 }
 
 /* A flag for C code that polls one: non-zero once `ctx` is done. Valid as long as the context. */
+CTX__NONNULL(1)
 CTXCANCEL_API const volatile int *ctx_flag(const ctx_t *ctx);
 
 /* == 7. waiting =================================================== */
@@ -540,6 +567,7 @@ CTXCANCEL_API int ctx_sleep_until(ctx_t *ctx, ctx_time_t time);
    before. So a thread that polls it holds a reference.
    Returns a negative error of the system, or CTX_NO_MEMORY, if there is none to be had. To wait for one descriptor of
    your own, ctx_poll_fd() needs no descriptor of the context's. */
+CTX__NONNULL(1)
 CTXCANCEL_API int ctx_done_fd(ctx_t *ctx);
 
 /* Like pthread_cond_wait(), but a canceled `ctx` also ends the wait. The caller must hold `mutex`, and holds it on
@@ -560,19 +588,23 @@ typedef struct {
 } ctx_sem_t;
 
 /* Make a semaphore of `permits`, all free. 0, or CTX_INVALID if there are less than 1 or more than 2^61. */
+CTX__NONNULL(1)
 CTXCANCEL_API int ctx_sem_init(ctx_sem_t *sem, int64_t permits);
 
 /* Take `n` permits, waiting for them until `ctx` is done. First come, first served: a big request is not starved by
    small ones, and one for 0 permits queues like others. Returns 0, or the error of the context, and then nothing is
    taken: an acquire whose context is done before its permits come takes none. Returns CTX_INVALID at once if `n` is
    negative or more than there are in all. Uncontended: one atomic operation. */
+CTX__NONNULL(1)
 CTXCANCEL_API int ctx_sem_acquire(ctx_sem_t *sem, ctx_t *ctx, int64_t n);
 
 /* Take `n` permits if they are free and nobody waits. Returns whether it did. */
+CTX__NONNULL(1)
 CTXCANCEL_API bool ctx_sem_try_acquire(ctx_sem_t *sem, int64_t n);
 
 /* Give `n` permits back. Giving back more than are taken trips CTXCANCEL_ASSERT. Touches nothing once another thread
    can have the permits, so a thread that has taken all of them may free the storage at once. */
+CTX__NONNULL(1)
 CTXCANCEL_API void ctx_sem_release(ctx_sem_t *sem, int64_t n);
 
 /* The end of a semaphore that nobody waits for; else CTXCANCEL_ASSERT. Holds no memory. */
@@ -639,6 +671,7 @@ typedef struct {
    refused. A pool whose work must outlive a Ctrl-C lives below the background, and is drained after it. No thread
    starts before the first submit. NULL with errno set if memory is short or an argument is bad.
    `desc` may be NULL. */
+CTX__MUST_USE
 CTXCANCEL_API ctx_pool_t *ctx_pool_new(ctx_t *lifetime, const ctx_pool_desc_t *desc);
 
 /* Accept `fn(ctx, arg)` to run detached: its context has the values of `parent` but not its cancellation, ends with the
@@ -646,16 +679,19 @@ CTXCANCEL_API ctx_pool_t *ctx_pool_new(ctx_t *lifetime, const ctx_pool_desc_t *d
    0: accepted, and it will run or go to on_drop exactly once. CTX_QUEUE_FULL: not accepted, at once. CTX_CLOSED: the
    pool is draining. CTX_NO_MEMORY: the pool has no thread and none can be made. The err of the lifetime once that is
    done. `parent` is not touched once the task may run. Blocks only if `.when_full` says so. */
+CTX__MUST_USE
 CTXCANCEL_API int ctx_pool_submit(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn, void *arg);
 
 /* The same, but waits for room until `parent` is done, then returns its err. Those who wait are served in order; while
    one waits the queue is full for all others. */
+CTX__MUST_USE
 CTXCANCEL_API int ctx_pool_submit_wait(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn, void *arg);
 
 /* The same as ctx_pool_submit(), but `arg` of the task is a copy of the `size` bytes at `data`, aligned for any type.
    The copy is the task's own until `fn` or on_drop returns. The pool keeps the memory of copies and uses it again, so a
    small task needs no malloc; a pool that is never asked for copies has none. Also returns CTX_INVALID if `size` is
    more than `.copy_max`, and CTX_NO_MEMORY if memory for one more copy than ever before is unavailable. */
+CTX__MUST_USE
 CTXCANCEL_API int ctx_pool_submit_copy(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn,
                                        const void *data, size_t size);
 
@@ -692,6 +728,7 @@ CTXCANCEL_API size_t ctx_pool_queue_for_burst(double peak_per_s, double drain_pe
    and has the name `name`, a static string. The result of `fn` is not kept: for results use a group.
    Returns 0 if started. Otherwise nothing runs: returns ctx_err(ctx) if `ctx` is done, CTX_NO_MEMORY if memory or a
    thread is unavailable, or CTX_INVALID. */
+CTX__MUST_USE
 CTXCANCEL_API int ctx_go(ctx_t *ctx, const char *name, ctx_task_fn fn, void *arg);
 
 /* Returns how much work of ctx_go() has not returned yet. */
@@ -725,9 +762,11 @@ typedef struct {
    ctx_group_wait() returns. It may use the group, all but ctx_group_wait(). What fails during a call is told after
    that call, even if the call itself caused it. So an on_error that adds a task again must stop once the context is
    done. When memory is short, on_error does not hear of errors inside its own call. */
+CTX__MUST_USE
 CTXCANCEL_API ctx_group_t *ctx_group_new(ctx_t *parent, const ctx_group_desc_t *desc);
 
 /* Returns the context of the tasks, valid until ctx_group_wait() returns. Cancel it to stop them. */
+CTX__NONNULL(1)
 CTXCANCEL_API ctx_t *ctx_group_ctx(ctx_group_t *group);
 
 /* Have `fn(ctx, arg)` run in the group; any result but 0 is a failure. May be called from any thread, and from tasks of
@@ -744,6 +783,7 @@ CTXCANCEL_API int ctx_group_go(ctx_group_t *group, ctx_task_fn fn, void *arg);
 
 /* The same, but returns CTX_QUEUE_FULL where ctx_group_go() waits. The caller then decides what becomes of the task:
    ctx_group_wait() and `.on_error` do not hear of it. Each other error counts as that of ctx_group_go(). */
+CTX__MUST_USE
 CTXCANCEL_API int ctx_group_try_go(ctx_group_t *group, ctx_task_fn fn, void *arg);
 
 /* Wait until every task has returned, running those that no thread has begun, and free the group. Returns 0 only if
@@ -767,6 +807,7 @@ typedef struct ctx_chan ctx_chan_t;
 
 /* Make a queue of up to `capacity` items of `item_size` bytes, copied in and out. With capacity 0 a send waits for its
    receive. Any number of threads may send and receive. NULL with errno set if memory is short. */
+CTX__MUST_USE
 CTXCANCEL_API ctx_chan_t *ctx_chan_new(size_t item_size, size_t capacity);
 
 /* Put a copy of `*item` in, waiting for room until `ctx` is done; senders that wait are served in order. Returns 0,
@@ -788,6 +829,7 @@ CTXCANCEL_API int ctx_chan_try_recv(ctx_chan_t *chan, void *item);
 CTXCANCEL_API int ctx_chan_close(ctx_chan_t *chan);
 
 /* How many items are in the channel; those of senders that wait do not count. */
+CTX__NONNULL(1)
 CTXCANCEL_API size_t ctx_chan_len(const ctx_chan_t *chan);
 
 /* A file descriptor that is readable while a receive would not wait: there is an item, a thread waits to send (with
@@ -893,14 +935,17 @@ typedef struct {
    one of flush and on_drop. A batcher whose items must survive a Ctrl-C lives below the background, and is drained
    after it. No thread starts before there is something to flush. NULL with errno set if memory is short or an argument
    is bad: `item_size` and `flush` are needed. */
+CTX__MUST_USE
 CTXCANCEL_API ctx_batch_t *ctx_batch_new(ctx_t *lifetime, const ctx_batch_desc_t *desc);
 
 /* Add a copy of `*item`. Never waits. 0, CTX_QUEUE_FULL, CTX_CLOSED when the batcher is draining, the err of the
    lifetime, or CTX_NO_MEMORY if a delay is wanted and the runtime thread is unavailable. */
+CTX__MUST_USE
 CTXCANCEL_API int ctx_batch_add(ctx_batch_t *batch, const void *item);
 
 /* The same, but waits for room until `ctx` is done, then returns its err. In flush and on_drop, which would wait for
    themselves, it returns CTX_QUEUE_FULL instead of waiting. */
+CTX__MUST_USE
 CTXCANCEL_API int ctx_batch_add_wait(ctx_batch_t *batch, ctx_t *ctx, const void *item);
 
 /* Have everything that was added so far flushed soon. Does not wait. 0, or as for ctx_batch_add(). */
@@ -945,23 +990,28 @@ typedef struct {
 /* Make a limiter of `per_second` tokens a second (each costs a whole number of nanoseconds), whose bucket holds `burst`
    and is full at first. 0; CTX_INVALID unless 0 < per_second <= 1e7 and 1 <= burst <= 1e9. A bucket that would take
    more than a century to fill fills in a century. Holds no memory. */
+CTX__NONNULL(1)
 CTXCANCEL_API int ctx_limiter_init(ctx_limiter_t *limiter, double per_second, int64_t burst);
 
 /* Take `n` tokens if they are there now. One look at the clock and one atomic operation. */
+CTX__NONNULL(1)
 CTXCANCEL_API bool ctx_limiter_allow(ctx_limiter_t *limiter, int64_t n);
 
 /* Take `n` tokens, waiting for them until `ctx` is done. Threads that wait are served in order. Returns 0. On an error
    no tokens are taken, and the waits behind this one move up, except behind a reservation: returns ctx_err(ctx) if
    `ctx` is done; or, without waiting, CTX_DEADLINE_EXCEEDED unless the tokens come before its deadline, CTX_INVALID if
    `n` is negative or exceeds the burst. */
+CTX__NONNULL(1)
 CTXCANCEL_API int ctx_limiter_wait(ctx_limiter_t *limiter, ctx_t *ctx, int64_t n);
 
 /* Take `n` tokens on credit, behind the threads that wait, and return how long to wait before acting on them: 0 or
    more; CTX_INVALID as above. */
+CTX__NONNULL(1)
 CTXCANCEL_API ctx_dur_t ctx_limiter_reserve(ctx_limiter_t *limiter, int64_t n);
 
 /* Give back `n` tokens that were taken or reserved, but not acted on. They count as the ones taken last, and as free
    from now on, so give them back soon: they move up the threads that wait, and what the bucket cannot hold is lost. */
+CTX__NONNULL(1)
 CTXCANCEL_API void ctx_limiter_refund(ctx_limiter_t *limiter, int64_t n);
 
 typedef struct {
@@ -1000,6 +1050,7 @@ CTXCANCEL_API int ctx_retry(ctx_t *ctx, const ctx_retry_desc_t *desc, ctx_task_f
    signal thread is unavailable, or CTX_ALREADY if another copy of this library in the process (CTXCANCEL_STATIC, or a
    plugin's own) has such contexts or registrations of ctx_on_signals() at the moment. */
 #define ctx_notify_signals(parent, ...) ctx_notify_signals_at((parent), __VA_ARGS__, CTX__SITE)
+CTX__MUST_USE
 CTXCANCEL_API ctx_t *ctx_notify_signals_at(ctx_t *parent, const int *signals, size_t n, const char *site);
 
 /* Storage for one registration: yours, on the stack or inside your own struct. The fields are private. */
@@ -1115,6 +1166,7 @@ typedef struct {
 
 /* Make a service below `parent`; when that is done, so is the context of `run`. NULL with errno set if memory is short
    or an argument is bad. */
+CTX__MUST_USE
 CTXCANCEL_API ctx_service_t *ctx_service_new(ctx_t *parent, const ctx_service_desc_t *desc);
 
 /* Call `start` here, then `run` on its thread. Returns 0, the error of `start`, the err of the parent, or CTX_NO_MEMORY
@@ -1154,6 +1206,7 @@ typedef struct {
 
 /* Make an app: services that start and stop together. It takes over values of `parent`, and shuts down in order when
    that is done. NULL with errno set if memory is short. */
+CTX__MUST_USE
 CTXCANCEL_API ctx_app_t *ctx_app_new(ctx_t *parent);
 
 /* Add a service, before ctx_app_run(). 0, CTX_NO_MEMORY; CTX_INVALID if the name is missing or taken. */
@@ -1436,6 +1489,13 @@ int ctx__sched_join(pthread_t thread);
 #define ctx__sched_start(thread, fn, arg) 0
 #define ctx__sched_join(thread) 0
 #endif
+
+/* Not NULL. In a file that included the declarations before, with their CTX__NONNULL, the compiler would take a plain
+   comparison out. */
+static CTX__INLINE CTX__UNUSED bool ctx__set(const void *ptr) {
+    __asm__("" : "+r"(ptr));
+    return ptr != NULL;
+}
 
 static void ctx__cpu_pause(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -3643,7 +3703,7 @@ CTXCANCEL_API ctx_t *ctx_merge_at(ctx_t *a, ctx_t *b, const char *site) {
 
 CTXCANCEL_API bool ctx_cancel_cause_at(ctx_t *ctx, int code, const char *what, const char *site) {
     ctx__reason_t reason;
-    CTXCANCEL_ASSERT(ctx != NULL);
+    CTXCANCEL_ASSERT(ctx__set(ctx));
     if (!ctx) return false;
     if (!what) what = ctx__own_text(code ? code : CTX_CANCELED);
     reason = ctx__reason(code, what ? what : ctx__own_text(CTX_CANCELED), site);
@@ -3714,7 +3774,7 @@ CTXCANCEL_API void ctx_end_at(ctx_t *ctx, const char *site) {
 CTXCANCEL_API void(ctx_end)(ctx_t *ctx) { ctx_end_at(ctx, NULL); }
 
 CTXCANCEL_API ctx_t *ctx_retain(ctx_t *ctx) {
-    CTXCANCEL_ASSERT(ctx != NULL);
+    CTXCANCEL_ASSERT(ctx__set(ctx));
     if (ctx && !(ctx->flags & CTX__F_STATIC)) {
         uint32_t before = CTX__ADD(&ctx->refs, 1u, RELAXED);
         CTXCANCEL_ASSERT(before != 0);
@@ -3739,7 +3799,7 @@ CTXCANCEL_API ctx_cause_t ctx_cause(const ctx_t *ctx) {
 }
 
 CTXCANCEL_API ctx_time_t ctx_deadline(const ctx_t *ctx) {
-    CTXCANCEL_ASSERT(ctx != NULL);
+    CTXCANCEL_ASSERT(ctx__set(ctx));
     return ctx__deadline(ctx);
 }
 
@@ -3757,17 +3817,17 @@ CTXCANCEL_API int ctx_remaining_ms(const ctx_t *ctx) {
 }
 
 CTXCANCEL_API const char *ctx_name(const ctx_t *ctx) {
-    CTXCANCEL_ASSERT(ctx != NULL);
+    CTXCANCEL_ASSERT(ctx__set(ctx));
     return ctx->name;
 }
 
 CTXCANCEL_API const char *ctx_site(const ctx_t *ctx) {
-    CTXCANCEL_ASSERT(ctx != NULL);
+    CTXCANCEL_ASSERT(ctx__set(ctx));
     return ctx->site ? ctx->site : "";
 }
 
 CTXCANCEL_API bool ctx_sampled(const ctx_t *ctx) {
-    CTXCANCEL_ASSERT(ctx != NULL);
+    CTXCANCEL_ASSERT(ctx__set(ctx));
     return (ctx->flags & CTX__F_SAMPLED) != 0;
 }
 
@@ -3815,7 +3875,7 @@ static bool ctx__reg_or_run(ctx_on_done_t *reg, ctx_t *ctx, void (*fn)(void *arg
 }
 
 CTXCANCEL_API bool ctx_on_done(ctx_on_done_t *reg, ctx_t *ctx, void (*fn)(void *arg), void *arg) {
-    CTXCANCEL_ASSERT(reg != NULL && ctx != NULL && fn != NULL);
+    CTXCANCEL_ASSERT(ctx__set(reg) && ctx__set(ctx) && fn != NULL);
     ctx__timer_revive(ctx);
     return ctx__reg_or_run(reg, ctx, fn, arg, 0);
 }
@@ -3858,7 +3918,7 @@ static CTX__COLD bool ctx__reg_wait(ctx_on_done_t *reg) {
 
 CTXCANCEL_API bool ctx_on_done_stop(ctx_on_done_t *reg) {
     ctx_t *dead = NULL;
-    CTXCANCEL_ASSERT(reg != NULL);
+    CTXCANCEL_ASSERT(ctx__set(reg));
     if (CTX__UNLIKELY(!ctx__reg_stop(reg, &dead))) return ctx__reg_wait(reg);
     if (CTX__UNLIKELY(dead != NULL)) ctx__bury(dead);
     return true;
@@ -3983,7 +4043,7 @@ static void ctx__record_release(ctx__record_t *record) {
 
 CTXCANCEL_API const void *ctx_value(const ctx_t *ctx, const ctx_key_t *key) {
     const ctx__slot_t *slot;
-    CTXCANCEL_ASSERT(ctx != NULL);
+    CTXCANCEL_ASSERT(ctx__set(ctx));
     if (!ctx->values || !key) return NULL;
     slot = ctx__record_find(ctx->values, key);
     return slot ? slot->value : NULL;
@@ -4649,7 +4709,7 @@ CTXCANCEL_API void ctx_clock_advance(ctx_dur_t dur) {
 
 CTXCANCEL_API ctx_poll_t ctx_poll_every(const ctx_t *ctx, uint32_t stride) {
     ctx_poll_t poll;
-    CTXCANCEL_ASSERT(ctx != NULL);
+    CTXCANCEL_ASSERT(ctx__set(ctx));
     memset(&poll, 0, sizeof poll);
     poll.ctx = ctx;
     poll.stride = poll.left = stride ? stride : 1;
@@ -4694,7 +4754,7 @@ CTXCANCEL_API int ctx__leaf_settle(ctx_leaf_t *leaf, int err) {
 }
 
 CTXCANCEL_API const volatile int *ctx_flag(const ctx_t *ctx) {
-    CTXCANCEL_ASSERT(ctx != NULL);
+    CTXCANCEL_ASSERT(ctx__set(ctx));
     return &ctx->head.err;
 }
 
@@ -4904,7 +4964,7 @@ CTXCANCEL_API int ctx_done_fd(ctx_t *ctx) {
     ctx__event_t *event;
     bool taken = false;
     int fd, rc;
-    CTXCANCEL_ASSERT(ctx != NULL);
+    CTXCANCEL_ASSERT(ctx__set(ctx));
     if (ctx->flags & CTX__F_FAILED) return ctx__done_fd_shared();
     ctx__timer_revive(ctx);
     fd = ctx__done_fd_get(ctx, NULL, NULL);
@@ -5050,7 +5110,7 @@ typedef struct {
 enum { CTX__SEM_WAIT = 1 };
 
 CTXCANCEL_API int ctx_sem_init(ctx_sem_t *sem, int64_t permits) {
-    CTXCANCEL_ASSERT(sem != NULL);
+    CTXCANCEL_ASSERT(ctx__set(sem));
     memset(sem, 0, sizeof *sem);
     if (permits < 1 || permits > INT64_C(1) << 61) return CTX_INVALID;
     sem->state = permits * 2;
@@ -5107,7 +5167,7 @@ static CTX__COLD int ctx__sem_wait(ctx_sem_t *sem, ctx_t *ctx, int64_t n) {
 
 CTXCANCEL_API int ctx_sem_acquire(ctx_sem_t *sem, ctx_t *ctx, int64_t n) {
     int err;
-    CTXCANCEL_ASSERT(sem != NULL);
+    CTXCANCEL_ASSERT(ctx__set(sem));
     if (!ctx || n < 0 || n > sem->total) return CTX_INVALID;
     err = ctx_err(ctx);
     if (err) return err;
@@ -5118,13 +5178,13 @@ CTXCANCEL_API int ctx_sem_acquire(ctx_sem_t *sem, ctx_t *ctx, int64_t n) {
 }
 
 CTXCANCEL_API bool ctx_sem_try_acquire(ctx_sem_t *sem, int64_t n) {
-    CTXCANCEL_ASSERT(sem != NULL);
+    CTXCANCEL_ASSERT(ctx__set(sem));
     return n >= 0 && n <= sem->total && ctx__sem_take(sem, n, 0);
 }
 
 CTXCANCEL_API void ctx_sem_release(ctx_sem_t *sem, int64_t n) {
     int64_t state, most;
-    CTXCANCEL_ASSERT(sem != NULL && n >= 0 && n <= sem->total);
+    CTXCANCEL_ASSERT(ctx__set(sem) && n >= 0 && n <= sem->total);
     if (n <= 0 || n > sem->total) return;
     most = sem->total - n;
     state = most * 2; /* what it is if nobody else holds any; the first try tells if not */
@@ -6939,7 +6999,7 @@ CTXCANCEL_API ctx_group_t *ctx_group_new(ctx_t *parent, const ctx_group_desc_t *
 }
 
 CTXCANCEL_API ctx_t *ctx_group_ctx(ctx_group_t *group) {
-    CTXCANCEL_ASSERT(group != NULL);
+    CTXCANCEL_ASSERT(ctx__set(group));
     return group->ctx;
 }
 
@@ -7542,7 +7602,7 @@ CTXCANCEL_API int ctx_chan_close(ctx_chan_t *chan) {
 
 CTXCANCEL_API size_t ctx_chan_len(const ctx_chan_t *chan) {
     uint64_t n;
-    CTXCANCEL_ASSERT(chan != NULL);
+    CTXCANCEL_ASSERT(ctx__set(chan));
     n = ctx__ring_count(&chan->ring);
     return n < chan->ring.capacity ? (size_t)n : chan->ring.capacity;
 }
@@ -8356,7 +8416,7 @@ static CTX__COLD int ctx__limiter_wait(ctx_limiter_t *limiter, ctx_t *ctx, int64
 
 CTXCANCEL_API int ctx_limiter_init(ctx_limiter_t *limiter, double per_second, int64_t burst) {
     double cost;
-    CTXCANCEL_ASSERT(limiter != NULL);
+    CTXCANCEL_ASSERT(ctx__set(limiter));
     memset(limiter, 0, sizeof *limiter);
     limiter->cost = 1;
     if (!(per_second > 0 && per_second <= 1e7) || burst < 1 || burst > 1000000000) return CTX_INVALID;
@@ -8375,7 +8435,7 @@ CTXCANCEL_API int ctx_limiter_init(ctx_limiter_t *limiter, double per_second, in
 CTXCANCEL_API bool ctx_limiter_allow(ctx_limiter_t *limiter, int64_t n) {
     ctx_time_t now, at;
     int64_t full_at;
-    CTXCANCEL_ASSERT(limiter != NULL);
+    CTXCANCEL_ASSERT(ctx__set(limiter));
     if (n < 0 || n > limiter->burst) return false;
     now = ctx_now();
     return ctx__limiter_take(limiter, n, now, now, &at, &full_at);
@@ -8384,7 +8444,7 @@ CTXCANCEL_API bool ctx_limiter_allow(ctx_limiter_t *limiter, int64_t n) {
 CTXCANCEL_API ctx_dur_t ctx_limiter_reserve(ctx_limiter_t *limiter, int64_t n) {
     ctx_time_t now, at;
     int64_t full_at;
-    CTXCANCEL_ASSERT(limiter != NULL);
+    CTXCANCEL_ASSERT(ctx__set(limiter));
     if (n < 0 || n > limiter->burst) return CTX_INVALID;
     now = ctx_now();
     ctx__limiter_take(limiter, n, now, CTX_NO_DEADLINE, &at, &full_at);
@@ -8393,7 +8453,7 @@ CTXCANCEL_API ctx_dur_t ctx_limiter_reserve(ctx_limiter_t *limiter, int64_t n) {
 
 CTXCANCEL_API void ctx_limiter_refund(ctx_limiter_t *limiter, int64_t n) {
     ctx_time_t now = ctx_now();
-    CTXCANCEL_ASSERT(limiter != NULL && n >= 0);
+    CTXCANCEL_ASSERT(ctx__set(limiter) && n >= 0);
     if (n > CTX__SPAN_MAX / limiter->cost) n = CTX__SPAN_MAX / limiter->cost;
     ctx__limiter_enter(limiter);
     while (!ctx__limiter_give_back(limiter, n, now)) {}
@@ -8402,7 +8462,7 @@ CTXCANCEL_API void ctx_limiter_refund(ctx_limiter_t *limiter, int64_t n) {
 
 CTXCANCEL_API int ctx_limiter_wait(ctx_limiter_t *limiter, ctx_t *ctx, int64_t n) {
     int err;
-    CTXCANCEL_ASSERT(limiter != NULL);
+    CTXCANCEL_ASSERT(ctx__set(limiter));
     if (!ctx || n < 0 || n > limiter->burst) return CTX_INVALID;
     err = ctx_err(ctx);
     return err || ctx_limiter_allow(limiter, n) ? err : ctx__limiter_wait(limiter, ctx, n);
@@ -8820,7 +8880,7 @@ static ctx_t *ctx__on_signals_out(ctx_on_signals_t *reg) {
 CTXCANCEL_API void ctx_on_signals_stop(ctx_on_signals_t *reg) {
     bool again;
     ctx_t *ctx;
-    CTXCANCEL_ASSERT(reg != NULL);
+    CTXCANCEL_ASSERT(ctx__set(reg));
     do {
         ctx__life_lock();
         ctx = reg->link.pprev ? ctx__on_signals_out(reg) : NULL;

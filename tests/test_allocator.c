@@ -169,7 +169,8 @@ static int use_signals(void) {
 }
 
 static int use_go_and_groups(void) {
-    for (int i = 0; i < 10; i++) (void)ctx_go(shared_ctx, "go", nothing, NULL);
+    for (int i = 0; i < 10; i++)
+        if (ctx_go(shared_ctx, "go", nothing, NULL) == CTX_INVALID) return CTX_INVALID;
     (void)ctx_go_wait(ctx_background());
     return 0;
 }

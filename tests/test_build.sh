@@ -341,6 +341,96 @@ macros_bring_no_warning_in_cpp() {
     cxx $careful -c "$tmp/impl.cpp" -o "$tmp/impl_cpp.o"
 }
 
+# A statement that drops what was made or refused is told at compile time; one whose result tells nothing new is not.
+ignored_results_are_told() {
+    for call in 'ctx_with_cancel(ctx)' 'ctx_derive(ctx, NULL)' 'ctx_with_request(ctx, NULL)' 'ctx_pool_new(ctx, NULL)' \
+        'ctx_group_new(ctx, NULL)' 'ctx_chan_new(1, 1)' 'ctx_pool_submit(pool, ctx, "work", work, NULL)' \
+        'ctx_go(ctx, "work", work, NULL)' 'ctx_group_try_go(group, work, NULL)' 'ctx_batch_add(batch, "item")'; do
+        ignores "$call" >"$tmp/ignores.c"
+        refuse $CC -Werror=unused-result -I. -c "$tmp/ignores.c" -o "$tmp/ignores.o"
+    done
+    for call in 'ctx_group_go(group, work, NULL)' 'ctx_cancel(ctx)' 'ctx_sleep(ctx, 1)' 'ctx_retain(ctx)' \
+        'ctx_pool_drain(pool, 0, NULL)' 'ctx_group_wait(group)' 'ctx_pool_free(NULL)' 'ctx_end(NULL)' \
+        'ctx_batch_drain(batch, 0, NULL)'; do
+        ignores "$call" >"$tmp/ignores.c"
+        $CC -Wall -Wextra -Werror -I. -c "$tmp/ignores.c" -o "$tmp/ignores.o"
+    done
+}
+
+ignores() { # STATEMENT
+    cat <<END
+#include "$tmp/request.h"
+int work(ctx_t *ctx, void *arg);
+void ignores(ctx_t *ctx, ctx_pool_t *pool, ctx_group_t *group, ctx_batch_t *batch);
+void ignores(ctx_t *ctx, ctx_pool_t *pool, ctx_group_t *group, ctx_batch_t *batch) {
+    (void)ctx, (void)pool, (void)group, (void)batch;
+    $1;
+}
+END
+}
+
+null_that_is_a_program_error_is_told() {
+    for call in 'ctx_deadline(NULL)' 'ctx_value(NULL, NULL)' 'ctx_sem_release(NULL, 1)' 'ctx_limiter_allow(NULL, 1)'; do
+        ignores "$call" >"$tmp/null.c"
+        refuse $CC -Werror=nonnull -I. -c "$tmp/null.c" -o "$tmp/null.o"
+    done
+}
+
+# In a file that includes the declarations first, and so has them with their attributes, the implementation still
+# asserts: the compiler must not take these checks out.
+file nulls.c <<'END'
+#include "ctxcancel.h"
+#include <setjmp.h>
+#include <stdlib.h>
+static jmp_buf tripped;
+static void assertion_failed(void) { longjmp(tripped, 1); }
+#undef CTXCANCEL_ASSERT
+#define CTXCANCEL_ASSERT(x) ((x) ? (void)0 : assertion_failed())
+#define CTXCANCEL_IMPLEMENTATION
+#include "ctxcancel.h"
+static void *volatile null;
+static volatile int missed, value;
+#define TRIPS(call)                                   \
+    do {                                              \
+        if (!setjmp(tripped)) {                       \
+            value = (call) != 0;                      \
+            missed++, printf("passed: %s\n", #call);  \
+        }                                             \
+    } while (0)
+#define NO(type) ((type *)null)
+static void fn(void *arg) { (void)arg; }
+int main(void) {
+    static ctx_on_done_t reg;
+    TRIPS(ctx_deadline(NO(ctx_t)));
+    TRIPS(ctx_name(NO(ctx_t)));
+    TRIPS(ctx_site(NO(ctx_t)));
+    TRIPS(ctx_sampled(NO(ctx_t)));
+    TRIPS(ctx_on_done(&reg, NO(ctx_t), fn, NULL));
+    TRIPS(ctx_on_done_stop(NO(ctx_on_done_t)));
+    TRIPS(ctx_value(NO(ctx_t), NULL));
+    TRIPS(ctx_poll_every(NO(ctx_t), 1).left);
+    TRIPS(ctx_flag(NO(ctx_t)));
+    TRIPS(ctx_done_fd(NO(ctx_t)));
+    TRIPS(ctx_sem_init(NO(ctx_sem_t), 1));
+    TRIPS(ctx_sem_acquire(NO(ctx_sem_t), ctx_background(), 1));
+    TRIPS(ctx_sem_try_acquire(NO(ctx_sem_t), 1));
+    TRIPS((ctx_sem_release(NO(ctx_sem_t), 1), 1));
+    TRIPS(ctx_group_ctx(NO(ctx_group_t)));
+    TRIPS(ctx_chan_len(NO(ctx_chan_t)));
+    TRIPS(ctx_limiter_init(NO(ctx_limiter_t), 1, 1));
+    TRIPS(ctx_limiter_allow(NO(ctx_limiter_t), 1));
+    TRIPS(ctx_limiter_reserve(NO(ctx_limiter_t), 1));
+    TRIPS((ctx_limiter_refund(NO(ctx_limiter_t), 1), 1));
+    TRIPS(ctx_limiter_wait(NO(ctx_limiter_t), ctx_background(), 1));
+    return missed;
+}
+END
+
+declared_nonnull_takes_no_check_out() {
+    cc -O2 -D_GNU_SOURCE "$tmp/nulls.c" -o "$tmp/prog"
+    timeout 20 "$tmp/prog"
+}
+
 spans_are_constants_of_one_type_in_cpp() {
     file spans.cpp <<'END'
 #include "ctxcancel.h"
@@ -501,7 +591,8 @@ for test in declarations_need_no_stb_ds program_that_instantiates_stb_ds_elsewhe
     file_may_include_declarations_and_then_the_implementation two_static_copies_live_in_one_program \
     static_copy_lives_beside_the_shared_one value_in_a_shared_header_is_one_key \
     late_include_in_strict_c_works_or_says_what_to_do asking_for_posix_alone_builds \
-    plugin_shares_a_key_despite_hidden_visibility macros_bring_no_warning_in_c declarations_compile_after_any_header_in_strict_c \
+    plugin_shares_a_key_despite_hidden_visibility ignored_results_are_told null_that_is_a_program_error_is_told \
+    declared_nonnull_takes_no_check_out macros_bring_no_warning_in_c declarations_compile_after_any_header_in_strict_c \
     linkage_can_be_chosen allocator_can_be_chosen every_configuration_compiles sites_can_be_left_out \
     readme_program_works \
     install_puts_the_header_where_it_is_told every_public_function_has_a_man_page uninstall_leaves_no_file; do

@@ -1676,12 +1676,12 @@ TEST(the_report_tells_completed_failed_and_canceled_apart) {
     desc.grace = CTX_S(60);
     ctx_pool_t *pool = pool_below(ctx_background(), &desc);
     int started = 0, ran = 0;
-    ctx_pool_submit(pool, ctx_background(), "ok", counts, &ran);
-    ctx_pool_submit(pool, ctx_background(), "bad", fails, NULL);
-    ctx_pool_submit(pool, ctx_background(), "bad", fails, NULL);
-    ctx_pool_submit(pool, ctx_background(), "canceled", waits_for_cancel, &started);
-    ctx_pool_submit(pool, ctx_background(), "canceled", fails_once_canceled, &started);
-    ctx_pool_submit(pool, ctx_background(), "done after all", succeeds_once_canceled, &started);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "ok", counts, &ran), 0);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "bad", fails, NULL), 0);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "bad", fails, NULL), 0);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "canceled", waits_for_cancel, &started), 0);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "canceled", fails_once_canceled, &started), 0);
+    EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "done after all", succeeds_once_canceled, &started), 0);
     UNTIL(load(&started) == 3 && load(&ran) == 1);
     ctx_drain_report_t report;
     EXPECT_EQ(ctx_pool_drain(pool, CTX_MS(30), &report), CTX_DEADLINE_EXCEEDED);

@@ -41,7 +41,7 @@ int main(int argc, char **argv) {
             ctx_clock_advance(20);
         }
         if (!strcmp(what, "task")) {
-            ctx_go(ctx_background(), "task", throwing_task, NULL);
+            if (ctx_go(ctx_background(), "task", throwing_task, NULL)) return 2;
             for (;;) pause();
         }
     } catch (int) {

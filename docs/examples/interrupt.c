@@ -44,10 +44,10 @@ int main(int argc, char **argv) {
 
     ctx_pool_t *pool = ctx_pool_new(ctx, &(ctx_pool_desc_t){.workers = 2});
     if (!pool) return perror("pool"), 1;
-    if (argc == 1) ctx_pool_submit(pool, ctx, "send SIGINT", send_ourselves_sigint, NULL);
+    if (argc == 1 && ctx_pool_submit(pool, ctx, "send SIGINT", send_ourselves_sigint, NULL) != 0) return 1;
 
     printf("waiting; Ctrl-C stops me, a second one would kill me\n");
-    ctx_pool_submit(pool, ctx, "wait for one", wait_for_one, &silent[0][0]);
+    if (ctx_pool_submit(pool, ctx, "wait for one", wait_for_one, &silent[0][0]) != 0) return 1;
     int rc = wait_for_any(ctx, silent[0][0], silent[1][0]);
     ctx_cause_t cause = ctx_cause(ctx);
     printf("%s: %s\n", ctx_strerror(rc), cause.what);

@@ -1014,8 +1014,11 @@ static void progress_start(run_t *run) {
     if (run->options.quiet || !isatty(run->err.fd)) return;
     run->progress = ctx_pool_new(run->ctx, &(ctx_pool_desc_t){.name = "progress", .workers = 2, .grace = NOTICE});
     if (run->progress == NULL) return;
-    (void)ctx_pool_submit(run->progress, run->ctx, "survey", survey_task, run);
-    (void)ctx_pool_submit(run->progress, run->ctx, "draw", draw_task, run);
+    if (ctx_pool_submit(run->progress, run->ctx, "survey", survey_task, run) != 0 ||
+        ctx_pool_submit(run->progress, run->ctx, "draw", draw_task, run) != 0) {
+        ctx_pool_free(run->progress);
+        run->progress = NULL;
+    }
 }
 
 /* == the run ====================================================== */
