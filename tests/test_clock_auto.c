@@ -287,7 +287,11 @@ TEST(when_all_wait_and_no_deadline_is_left_it_lists_the_waits) {
     }
     close(fds[1]);
     size_t n = 0;
-    for (ssize_t got; n < sizeof text - 1 && (got = read(fds[0], text + n, sizeof text - 1 - n)) > 0;) n += (size_t)got;
+    while (n < sizeof text - 1) {
+        ssize_t got = read(fds[0], text + n, sizeof text - 1 - n);
+        if (got <= 0) break;
+        n += (size_t)got;
+    }
     text[n] = 0;
     close(fds[0]);
     EXPECT_EQ(end_of_child(pid), 1000 + SIGABRT);
