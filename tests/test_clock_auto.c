@@ -259,7 +259,7 @@ TEST(a_thread_that_left_may_block) {
     ctx_clock_leave();
 }
 
-/* -- the end -------------------------------------------------------------------------------------------------------- */
+/* -- the end ------------------------------------------------------------------------------------------------------ */
 
 static int receives(ctx_t *ctx, void *arg) { return ctx_chan_recv((ctx_chan_t *)arg, ctx, NULL); }
 
