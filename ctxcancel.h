@@ -61,7 +61,7 @@
      CTXCANCEL_NO_FUTEX                  park on mutexes and condition variables, on Linux too
      CTXCANCEL_STACK_SIZE                bytes for the stacks of the library's threads, but those of pools with a
                                         `.stack_size` (default: 0, the system's)
-    CTXCANCEL_NO_SITES                  do not keep the file:line that made each context
+     CTXCANCEL_NO_SITES                  do not keep the file:line that made each context
      CTXCANCEL_NO_STB_DS_IMPLEMENTATION  the program instantiates stb_ds.h elsewhere
 
    Sections, each found twice under the same banner, declarations first
@@ -215,7 +215,8 @@ static inline ctx_time_t ctx_time_add(ctx_time_t t, ctx_dur_t d) {
 }
 
 /* For tests: replace the clock of the whole process by one that shows `start` and moves only when advanced.
-   Call while nothing waits. A program built with CTXCANCEL_STATIC has a clock per file. */
+   Call while nothing but idle threads of the library waits. A program built with CTXCANCEL_STATIC has a clock per
+   file. */
 CTXCANCEL_API void ctx_clock_fake(ctx_time_t start);
 
 /* Move the fake clock forward, stopping at each deadline on the way: timers fire in the order of their deadlines, in
@@ -227,15 +228,20 @@ CTXCANCEL_API void ctx_clock_advance(ctx_dur_t dur);
 
 /* For tests: a fake clock that moves by itself. Whenever every thread that takes part is parked in a wait of this
    library, it moves to the next deadline, and the runtime thread fires what is due. So half an hour of retries takes
-   milliseconds, and the times in it are the same in every run. (Go's testing/synctest.)
+   milliseconds, and without random numbers (`.jitter`) the times in it are the same in every run. (Go's
+   testing/synctest.)
    These threads take part: the calling one; the library's threads that run tasks and callbacks of services, from before
-   they begin; and each thread between ctx_clock_join() and ctx_clock_leave(). All waits of this library count, except
-   ctx_cond_wait() and ctx_poll_fd(). A thread that takes part and sleeps in any other way, such as on a mutex, in
-   pthread_join() or in a call of the system, counts as running, and the clock stands still: let it leave before. A
-   callback that the runtime thread runs counts as running too, so it must not wait.
-   If all threads are parked and no deadline is left, nobody could ever run again: this prints the waits to stderr and
-   is a CTXCANCEL_ASSERT. Threads that take no part are not waited for. A worker does not nap for `.coalesce`.
-   Call it while nothing waits; ctx_clock_real() ends it. CTXCANCEL_ASSERT if the runtime thread is unavailable. */
+   they begin; and each thread between ctx_clock_join() and ctx_clock_leave(). If none does, the clock moves as long as
+   there are deadlines, also those of other threads. All waits of this library count, except ctx_cond_wait() and
+   ctx_poll_fd(). A thread that takes part and sleeps in any other way, such as on a mutex, in pthread_join() or in a
+   call of the system, counts as running, and the clock stands still. Let it leave before and join after, in a task too:
+   `ctx_clock_leave(); rc = ctx_poll_fd(ctx, fd, POLLIN); ctx_clock_join();`. A callback that the runtime thread runs
+   counts as running, so it must not wait. Signals are told by a thread that takes no part: the clock may move before.
+   If all threads that take part are parked, no deadline is left and no context or registration awaits a signal, this
+   prints the waits to stderr and is a CTXCANCEL_ASSERT; with NDEBUG it goes on to wait. A worker does not nap for
+   `.coalesce`. ctx_clock_advance() may be called too.
+   Call it while nothing but idle threads of the library waits. ctx_clock_real() ends it. CTXCANCEL_ASSERT if the
+   runtime thread is unavailable. */
 CTXCANCEL_API void ctx_clock_auto(ctx_time_t start);
 
 /* Have the calling thread take part in ctx_clock_auto(), or no longer. A thread that ends has left. The clock does not
@@ -262,8 +268,9 @@ typedef struct {
     int code;         /* what the canceler gave; CTX_CANCELED or CTX_DEADLINE_EXCEEDED if it gave nothing */
     const char *what; /* a static string; never NULL once done */
     const char *site; /* the place that canceled, as "file:line"; after a deadline the place that set it; of a signal
-                         "signal SIGTERM". Where the canceler gave none, the place that made the context it canceled.
-                         "" with CTXCANCEL_NO_SITES, of a failed context too; never NULL once done */
+                         "signal SIGTERM"; of a cancel by this library its function, such as "ctx_group_go". Where the
+                         canceler gave none, the place that made the context it canceled. "" of a failed context, and
+                         with CTXCANCEL_NO_SITES; never NULL once done */
 } ctx_cause_t;
 
 typedef struct {
@@ -279,8 +286,8 @@ typedef struct {
     uint32_t sample_one_in;     /* decide ctx_sampled(): true for one in so many (default: as the parent) */
     ctx_dur_t grace;            /* when the parent is done, this context goes on for this long at most, and then has the
                                    parent's cause: to commit, then stop. It starts anew below a parent that is done
-                                   already. Its own deadline still holds; ctx_deadline() knows both. Not for a detached
-                                   context, which has no parent (default: 0, none) */
+                                   already. Its own deadline still holds; ctx_deadline() knows both. Ignored in a
+                                   detached context, which has no parent (default: 0, none; negative: none) */
 } ctx_desc_t;
 
 /* The root of every tree: never canceled, never freed. Ending it does nothing. */
@@ -385,7 +392,8 @@ CTXCANCEL_API int ctx_remaining_ms(const ctx_t *ctx);
 CTX__NONNULL(1)
 CTXCANCEL_API const char *ctx_name(const ctx_t *ctx);
 
-/* The "file:line" that made it; "" with CTXCANCEL_NO_SITES. Never NULL. */
+/* The "file:line" that made it, or the function of this library that did, such as "ctx_group_new"; "" with
+   CTXCANCEL_NO_SITES. Never NULL. */
 CTX__NONNULL(1)
 CTXCANCEL_API const char *ctx_site(const ctx_t *ctx);
 
@@ -643,7 +651,7 @@ typedef struct {
                                   reason: CTX_QUEUE_FULL (pushed out), CTX_DEADLINE_EXCEEDED (the drain's budget),
                                   CTX_CANCELED (the lifetime ended) or CTX_NO_MEMORY (default: nothing is called) */
     void *user;                /* for on_drop */
-    ctx_dur_t grace;          /* how long canceled tasks get to stop in a drain (default: 100 ms; negative: none) */
+    ctx_dur_t grace;           /* how long canceled tasks get to stop in a drain (default: 100 ms; negative: none) */
     ctx_dur_t coalesce;        /* a worker that has nothing more to do looks again after so long, and until then no
                                   other is woken, unless more than half of the queue is taken: so many small tasks cost
                                   few wake-ups (default: 0, off) */
@@ -659,7 +667,7 @@ typedef struct {
 typedef struct {
     uint64_t completed;                /* returned 0 */
     uint64_t failed;                   /* returned an error of their own */
-    uint64_t canceled;                /* returned an error after their context was done */
+    uint64_t canceled;                 /* returned an error after the task's own context was done, not a child of it */
     uint64_t dropped;                  /* went to on_drop */
     uint64_t stuck;                    /* still running */
     ctx_dur_t wait_time;               /* how long accepted work was let finish */
@@ -750,7 +758,8 @@ typedef struct {
                          counted (default: none; on a pool the size of its queue, or with CTX_NO_QUEUE its workers) */
     bool keep_going;  /* a failure cancels nobody; it is the result all the same (default: the first failure cancels) */
     void (*on_error)(void *arg, int rc, void *user); /* hears of each task that failed, with its result, and of each
-                         that was refused, with the error: see ctx_group_go() (default: nothing is called) */
+                         that was refused, with the error: see ctx_group_go(). After a failure these are mostly
+                         CTX_CANCELED, of those that it canceled (default: nothing is called) */
     void *user;       /* for on_error */
 } ctx_group_desc_t;
 
@@ -928,7 +937,7 @@ typedef struct {
                             that is stuck or drains (default: nothing is called) */
     void *user;          /* for flush and on_drop; must live until a stuck flush has returned */
     ctx_pool_t *pool;    /* flush runs here; must outlive the batcher (default: on an idle thread, made as needed) */
-    ctx_dur_t grace;    /* how long a canceled flush gets to stop in a drain (default: 100 ms; negative: none) */
+    ctx_dur_t grace;     /* how long a canceled flush gets to stop in a drain (default: 100 ms; negative: none) */
 } ctx_batch_desc_t;
 
 /* Make a batcher below `lifetime`: many small adds become few large flushes. Every item that was added reaches exactly
@@ -1024,8 +1033,9 @@ typedef struct {
     ctx_dur_t attempt_timeout; /* each attempt gets a child of `ctx` that is canceled so long after the attempt began,
                      and ended when it returns; negative: already expired (default: 0, none; then `fn` gets `ctx`
                      itself) */
-    int (*on_retry)(int attempt, int rc, ctx_dur_t *wait, void *arg); /* called before each wait: attempt number
-                     `attempt`, counted from 1, has returned `rc`. May change `*wait`, also beyond `.cap`, as a
+    int (*on_retry)(int attempt, int rc, ctx_dur_t *wait, void *arg); /* called after `.retryable`, before each wait
+                     and before giving up one that would not end before the deadline: attempt number `attempt`, counted
+                     from 1, has returned `rc`. May change `*wait`, also beyond `.cap`, as a
                      Retry-After asks; negative is 0, and the waits after it are not changed. Not 0: do not try again
                      (default: none) */
 } ctx_retry_desc_t;
@@ -1157,7 +1167,7 @@ typedef struct {
     void (*force)(void *user);                /* the last resort, if `run` or `drain` goes on after the grace period */
     void *user;                               /* for all callbacks; must live until they have returned */
     ctx_dur_t drain_budget;                   /* how long `drain` may take (default: what the stop has) */
-    ctx_dur_t grace;                         /* how long it gets to stop once canceled (default: 100 ms; negative:
+    ctx_dur_t grace;                          /* how long it gets to stop once canceled (default: 100 ms; negative:
                                                  none) */
     const char *const *needs;                 /* names of the services that it needs, ended by NULL: it starts after
                                                  them and stops before them; but when it is stuck they stop although it
@@ -1232,7 +1242,7 @@ CTXCANCEL_API int ctx_app_run(ctx_app_t *app, const ctx_app_desc_t *desc);
 CTXCANCEL_API ctx_t *ctx_app_ctx(ctx_app_t *app);
 
 /* For a health check in one of its services: everything has started and no shutdown has begun. False in a service that
-   goes on after the app was freed. */
+   goes on after the app was freed. Other threads must not call it once ctx_app_run() may have returned. */
 CTXCANCEL_API bool ctx_app_ready(const ctx_app_t *app);
 
 /* Free an app that is not to be run. NULL is fine. */
@@ -4371,6 +4381,34 @@ static bool ctx__runtime_retires(ctx__thread_t *me) {
 
 /* -- the clock that moves by itself -- */
 
+/* The public name of the function whose wait this is; NULL if the thread is merely idle. */
+static const char *ctx__wait_title(const char *op) {
+    static const char *const titles[][2] = {
+        { "ctx__sem_wait", "ctx_sem_acquire" },
+        { "ctx__pool_first_worker", "ctx_pool_submit" },
+        { "ctx__pool_wait_room", "ctx_pool_submit_wait" },
+        { "ctx__pool_cut", "ctx_pool_drain" },
+        { "ctx__pool_drain", "ctx_pool_drain" },
+        { "ctx__group_tell_waiting", "ctx_group_go" },
+        { "ctx__group_enter", "ctx_group_go" },
+        { "ctx__select_block", "ctx_select, or a send or receive of a channel" },
+        { "ctx__stage_await_turn", "ctx_stage_run" },
+        { "ctx__stage_await", "ctx_stage_run" },
+        { "ctx__batch_finish", "ctx_batch_drain" },
+        { "ctx__batch_cut", "ctx_batch_drain" },
+        { "ctx__limiter_wait", "ctx_limiter_wait" },
+        { "ctx__spare_job", NULL },
+        { "ctx__service_run_job", "ctx_service_start" },
+        { "ctx__service_do_start", "ctx_service_start" },
+        { "ctx__stop_run", "ctx_service_stop" },
+        { "ctx__app_live", "ctx_app_run" },
+    };
+    size_t i;
+    for (i = 0; op && i < sizeof titles / sizeof *titles; i++)
+        if (!strcmp(op, titles[i][0])) return titles[i][1];
+    return op;
+}
+
 /* Whether a thread that takes part waits for something, other than for work. `show`: print the waits. */
 static CTX__COLD bool ctx__clock_waits(uint32_t era, bool show) {
     const ctx__link_t *link;
@@ -4378,21 +4416,25 @@ static CTX__COLD bool ctx__clock_waits(uint32_t era, bool show) {
     ctx__lock(&ctx__gate.mu);
     for (link = ctx__gate.threads; link; link = link->next) {
         const ctx__thread_t *thread = CTX__CONTAINER(link, const ctx__thread_t, link);
-        const char *op = CTX__LOAD(&thread->op, RELAXED);
+        const char *op = ctx__wait_title(CTX__LOAD(&thread->op, RELAXED)), *site;
         if (!op || !CTX__LOAD(&thread->rests, ACQUIRE) || CTX__LOAD(&thread->counted, RELAXED) != era) continue;
         any = true;
         if (!show) continue;
-        fprintf(stderr, "  thread %u in %s, with the context \"%s\" of %s\n", thread->index, op,
-                CTX__LOAD(&thread->name, RELAXED), CTX__LOAD(&thread->site, RELAXED));
+        site = CTX__LOAD(&thread->site, RELAXED);
+        fprintf(stderr, "  thread %u waits in %s, with the context \"%s\"%s%s\n", thread->index, op,
+                CTX__LOAD(&thread->name, RELAXED), *site ? " of " : "", site);
     }
     ctx__unlock(&ctx__gate.mu);
     return any;
 }
 
+static bool ctx__signals_awaited(void); /* section 13: one may come */
+
 /* Nobody can run, no deadline is left, and somebody waits. */
 static CTX__COLD void ctx__clock_stuck(uint32_t era) {
     bool somebody_can_run = false;
-    fprintf(stderr, "ctx_clock_auto: every thread waits, and no deadline is left:\n");
+    fprintf(stderr, "ctx_clock_auto: every thread waits, and no deadline is left (threads in the order of their first "
+                    "use of this library):\n");
     ctx__clock_waits(era, true);
     CTXCANCEL_ASSERT(somebody_can_run);
     (void)somebody_can_run;
@@ -4425,7 +4467,7 @@ static bool ctx__clock_step(void) {
     mine = ctx__clock_word(era, (seen >> CTX__CLOCK_BITS) + 1, 1);
     if (!CTX__CAS(&ctx__clock.running, &seen, mine, ACQ_REL, RELAXED)) return true;
     moved = ctx__clock_move();
-    waits = !moved && ctx__clock_waits(era, false);
+    waits = !moved && !ctx__signals_awaited() && ctx__clock_waits(era, false);
     alone = CTX__LOAD(&ctx__clock.running, ACQUIRE) == mine; /* nobody has run since */
     if (waits && alone) ctx__clock_stuck(era);
     return ctx__clock_change(era, -1) && (moved || !alone);
@@ -8693,6 +8735,14 @@ static void ctx__signal_deliver(int signal) {
         ctx_release(second);
         ctx__unpin(node);
     }
+}
+
+static bool ctx__signals_awaited(void) {
+    bool awaited;
+    ctx__life_lock();
+    awaited = ctx__signals.live || ctx__signals.regs.first;
+    ctx__life_unlock();
+    return awaited;
 }
 
 static void *ctx__signal_main(void *arg) {

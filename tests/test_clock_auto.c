@@ -300,6 +300,26 @@ TEST(when_all_wait_and_no_deadline_is_left_it_lists_the_waits) {
     EXPECT(strstr(text, "ctx_chan_recv") != NULL || strstr(text, "select") != NULL);
 }
 
+static int sends_a_signal(ctx_t *ctx, void *arg) {
+    int rc = ctx_sleep(ctx, CTX_S(30));
+    (void)arg;
+    return rc ? rc : kill(getpid(), SIGUSR1);
+}
+
+TEST(a_signal_that_is_awaited_is_no_deadlock) {
+    const int sig = SIGUSR1;
+    for (int i = 0; i < test_scale(500); i++) {
+        ctx_clock_auto(0);
+        ctx_t *ctx = ctx_notify_signals(ctx_background(), &sig, 1);
+        EXPECT_EQ(ctx_go(ctx_background(), "sends", sends_a_signal, NULL), 0);
+        EXPECT_EQ(ctx_wait(ctx, CTX_FOREVER), CTX_CANCELED);
+        EXPECT_EQ(ctx_now(), CTX_S(30));
+        ctx_end(ctx);
+        EXPECT_EQ(ctx_go_wait(ctx_background()), 0);
+        ctx_clock_real();
+    }
+}
+
 TEST(idle_threads_are_no_deadlock) {
     ctx_clock_auto(0);
     ctx_pool_t *pool = ctx_pool_new(ctx_background(), NULL);
