@@ -47,7 +47,8 @@
        the implementation calls std::terminate() when an exception leaves a callback of ctx_on_done().
      - The threads of this library have the signal mask of the thread whose call started them.
      - Before dlclose() of an object that holds the implementation, end its contexts, stop its registrations, and call
-       ctx_runtime_stop().
+       ctx_runtime_stop(). The texts of any object go with it, and file:line is one of them. So end the contexts that it
+       made or canceled, and their descendants, before its dlclose().
      - Where the machine has no 64-bit atomics of its own (i486, ARMv5, MIPS 32), link with `-latomic`.
      - Descriptions (`ctx_desc_t` and the like) are structs where zero means the default: name what you need,
        `&(ctx_desc_t){ .name = "fetch", .timeout = CTX_MS(50) }`; in C++ `ctx_desc_t d = {}; d.name = "fetch";`.
@@ -60,7 +61,7 @@
      CTXCANCEL_ASSERT(x)                 (default: assert(x))
      CTXCANCEL_NO_FUTEX                  park on mutexes and condition variables, on Linux too
      CTXCANCEL_STACK_SIZE                bytes for the stacks of the library's threads, but those of pools with a
-                                        `.stack_size` (default: 0, the system's)
+                                         `.stack_size` (default: 0, the system's)
      CTXCANCEL_NO_SITES                  do not keep the file:line that made each context
      CTXCANCEL_NO_STB_DS_IMPLEMENTATION  the program instantiates stb_ds.h elsewhere
 
@@ -199,7 +200,7 @@ typedef int64_t ctx_dur_t;  /* a span: nanoseconds */
 #define CTX_S(n) CTX__DUR((n)*INT64_C(1000000000))
 #define CTX_NO_DEADLINE INT64_MAX /* a ctx_time_t that never comes */
 #define CTX_FOREVER INT64_MAX     /* a ctx_dur_t that never ends */
-#define CTX_EXPIRED ((ctx_dur_t)-1) /* a timeout that has passed */
+#define CTX_EXPIRED CTX__CAST(ctx_dur_t, -1) /* a timeout that has passed */
 
 /* Turn a computed span into a timeout. Returns CTX_EXPIRED if `dur` is 0 or negative, else `dur`. For `.timeout` of
    ctx_desc_t, where a zero means none. */
@@ -255,7 +256,7 @@ CTXCANCEL_API void ctx_clock_real(void);
 
 /* == 3. context =================================================== */
 
-typedef struct ctx ctx_t;
+typedef struct ctx__node ctx_t;
 
 /* What a value is found by: see section 4. */
 typedef struct {
@@ -293,7 +294,8 @@ typedef struct {
 /* The root of every tree: never canceled, never freed. Ending it does nothing. */
 CTXCANCEL_API ctx_t *ctx_background(void);
 
-/* Make a child of `parent`: one node with everything `desc` asks for. `desc` may be NULL. If both a deadline and a
+/* Make a child of `parent`: one node with everything `desc` asks for. (A macro, as all that follow: the function behind
+   it takes a `site` too, a static string for ctx_site(); NULL is none.) `desc` may be NULL. If both a deadline and a
    timeout are given the earlier holds, and the parent's own always does if it is earlier still. A child of a context
    that is done is done from the start, with its parent's cause. Except for both: `.grace`.
    The caller owns one reference and drops it with ctx_end(). Never NULL: if memory or the runtime thread is
@@ -649,7 +651,9 @@ typedef struct {
     ctx_when_full_t when_full; /* (default: CTX_REJECT) */
     void (*on_drop)(const char *op, void *arg, int reason, void *user); /* takes each accepted task that will not run;
                                   reason: CTX_QUEUE_FULL (pushed out), CTX_DEADLINE_EXCEEDED (the drain's budget),
-                                  CTX_CANCELED (the lifetime ended) or CTX_NO_MEMORY (default: nothing is called) */
+                                  CTX_CANCELED (the lifetime ended) or CTX_NO_MEMORY. Called by the thread that pushes
+                                  it out, drains, or cancels the lifetime, inside that call, so hold no lock there that
+                                  it takes; calls may overlap (default: nothing is called) */
     void *user;                /* for on_drop */
     ctx_dur_t grace;           /* how long canceled tasks get to stop in a drain (default: 100 ms; negative: none) */
     ctx_dur_t coalesce;        /* a worker that has nothing more to do looks again after so long, and until then no
@@ -682,11 +686,12 @@ typedef struct {
 CTX__MUST_USE
 CTXCANCEL_API ctx_pool_t *ctx_pool_new(ctx_t *lifetime, const ctx_pool_desc_t *desc);
 
-/* Accept `fn(ctx, arg)` to run detached: its context has the values of `parent` but not its cancellation, ends with the
-   pool, and has the pool's task timeout. `op` names the operation in reports; a static string. Nothing is allocated.
-   0: accepted, and it will run or go to on_drop exactly once. CTX_QUEUE_FULL: not accepted, at once. CTX_CLOSED: the
-   pool is draining. CTX_NO_MEMORY: the pool has no thread and none can be made. The err of the lifetime once that is
-   done. `parent` is not touched once the task may run. Blocks only if `.when_full` says so. */
+/* Accept `fn(ctx, arg)` to run detached: its context has the values of `parent`, but neither its cancellation nor its
+   deadline, ends with the pool, and has the pool's task timeout. It runs even if `parent` is done. `op` names the
+   operation in reports; a static string. Nothing is allocated.
+   Returns 0 if accepted: it will run or go to on_drop exactly once. Otherwise CTX_QUEUE_FULL, at once; CTX_CLOSED if
+   the pool is draining; CTX_NO_MEMORY if the pool has no thread and none can be made; or the error of the lifetime once
+   that is done. `parent` is not touched once the task may run. Blocks only if `.when_full` says so. */
 CTX__MUST_USE
 CTXCANCEL_API int ctx_pool_submit(ctx_pool_t *pool, ctx_t *parent, const char *op, ctx_task_fn fn, void *arg);
 
@@ -1099,7 +1104,8 @@ CTXCANCEL_API void ctx_on_signals_stop(ctx_on_signals_t *reg);
    returns the error of `ctx`, which is checked first; -EBADF if `fd` is negative; or a negative error of poll(). Never
    -EINTR.
    A descriptor that is ready costs one system call. No context gets a descriptor for this, unlike with ctx_done_fd():
-   each thread that waits has one, made at its first wait and closed when the thread ends or calls ctx_runtime_stop().
+   each thread that waits has one, made at its first wait and closed when the thread ends or calls ctx_runtime_stop();
+   it is inherited by no exec.
    If none is to be had the wait looks at `ctx` every millisecond. */
 CTXCANCEL_API int ctx_poll_fd(ctx_t *ctx, int fd, short events);
 
@@ -2783,7 +2789,7 @@ typedef struct {
 
 typedef struct ctx__record ctx__record_t;
 
-struct ctx {
+struct ctx__node {
     struct ctx__head head;  /* [atomic] err */
     uint8_t flags;          /* [const] CTX__F_... */
     uint8_t shard;          /* [const] which of the parent's lists it is in */
