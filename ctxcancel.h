@@ -1085,7 +1085,8 @@ typedef struct {
    Until it is stopped, not merely until `ctx` is done, the signal never ends the process, even if contexts wait for it
    too. The action that stood before comes back with the last registration and context that asked for the signal. A
    registration also lives on after ctx_runtime_stop(). After fork() the child keeps those that the forking thread made.
-   `reg` need not be initialised. Stop it with ctx_on_signals_stop() before its storage goes, even if `ctx` is done. It
+   `reg` need not be initialised, but must not be registered. Stop it with ctx_on_signals_stop() before its storage
+   goes, even if `ctx` is done. It
    holds the memory of `ctx` until then.
    Returns 0. On an error nothing is registered: returns CTX_INVALID if `n` is 0, a signal cannot be caught or an
    argument is NULL; ctx_err(ctx) if `ctx` is done; CTX_NO_MEMORY or CTX_ALREADY as ctx_notify_signals(). */
@@ -1748,23 +1749,24 @@ static void ctx__count_less(uint32_t era);
 static void ctx__count_note(uint32_t state);
 static uint32_t ctx__clock_era(void);
 
-/* Set the state of a parker. Returns true if its owner sleeps there, and is to be woken: it counts from now on. */
+/* Set the state of a parker. Returns true if its owner sleeps there, and is to be woken. That one is counted in before,
+   for it may run at once. */
 static inline bool ctx__parker_set(ctx__parker_t *parker) {
-    uint32_t era = ctx__clock_era(), was = CTX__EXCHANGE(&parker->state, CTX__SET + era * CTX__PARK_ERA, ACQ_REL);
-    if (CTX__UNLIKELY(era) && ctx__park_is(was, CTX__COUNTED)) ctx__count_in(era);
+    uint32_t era = ctx__clock_era(), was;
+    if (CTX__UNLIKELY(era)) ctx__count_in(era);
+    was = CTX__EXCHANGE(&parker->state, CTX__SET + era * CTX__PARK_ERA, ACQ_REL);
+    if (CTX__UNLIKELY(era) && !ctx__park_is(was, CTX__COUNTED)) ctx__count_less(era);
     return (was & CTX__PARKED) != 0;
 }
 
-/* From parked to EMPTY. Returns false if it was not parked. The owner of a parker counts itself in before that, for it
-   may be the only one that can run. */
-static bool ctx__parker_empty(ctx__parker_t *parker, bool own) {
+/* From parked to EMPTY, likewise. Returns false if it was not parked. */
+static bool ctx__parker_empty(ctx__parker_t *parker) {
     uint32_t era = ctx__clock_era(), state = CTX__LOAD(&parker->state, SEQ_CST);
     bool counts = CTX__UNLIKELY(era) && ctx__park_is(state, CTX__COUNTED), emptied = false;
-    if (counts && own) ctx__count_in(era);
+    if (counts) ctx__count_in(era);
     while ((state & CTX__PARKED) && !emptied)
         emptied = CTX__CAS(&parker->state, &state, CTX__EMPTY + era * CTX__PARK_ERA, SEQ_CST, SEQ_CST);
-    if (counts && emptied && !own) ctx__count_in(era);
-    if (counts && !emptied && own) ctx__count_less(era);
+    if (counts && !emptied) ctx__count_less(era);
     return emptied;
 }
 
@@ -1794,7 +1796,7 @@ static bool ctx__parker_woken(const ctx__parker_t *parker) {
 
 /* Awake without having been unparked. False: it has been meanwhile. */
 static bool ctx__parker_rise(ctx__parker_t *parker) {
-    ctx__parker_empty(parker, true);
+    ctx__parker_empty(parker);
     return !ctx__parker_woken(parker);
 }
 
@@ -1817,7 +1819,7 @@ static void ctx__parker_reset(ctx__parker_t *parker) {
 
 /* Make the owner look at the clock again, without setting it. Pairs with the exchange in ctx__park. */
 static void ctx__parker_nudge(ctx__parker_t *parker) {
-    if (ctx__parker_empty(parker, false)) ctx__futex_wake(&parker->state, 1);
+    if (ctx__parker_empty(parker)) ctx__futex_wake(&parker->state, 1);
 }
 
 /* A wait on a condition variable of the program's, until `until` on the real clock where the system can do that on the
@@ -2585,6 +2587,7 @@ static struct {
     ctx_time_t now;   /* [atomic] */
     uint32_t era;     /* [atomic] which ctx_clock_auto() this is; 0: none */
     uint32_t eras;    /* how many there have been */
+    uint32_t starting; /* [atomic] threads of the library that have not begun */
     uint64_t running; /* [atomic] CTX__CLOCK_RUNNING(), below how often one was counted in, below the era */
 } ctx__clock;
 
@@ -2688,8 +2691,10 @@ CTXCANCEL_API void ctx_clock_leave(void) { ctx__clock_quit(ctx__me()); }
 static int ctx__member_start(pthread_t *thread, void *(*fn)(void *), void *arg, size_t stack) {
     uint32_t era = ctx__clock_era();
     int rc;
+    CTX__ADD(&ctx__clock.starting, 1u, RELAXED);
     if (era) ctx__count_in(era);
     rc = ctx__thread_start_sized(thread, fn, arg, stack);
+    if (rc) CTX__SUB(&ctx__clock.starting, 1u, RELAXED);
     if (rc && era) ctx__count_less(era);
     return rc;
 }
@@ -2698,6 +2703,7 @@ static ctx__thread_t *ctx__member_begin(void) {
     ctx__thread_t *me = ctx__me();
     CTX__STORE(&me->counted, ctx__clock_era(), RELAXED);
     CTX__STORE(&me->library, true, RELEASE);
+    CTX__SUB(&ctx__clock.starting, 1u, RELEASE); /* pairs with the load in ctx_clock_auto() */
     return me;
 }
 
@@ -2794,7 +2800,8 @@ struct ctx__node {
     uint8_t flags;          /* [const] CTX__F_... */
     uint8_t shard;          /* [const] which of the parent's lists it is in */
     uint8_t watched;        /* [list.mu] stands in ctx__watched; after a fork also CTX__WATCHED_CALLING */
-    uint8_t graced;         /* [const] the node or the proxy of a ctx__merged_t with a grace period */
+    uint8_t graced;         /* [const] CTX__GRACED: the node or the proxy of a ctx__merged_t with a grace period;
+                               CTX__GRACED_ABOVE: below such a node, whose deadline may become earlier */
     const ctx__why_t *why;  /* [atomic] */
     ctx_t *next;            /* [parent's list mu] */
     ctx__list_t list;       /* children, callbacks. A walk over leaves reads no further than this */
@@ -2872,9 +2879,33 @@ static unsigned ctx__shard_count = 4; /* [const] after ctx__once; a power of two
 
 enum { CTX__SHARDS_MAX = 64, CTX__CONTENDED = 16 };
 
-/* A grace period that begins makes it earlier; nothing makes that of a node later, except what a pool's worker does to
-   its own. */
+enum { CTX__GRACED = 1, CTX__GRACED_ABOVE = 2 };
+
+/* As the node knows it. A grace period that begins makes it earlier; nothing makes that of a node later, except what a
+   pool's worker does to its own. */
 static inline ctx_time_t ctx__deadline(const ctx_t *ctx) { return CTX__LOAD(&ctx->timer.deadline, RELAXED); }
+
+static ctx__merged_t *ctx__merged_of(const ctx_t *node) { return CTX__CONTAINER(node, ctx__merged_t, node); }
+
+/* The parent that a merged context has besides. */
+static const ctx_t *ctx__second_parent(const ctx_t *node) {
+    return (node->flags & CTX__F_MERGED) && !(node->graced & CTX__GRACED) ? ctx__merged_of(node)->proxy.parent : NULL;
+}
+
+static CTX__COLD ctx_time_t ctx__deadline_climb(const ctx_t *node) {
+    ctx_time_t deadline = CTX_NO_DEADLINE;
+    for (; node; node = node->parent) {
+        const ctx_t *b = ctx__second_parent(node);
+        deadline = ctx__min(deadline, ctx__deadline(node));
+        for (; b; b = b->parent) deadline = ctx__min(deadline, ctx__deadline(b));
+    }
+    return deadline;
+}
+
+/* With grace periods above that have begun since the node was made. */
+static inline ctx_time_t ctx__deadline_now(const ctx_t *ctx) {
+    return CTX__UNLIKELY(ctx->graced & CTX__GRACED_ABOVE) ? ctx__deadline_climb(ctx) : ctx__deadline(ctx);
+}
 
 static const ctx__why_t *ctx__why(const ctx_t *ctx) { return CTX__LOAD(&ctx->why, SEQ_CST); }
 
@@ -2946,12 +2977,14 @@ static CTX__COLD void ctx__shards_make(ctx_t *node) {
 static CTX__INLINE bool ctx__attach(ctx_t *parent, ctx_t *node) {
     ctx__shard_t *shards = CTX__LOAD(&parent->shards, ACQUIRE);
     ctx__list_t *list = &parent->list;
+    const ctx__why_t *why;
     bool contended;
     if (shards) list = &shards[ctx__me()->index & (ctx__shard_count - 1)].list;
     contended = ctx__enter(&list->mu) && !shards;
     if (CTX__UNLIKELY(contended)) contended = list->contended == CTX__CONTENDED || ++list->contended == CTX__CONTENDED;
-    node->why = ctx__why(parent);
-    if (CTX__UNLIKELY(node->why != NULL)) node->head.err = node->why->err;
+    why = ctx__why(parent);
+    CTX__STORE(&node->why, why, RELAXED);
+    if (CTX__UNLIKELY(why != NULL)) node->head.err = why->err;
     ctx__list_attach(parent, list);
     node->shard = list->shard;
     node->next = list->first;
@@ -3090,8 +3123,6 @@ static inline const ctx__why_t *ctx__mark(ctx_t *node, const ctx__why_t *why) {
     return seen;
 }
 
-static ctx__merged_t *ctx__merged_of(ctx_t *node) { return CTX__CONTAINER(node, ctx__merged_t, node); }
-
 /* [list mu of the proxy's parent] */
 static void ctx__walk_grace(ctx__walk_t *walk, ctx__merged_t *merged) {
     if (!ctx__pin(&merged->node)) return;
@@ -3115,7 +3146,7 @@ static void ctx__mark_child(ctx__walk_t *walk, ctx_t *child, const ctx__why_t *w
     if (!ctx__attached(child)) return;
     if (!seen && (child->flags & CTX__F_PROXY)) {
         ctx__merged_t *merged = CTX__CONTAINER(child, ctx__merged_t, proxy);
-        if (child->graced) {
+        if (child->graced & CTX__GRACED) {
             ctx__walk_grace(walk, merged);
             return;
         }
@@ -3415,9 +3446,12 @@ static ctx__reason_t ctx__reason_of(const ctx__why_t *why) {
 
 /* What the passing of its deadline means for a node: that its grace period is over, or what the deadline was given. */
 static ctx__reason_t ctx__deadline_reason(const ctx_t *node) {
-    const ctx__merged_t *merged = CTX__CONTAINER(node, const ctx__merged_t, node);
-    const ctx__why_t *why = node->graced && ctx__deadline(node) < merged->own ? ctx__why(&merged->proxy) : NULL;
+    const ctx__merged_t *merged = ctx__merged_of(node);
+    bool over = (node->graced & CTX__GRACED) && ctx__deadline(node) < merged->own;
+    const ctx__why_t *why = over ? ctx__why(&merged->proxy) : NULL;
+    const ctx_t *above = over ? merged->proxy.parent : NULL;
     ctx__reason_t reason = ctx__deadline_passed;
+    for (; above && !why; above = above->parent) why = ctx__why(above); /* due in the same turn, and not walked yet */
     if (why) return ctx__reason_of(why);
     reason.what = node->own.what ? node->own.what : "deadline exceeded";
     return reason;
@@ -3501,7 +3535,8 @@ static inline ctx_t *ctx__node_init(ctx_t *node, ctx_t *parent, ctx_time_t deadl
 /* What a maker asks for. `record` is handed over. */
 typedef struct {
     ctx_time_t deadline; /* CTX_NO_DEADLINE: none of its own */
-    bool detach, graced;
+    bool detach;
+    uint8_t graced;
     uint8_t flags;
     ctx__record_t *record;
     const char *name, *deadline_cause, *site;
@@ -3518,7 +3553,7 @@ static CTX__COLD ctx_t *ctx__make_failed(const ctx__make_t *make, int err) {
    constant. */
 static CTX__INLINE ctx_t *ctx__make_inline(ctx_t *parent, ctx_t *node, const ctx__make_t *make) {
     ctx_t *tree = make->detach ? &ctx__root : parent;
-    ctx_time_t limit = ctx__deadline(tree);
+    ctx_time_t limit = ctx__deadline_now(tree);
     bool timed = make->deadline < limit, kick = false, contended;
     if (timed) {
         int rc = ctx__timer_ready();
@@ -3528,7 +3563,7 @@ static CTX__INLINE ctx_t *ctx__make_inline(ctx_t *parent, ctx_t *node, const ctx
     if (CTX__UNLIKELY(!node)) return ctx__make_failed(make, CTX_NO_MEMORY);
     ctx__node_init(node, tree, timed ? make->deadline : limit, make->name ? make->name : parent->name, make->site);
     node->own.what = make->deadline_cause;
-    node->graced = make->graced;
+    node->graced = (uint8_t)(make->graced | (CTX__UNLIKELY(tree->graced) ? CTX__GRACED_ABOVE : 0));
     node->flags = (uint8_t)(make->flags | (parent->flags & CTX__F_SAMPLING));
     if (make->record) {
         node->values = make->record;
@@ -3565,7 +3600,7 @@ static CTX__INLINE ctx_t *ctx__make_timed(ctx_t *parent, ctx__make_t *make, ctx_
     return node;
 }
 
-static const ctx__make_t ctx__make_plain = { CTX_NO_DEADLINE, false, false, 0, NULL, NULL, NULL, NULL };
+static const ctx__make_t ctx__make_plain = { CTX_NO_DEADLINE, false, 0, 0, NULL, NULL, NULL, NULL };
 
 /* NULL, or what a maker gives for a parent that cannot have children. */
 static inline ctx_t *ctx__bad_parent(ctx_t *parent) {
@@ -3583,6 +3618,7 @@ static ctx__merged_t *ctx__merged_alloc(ctx_t *b) {
     if (!merged) return NULL;
     ctx__node_init(&merged->proxy, b, CTX_NO_DEADLINE, NULL, NULL);
     merged->proxy.flags = CTX__F_PROXY;
+    merged->proxy.why = NULL; /* a graced node may look before it is attached */
     merged->proxy.list.attached = 1; /* so that a walk looks closer */
     return merged;
 }
@@ -3604,28 +3640,30 @@ static void ctx__grace_begin_late(ctx__merged_t *merged) {
 /* A child that goes on for `grace` when its parent is done. `make` has what else it is to be. */
 static ctx_t *ctx__make_graced(ctx_t *parent, ctx__make_t *make, ctx_dur_t grace, ctx_time_t now) {
     ctx__merged_t *merged = ctx__merged_alloc(parent);
-    ctx_time_t ends = ctx__why(parent) ? CTX_NO_DEADLINE : ctx__deadline(parent);
+    ctx_time_t ends = ctx__why(parent) ? CTX_NO_DEADLINE : ctx__deadline_now(parent);
     ctx_time_t own = make->deadline;
     ctx_t *node;
     if (!merged) return ctx__make_failed(make, CTX_NO_MEMORY);
     if (ends != CTX_NO_DEADLINE) ends = ctx_time_add(ends > now ? ends : now, grace);
     make->deadline = own <= now ? CTX_NO_DEADLINE : ctx__min(own, ends);
     make->flags |= CTX__F_MERGED;
-    make->detach = make->graced = true;
+    make->detach = true;
+    make->graced = CTX__GRACED;
     merged->own = own;
     merged->begun = false;
     merged->grace = grace;
-    merged->proxy.graced = 1;
+    merged->proxy.graced = CTX__GRACED;
     node = ctx__timer_ready() ? ctx__make_failed(make, CTX_NO_MEMORY) : ctx__make(parent, &merged->node, make);
     if (node != &merged->node) {
         CTXCANCEL_FREE(merged);
         return node;
     }
+    if (own <= now) { /* its timer is not armed, nor will it be */
+        CTX__STORE(&node->timer.deadline, own, RELAXED);
+        ctx__cancel(node, ctx__deadline_passed, false);
+    }
     ctx__proxy_attach(merged, parent);
     if (ctx__why(&merged->proxy)) ctx__grace_begin_late(merged);
-    if (own > now) return node;
-    CTX__STORE(&node->timer.deadline, own, RELAXED);
-    ctx__cancel(node, ctx__deadline_passed, false);
     return node;
 }
 
@@ -3710,7 +3748,8 @@ CTXCANCEL_API ctx_t *ctx_merge_at(ctx_t *a, ctx_t *b, const char *site) {
     make.site = site;
     make.flags = CTX__F_MERGED;
     node = ctx__make(a, &merged->node, &make);
-    if (ctx__deadline(b) < node->timer.deadline) CTX__STORE(&node->timer.deadline, ctx__deadline(b), RELAXED);
+    if (b->graced) node->graced |= CTX__GRACED_ABOVE;
+    if (ctx__deadline_now(b) < node->timer.deadline) CTX__STORE(&node->timer.deadline, ctx__deadline_now(b), RELAXED);
     ctx__proxy_attach(merged, b);
     why = ctx__why(&merged->proxy);
     if (why) ctx__cancel(node, ctx__reason_of(why), false);
@@ -3816,7 +3855,7 @@ CTXCANCEL_API ctx_cause_t ctx_cause(const ctx_t *ctx) {
 
 CTXCANCEL_API ctx_time_t ctx_deadline(const ctx_t *ctx) {
     CTXCANCEL_ASSERT(ctx__set(ctx));
-    return ctx__deadline(ctx);
+    return ctx__deadline_now(ctx);
 }
 
 CTXCANCEL_API ctx_dur_t ctx_remaining(const ctx_t *ctx) {
@@ -4470,6 +4509,7 @@ static bool ctx__clock_step(void) {
     if (CTX__LIKELY(!era)) return false;
     seen = CTX__LOAD(&ctx__clock.running, ACQUIRE);
     if (CTX__CLOCK_RUNNING(seen)) return false;
+    if (seen >> 2 * CTX__CLOCK_BITS != era) return true; /* it has just begun */
     mine = ctx__clock_word(era, (seen >> CTX__CLOCK_BITS) + 1, 1);
     if (!CTX__CAS(&ctx__clock.running, &seen, mine, ACQ_REL, RELAXED)) return true;
     moved = ctx__clock_move();
@@ -4516,6 +4556,13 @@ static void ctx__clock_wake(void) {
     ctx__runtime_kick();
 }
 
+/* After ctx_runtime_stop(): threads that are parked by a clock that moves by itself rely on the runtime thread. */
+static void ctx__clock_resume(void) {
+    uint32_t era = ctx__clock_era();
+    if (era && !CTX__CLOCK_RUNNING(CTX__LOAD(&ctx__clock.running, ACQUIRE)) && ctx__clock_waits(era, false))
+        ctx__clock_wake();
+}
+
 static int ctx__timer_ready(void) {
     if (CTX__LOAD(&ctx__runtime.running, ACQUIRE) || ctx__clock_is_fake()) return 0;
     return ctx__runtime_start();
@@ -4523,7 +4570,7 @@ static int ctx__timer_ready(void) {
 
 /* After ctx_runtime_stop(), or in the child of a fork: whoever comes to wait for a deadline starts the thread again. */
 static void ctx__timer_revive(const ctx_t *ctx) {
-    if (ctx__deadline(ctx) != CTX_NO_DEADLINE) ctx__timer_ready();
+    if (ctx__deadline_now(ctx) != CTX_NO_DEADLINE) ctx__timer_ready();
 }
 
 /* [wheel->mu] Put a timer in its place. True: the runtime thread is to be kicked. */
@@ -4610,8 +4657,7 @@ static bool ctx__timer_move(ctx__timer_t *timer, ctx_time_t deadline) {
 static ctx_t *ctx__deadline_owner(ctx_t *ctx) {
     ctx_time_t deadline = ctx__deadline(ctx);
     for (;;) {
-        bool merged = (ctx->flags & CTX__F_MERGED) && !ctx->graced;
-        ctx_t *b = merged ? ctx__merged_of(ctx)->proxy.parent : NULL;
+        ctx_t *b = (ctx_t *)(uintptr_t)ctx__second_parent(ctx);
         if (ctx->parent && ctx__deadline(ctx->parent) == deadline) ctx = ctx->parent;
         else if (b && ctx__deadline(b) == deadline) ctx = b;
         else return ctx;
@@ -4638,7 +4684,7 @@ static void ctx__park_once(ctx__parker_t *parker, ctx_time_t until) {
     if (!ctx__park_is(state, CTX__SET) && (until == CTX_NO_DEADLINE || ctx_now() < until))
         ctx__futex_wait(&parker->state, state, fake ? CTX_NO_DEADLINE : until);
     if (!fake) return;
-    ctx__parker_empty(parker, true); /* it runs, before its alarm goes: else the clock could move past that */
+    ctx__parker_empty(parker); /* it runs, before its alarm goes: else the clock could move past that */
     ctx__timer_remove(&alarm.timer);
 }
 
@@ -4709,8 +4755,10 @@ CTXCANCEL_API void ctx_clock_fake(ctx_time_t start) {
 
 CTXCANCEL_API void ctx_clock_auto(ctx_time_t start) {
     ctx__thread_t *me = ctx__me();
+    unsigned turn = 0;
     int rc;
     ctx_clock_fake(start);
+    while (CTX__LOAD(&ctx__clock.starting, ACQUIRE)) ctx__relax(&turn); /* they are counted when they have begun */
     rc = ctx__runtime_start();
     CTXCANCEL_ASSERT(rc == 0);
     (void)rc;
@@ -5467,7 +5515,8 @@ static bool ctx__pool_past_half(ctx_pool_t *pool) {
 static ctx__worker_t *ctx__pool_rouse(ctx_pool_t *pool, bool may_start) {
     if (!pool->idle && (!may_start || pool->workers >= (unsigned)pool->desc.workers)) return NULL;
     if (!ctx__pool_has_work(pool)) return NULL;
-    if (pool->promised && !pool->closed && !ctx__pool_past_half(pool)) return NULL; /* tasks may gather */
+    if (pool->promised && !pool->closed && !ctx__pool_past_half(pool) && !ctx__clock_era())
+        return NULL; /* tasks may gather */
     if (pool->idle) return ctx__worker_rise(CTX__CONTAINER(pool->idle, ctx__worker_t, link));
     return ctx__worker_reserve(pool);
 }
@@ -6098,14 +6147,13 @@ static CTX__COLD int ctx__copies_make(ctx_pool_t *pool) {
 
 /* [in], released meanwhile. */
 static int ctx__copy_take(ctx_pool_t *pool, ctx__copy_t **copy) {
-    while (!pool->copies) {
+    while ((*copy = pool->copies) == NULL) {
         int rc;
         pool->copies = CTX__EXCHANGE(&pool->copies_back, (ctx__copy_t *)NULL, ACQUIRE);
-        if (pool->copies) break;
+        if (pool->copies) continue;
         rc = ctx__copies_make(pool);
         if (rc) return rc;
     }
-    *copy = pool->copies;
     pool->copies = (*copy)->next;
     return 0;
 }
@@ -6455,9 +6503,10 @@ enum { CTX__TURN_TASKS = 32 }; /* that a turn runs before it queues up again beh
 typedef struct ctx__job {
     void (*run)(const struct ctx__job *job);
     void *owner; /* for run; the rest likewise */
-    ctx_t *ctx;  /* its name is the thread's meanwhile (NULL: none) */
+    ctx_t *ctx;
     ctx_task_fn fn;
     void *arg;
+    const char *name; /* of the work, which the thread bears meanwhile; static (NULL: none) */
 } ctx__job_t;
 
 typedef struct ctx__runner {
@@ -6626,8 +6675,8 @@ static void *ctx__runner_main(void *arg) {
     ctx__member_begin()->runner = runner;
     runner->thread = pthread_self();
     do {
-        const ctx_t *ctx = runner->job.ctx;
-        ctx__runner_named(runner, ctx && ctx->name ? ctx->name : ctx__runner_name);
+        const char *name = runner->job.name;
+        ctx__runner_named(runner, name && name != ctx__root.name ? name : ctx__runner_name);
         runner->job.run(&runner->job);
         if (!ctx__runner_next(runner)) {
             CTXCANCEL_FREE(runner);
@@ -6734,7 +6783,7 @@ static void ctx__runners_forget(void) {
 
 CTXCANCEL_API int ctx_go(ctx_t *ctx, const char *name, ctx_task_fn fn, void *arg) {
     ctx__make_t make = ctx__make_plain;
-    ctx__job_t job = { ctx__go_work, NULL, NULL, fn, arg };
+    ctx__job_t job = { ctx__go_work, NULL, NULL, fn, arg, name };
     int rc;
     if (!ctx || !fn) return CTX_INVALID;
     rc = ctx_err(ctx);
@@ -6991,7 +7040,7 @@ static void ctx__group_spread_run(const ctx__job_t *job) {
 }
 
 static void ctx__group_spread_one(ctx_group_t *group) {
-    const ctx__job_t job = { ctx__group_spread_run, group, group->ctx, NULL, NULL };
+    const ctx__job_t job = { ctx__group_spread_run, group, NULL, NULL, NULL, group->ctx->name };
     CTX__ADD(&group->refs, 1u, RELAXED);
     if (ctx__run(&job)) CTX__SUB(&group->refs, 1u, RELAXED); /* no thread: a turn will come. The caller's is left */
 }
@@ -7081,7 +7130,7 @@ static int ctx__group_enter(ctx_group_t *group, bool wait) {
 }
 
 static int ctx__group_go_thread(ctx_group_t *group, ctx_task_fn fn, void *arg) {
-    const ctx__job_t job = { ctx__group_thread_run, group, group->ctx, fn, arg };
+    const ctx__job_t job = { ctx__group_thread_run, group, NULL, fn, arg, group->ctx->name };
     int rc = ctx__run(&job);
     if (!rc) return 0;
     ctx__lock(&group->mu);
@@ -7818,7 +7867,8 @@ static void ctx__stage_await(ctx__stage_t *stage, ctx_t *ctx, ctx_time_t until) 
 static void ctx__stage_start(ctx__stage_t *stage, int first) {
     int i;
     for (i = first; i < stage->desc.workers; i++) {
-        const ctx__job_t job = { ctx__stage_job, stage, NULL, NULL, stage->items + (size_t)i * stage->room };
+        const ctx__job_t job = { ctx__stage_job, stage, NULL, NULL, stage->items + (size_t)i * stage->room,
+                                 stage->work->name };
         if (!ctx__run(&job)) continue;
         ctx__lock(&stage->mu);
         stage->left -= stage->desc.workers - i;
@@ -8042,7 +8092,7 @@ static void ctx__batch_job(const ctx__job_t *job) {
 
 /* Ask for a thread: a worker of `pool`, or a runner if that is NULL or has ended. False: there is none. */
 static bool ctx__batch_ask(ctx_batch_t *batch, ctx_pool_t *pool) {
-    const ctx__job_t job = { ctx__batch_job, batch, NULL, NULL, NULL };
+    const ctx__job_t job = { ctx__batch_job, batch, NULL, NULL, NULL, batch->desc.name };
     ctx__batch_ref(batch);
     if (pool && !ctx__pool_want(pool, &batch->turns)) return true;
     if (!ctx__run(&job)) return true;
@@ -9105,6 +9155,7 @@ static void ctx__fork_child(void) {
     ctx__fork_frames();
     ctx__fork_nodes();
     ctx__lookers = 0;
+    ctx__clock.starting = 0;
     ctx__clock.running = ctx__clock_word(ctx__clock.era, 0, me->counted && me->counted == ctx__clock.era);
     ctx__runners_forget();
     ctx__fork_parent(); /* opens the gate */
@@ -9182,6 +9233,7 @@ CTXCANCEL_API void ctx_runtime_stop(void) {
     }
     ctx__poller_close(&ctx__self);
     ctx__cache_flush(&ctx__self);
+    ctx__clock_resume();
 }
 
 /* == 14. service ================================================== */
@@ -9570,6 +9622,7 @@ static int ctx__service_launch(ctx_service_t *service, ctx__spare_call_t *call, 
     job.run = run;
     job.owner = service;
     job.ctx = ctx;
+    job.name = service->desc.name;
     CTX__ADD(&service->refs, 1u, RELAXED);
     service->active++;
     ctx__leave(&ctx__services.mu);

@@ -151,6 +151,27 @@ TEST(a_hand_over_takes_no_time) {
     }
 }
 
+/* A worker naps, and the next task waits for it, when the clock begins. */
+TEST(a_nap_that_began_before_does_not_let_the_clock_run_ahead) {
+    ctx_pool_desc_t desc;
+    memset(&desc, 0, sizeof desc);
+    desc.workers = 1;
+    desc.coalesce = CTX_S(1);
+    for (int i = 0; i < 3; i++) {
+        ctx_pool_t *pool = ctx_pool_new(ctx_background(), &desc);
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "zero", zero, NULL), 0);
+        test_sleep_ms(5);
+        ctx_clock_auto(0);
+        ctx_t *ctx = ctx_with_timeout(ctx_background(), CTX_S(100));
+        EXPECT_EQ(ctx_pool_submit(pool, ctx_background(), "zero", zero, NULL), 0);
+        EXPECT_EQ(ctx_pool_wait(pool, ctx), 0);
+        EXPECT_EQ(ctx_now(), 0);
+        ctx_end(ctx);
+        ctx_pool_free(pool);
+        ctx_clock_real();
+    }
+}
+
 TEST(tasks_that_gather_do_not_let_the_clock_run_ahead) {
     ctx_pool_desc_t desc;
     memset(&desc, 0, sizeof desc);

@@ -170,6 +170,75 @@ TEST(it_has_the_values_and_the_name_of_its_parent_and_outlives_it) {
     EXPECT_EQ(fault_live(), 0);
 }
 
+TEST(what_is_below_it_knows_the_end_of_its_grace_period) {
+    ctx_clock_fake(CTX_S(1));
+    ctx_t *parent = ctx_with_cancel(ctx_background()), *ctx = graced(parent, CTX_S(2));
+    ctx_t *child = ctx_with_cancel(ctx), *other = ctx_with_cancel(ctx_background());
+    ctx_t *merged = ctx_merge(other, child), *below = ctx_with_timeout(merged, CTX_S(100));
+    EXPECT_EQ(ctx_deadline(child), CTX_NO_DEADLINE);
+    ctx_cancel(parent);
+    ctx_t *later = ctx_with_timeout(below, CTX_S(50)), *anew = graced(child, CTX_S(3));
+    EXPECT_EQ(ctx_deadline(child), CTX_S(3));
+    EXPECT_EQ(ctx_deadline(merged), CTX_S(3));
+    EXPECT_EQ(ctx_deadline(below), CTX_S(3));
+    EXPECT_EQ(ctx_deadline(later), CTX_S(3));
+    EXPECT_EQ(ctx_deadline(anew), CTX_S(6));
+    ctx_clock_advance(CTX_S(2));
+    EXPECT_EQ(ctx_err(later), CTX_CANCELED);
+    EXPECT_EQ(ctx_err(anew), 0);
+    ctx_end(anew);
+    ctx_end(later);
+    ctx_end(below);
+    ctx_end(merged);
+    ctx_end(other);
+    ctx_end(child);
+    ctx_end(ctx);
+    ctx_end(parent);
+    ctx_clock_real();
+    ctx_runtime_stop();
+    EXPECT_EQ(fault_live(), 0);
+}
+
+/* It must not leave a timer of the past in the wheels, which would hold the clock. */
+TEST(one_that_has_expired_below_a_parent_that_is_done_has_no_timer) {
+    ctx_desc_t desc;
+    memset(&desc, 0, sizeof desc);
+    desc.grace = CTX_S(1);
+    desc.timeout = CTX_EXPIRED;
+    ctx_clock_auto(CTX_S(10));
+    ctx_t *parent = ctx_with_cancel(ctx_background());
+    ctx_cancel(parent);
+    ctx_t *ctx = ctx_derive(parent, &desc);
+    EXPECT_EQ(ctx_err(ctx), CTX_DEADLINE_EXCEEDED);
+    EXPECT_EQ(ctx_sleep(ctx_background(), CTX_S(5)), 0);
+    EXPECT_EQ(ctx_now(), CTX_S(15));
+    ctx_end(ctx);
+    ctx_end(parent);
+    ctx_clock_real();
+}
+
+static void takes_long(void *arg) {
+    (void)arg;
+    test_sleep_ms(60);
+}
+
+TEST(it_has_its_parents_cause_though_both_were_due_at_once) {
+    ctx_desc_t desc;
+    ctx_on_done_t reg;
+    memset(&desc, 0, sizeof desc);
+    desc.timeout = CTX_MS(20);
+    desc.deadline_cause = "the parent's";
+    ctx_t *busy = ctx_with_timeout(ctx_background(), CTX_MS(5)), *parent = ctx_derive(ctx_background(), &desc);
+    ctx_t *ctx = graced(parent, CTX_MS(10));
+    ctx_on_done(&reg, busy, takes_long, NULL);
+    UNTIL(ctx_err(ctx));
+    EXPECT(same(ctx_cause(ctx).what, "the parent's"));
+    ctx_on_done_stop(&reg);
+    ctx_end(ctx);
+    ctx_end(parent);
+    ctx_end(busy);
+}
+
 TEST(it_may_be_canceled_or_ended_before_and_in_its_grace_period) {
     ctx_clock_fake(CTX_S(1));
     for (int i = 0; i < 8; i++) {

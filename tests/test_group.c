@@ -1397,8 +1397,7 @@ TEST(a_task_that_fails_makes_no_room_for_another) {
         EXPECT_EQ(ctx_group_go(s.group, fails_when_told, &told), 0);
         EXPECT_EQ(ctx_group_try_go(s.group, counts, &ran), CTX_QUEUE_FULL);
         store(&told, 1);
-        while ((rc = ctx_group_try_go(s.group, counts, &ran)) == CTX_QUEUE_FULL) {
-        }
+        while ((rc = ctx_group_try_go(s.group, counts, &ran)) == CTX_QUEUE_FULL) sched_yield();
         EXPECT_EQ(rc, CTX_CANCELED);
         EXPECT_EQ(scene_end(&s), -5);
         EXPECT_EQ(ran, 0);

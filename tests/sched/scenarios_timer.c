@@ -306,6 +306,28 @@ static void auto_pool(void) {
     SCHED_CHECK(ctx_now() == CTX_MS(5));
     ctx_pool_free(pool);
 }
+/* A thread that is unparked may run, and park again, before the one that woke it goes on. */
+static int nothing(ctx_t *c, void *arg) {
+    (void)c, (void)arg;
+    return 0;
+}
+static void auto_submits(void) {
+    ctx_pool_desc_t desc;
+    ctx_pool_t *pool;
+    ctx_t *c;
+    ctx_clock_join();
+    memset(&desc, 0, sizeof desc);
+    desc.workers = 1;
+    c = ctx_with_timeout(ctx_background(), CTX_S(1));
+    pool = ctx_pool_new(ctx_background(), &desc);
+    SCHED_CHECK(ctx_pool_submit(pool, ctx_background(), "task", nothing, NULL) == 0);
+    SCHED_CHECK(ctx_pool_wait(pool, ctx_background()) == 0);
+    SCHED_CHECK(ctx_pool_submit(pool, ctx_background(), "task", nothing, NULL) == 0);
+    SCHED_CHECK(ctx_now() == 0);
+    SCHED_CHECK(ctx_pool_drain(pool, CTX_S(1), NULL) == 0);
+    ctx_pool_free(pool);
+    ctx_end(c);
+}
 static void check_auto(void) {
     ctx_runtime_stop();
     ctx_clock_real();
@@ -316,6 +338,7 @@ static const sched_scenario_t scenarios[] = {
     { "timer: auto, sleeper", setup_auto, { T(auto_sleeper) }, check_auto, false },
     { "timer: auto, release / acquire", setup_auto, { T(auto_releases), T(auto_acquires) }, check_auto, false },
     { "timer: auto, pool", setup_auto, { T(auto_pool) }, check_auto, false },
+    { "timer: auto, submitter runs on", setup_auto, { T(auto_submits) }, check_auto, false },
 
     { "timer: grace, cancel / advance", setup_grace, { T(cancel_graced), T(advance_short) }, check_graced, false },
     { "timer: grace, deadline / cancel", setup_grace_deadline,
